@@ -1,0 +1,10 @@
+"""longwave: a Hugging Face language model reads a long context inside a memory budget that you name."""
+
+from longwave.build import cache
+from longwave.cache import LongCache, MemoryLayer
+from longwave.methods import Dense, Fourier
+from longwave.models import load
+from longwave.profile import Profile
+
+__version__ = "0.1.0"
+__all__ = ["Dense", "Fourier", "LongCache", "MemoryLayer", "Profile", "__version__", "cache", "load"]

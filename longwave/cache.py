@@ -1,0 +1,406 @@
+"""The frame: `LongCache`, what transformers holds, and `MemoryLayer`, where a method lives.
+
+A layer's life in one forward pass: `update` takes the new tokens, `forward` (called from the attention function)
+runs `write`, `attend`, `settle`. A prompt given in one call is so read with exact attention and compressed right
+after, one layer at a time; later tokens see the compressed past.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache, PretrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
+    get_layer_types_and_kwargs,
+)
+
+from longwave.attention import Handle, LogicalLength, StepMask
+from longwave.ops.attention import causal_attention, dense_attention
+from longwave.store.tokens import TokenBuffer
+
+
+def storage_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes the tensors really hold: each storage once and whole, however small the view of it."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+class MemoryLayer(CacheLayerMixin):
+    """One attention layer's memory. The base class keeps every token dense; methods override `settle` and more.
+
+    `dense` holds tokens row by row without padding; `rows[b]` counts row b's real tokens, and `columns` counts what
+    transformers believes is stored, padding included.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, index: int):
+        super().__init__()
+        self.index = index
+        self.max_tokens: int | None = None  # set where a byte budget bounds the length
+        self.record_past = False
+        self._clear()
+
+    # what a method overrides
+
+    def settle(self) -> None:
+        """Compress, evict or merge what is due. Must leave no reference to a forward pass's own tensors."""
+        self.dense.fit()
+
+    def attend(self, q: torch.Tensor, scaling: float, causal: bool = True, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Answer queries over everything stored, the tokens of the last `write` included.
+
+        q [batch, query_heads, queries, head_dim] -> same shape. The queries are those of the last `write`.
+        """
+        k, v = self.dense.view()
+        if mask is None and causal and self._fresh and self._valid is None and q.shape[2] == k.shape[2] > 1:
+            return causal_attention(q, k, v, scaling)
+        return dense_attention(q, k, v, scaling, None if mask is not None else self.visible(q.shape[2], causal), mask)
+
+    def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense K and V this layer stands for, in token order.
+
+        Each [batch, kv_heads, tokens, head_dim], tokens = the longest row; row b fills its first `rows[b]` places,
+        padding is not stored, zeros follow. A copy, for tests and plots.
+        """
+        self._flush()
+        if self.dense.k is None:
+            raise ValueError("nothing is stored yet")
+        k, v = self.dense.view()
+        return k.clone(), v.clone()
+
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        """Every tensor held, by what it is for."""
+        return {"dense": list(self.dense.tensors()) + [x for x in (self._new or ())[:2]]}
+
+    def move(self, device: torch.device | str) -> None:
+        self.dense.move(device)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        self.dense.select(rows)
+
+    # what transformers calls
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size = key_states.shape[0]
+        self.rows = [0] * self.batch_size
+        self._run = [0] * self.batch_size
+        self.dense = TokenBuffer(self.batch_size)
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, Handle]:
+        """Take new tokens [batch, kv_heads, t, head_dim], keys after RoPE. They are written when attention asks."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch_size:
+            raise ValueError(
+                f"this cache holds a batch of {self.batch_size} but got {key_states.shape[0]} rows: use a new cache, "
+                "or cache.reset(), cache.batch_repeat_interleave(n), cache.batch_select_indices(rows)"
+            )
+        if key_states.shape[2] == 0:
+            raise ValueError("no new tokens: the prompt is empty, or all of it is in the cache already")
+        self._flush()
+        if self._unsettled:  # a past that was kept open for `crop` is final once more tokens come
+            self.settle()
+            self._unsettled = False
+        if self.max_tokens is not None and self.columns + key_states.shape[2] > self.max_tokens:
+            raise ValueError(
+                f"the byte budget of this cache was computed for {self.max_tokens} tokens and "
+                f"{self.columns + key_states.shape[2]} were given: build it with a larger max_tokens"
+            )
+        self._new = (key_states.detach(), value_states.detach())
+        self.columns += key_states.shape[2]
+        handle = Handle(self)
+        return handle, handle
+
+    def forward(self, q: torch.Tensor, scaling: float, mask: StepMask | torch.Tensor | None) -> torch.Tensor:
+        """One layer's attention in a forward pass: q [batch, query_heads, queries, head_dim] -> same shape."""
+        if self._new is None:
+            raise RuntimeError("attention was asked twice for one update: models that share K and V between layers are not supported")
+        causal, own_mask, valid = True, None, None
+        if isinstance(mask, StepMask):
+            causal, valid = mask.causal, self._read_padding(mask)
+        elif mask is not None:
+            own_mask = self._check_own_mask(mask)
+        self.write(*self._new, valid)
+        out = self.attend(q, scaling, causal, own_mask)
+        self._fresh = False
+        if self.record_past:
+            self._unsettled = True
+        else:
+            self.settle()
+        return out
+
+    def write(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """Store new tokens dense. `valid` [batch, t] marks the real ones, None means all."""
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+        if self._new is None:  # called directly, not through `update`
+            self.columns += k.shape[2]
+        self._new = None
+        if k.device.type == "cpu" and not bool(torch.isfinite(k.sum() + v.sum())):
+            self._refuse_nan(k, v, valid)
+        self._fresh = self.dense.k is None
+        self._valid = valid
+        self._before = list(self.dense.lengths)
+        self.dense.append(k, v, valid)
+        counts = [k.shape[2]] * self.batch_size if valid is None else valid.sum(-1).tolist()
+        self.rows = [row + count for row, count in zip(self.rows, counts, strict=True)]
+        self._run = [
+            run + count if count == k.shape[2] else self._trailing(valid, row)
+            for row, (run, count) in enumerate(zip(self._run, counts, strict=True))
+        ]
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return LogicalLength(self.columns + query_length), 0
+
+    def get_max_length(self) -> int:
+        return -1 if self.max_tokens is None else self.max_tokens
+
+    def activate_past_recording(self) -> None:
+        """From now on keep the tokens of the last forward pass dense until `crop` or the next pass settles them."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens. Settles what waited for the decision; 0 does only that."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a number of tokens to remove as 0 or negative, got {tokens_to_remove}")
+        self._flush()
+        if tokens_to_remove and self.is_initialized:
+            self._crop(-tokens_to_remove)
+        if self._unsettled:
+            self.settle()
+            self._unsettled = False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.is_initialized and self.columns:
+            self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if not self.is_initialized:
+            return
+        self._flush()
+        index = torch.arange(self.batch_size)[indices.cpu()]  # masks and negative indices become row numbers
+        order = index.tolist()
+        if order == list(range(self.batch_size)):
+            return
+        if not order:
+            raise ValueError("a cache cannot be reduced to no rows: use reset()")
+        self.select_rows(index)
+        self.rows = [self.rows[i] for i in order]
+        self._run = [self._run[i] for i in order]
+        self.batch_size = len(order)
+
+    def reset(self) -> None:
+        self._clear()
+
+    def offload(self) -> None:
+        self._flush()
+        self.move("cpu")
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self.move(self.device)
+
+    # what they hold
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes really held, storages counted once and whole."""
+        return storage_bytes([t for tensors in self.parts().values() for t in tensors])
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes transformers' DynamicCache holds after the same calls (it stores padding too)."""
+        if not self.is_initialized or self._shape is None:
+            return 0
+        heads, k_dim, v_dim, itemsize = self._shape
+        return self.batch_size * heads * self.columns * (k_dim + v_dim) * itemsize
+
+    # inside
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.columns = 0
+        self.rows: list[int] = []
+        self._run: list[int] = []  # real tokens since the last padding column, per row: how far `crop` can see
+        self.dense = TokenBuffer(0)
+        self._new: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._valid: torch.Tensor | None = None
+        self._before: list[int] = []
+        self._fresh = False
+        self._unsettled = False
+        if hasattr(self, "batch_size"):
+            del self.batch_size
+
+    @property
+    def _shape(self) -> tuple[int, int, int, int] | None:
+        k, v = self._new if self._new is not None else (self.dense.k, self.dense.v)
+        if k is None or v is None:
+            return None
+        return k.shape[1], k.shape[3], v.shape[3], k.element_size()
+
+    def _flush(self) -> None:
+        """Tokens given to `update` whose attention was never asked: store them as they are."""
+        if self._new is not None:
+            self.write(*self._new)
+            self._unsettled = True
+            self._fresh = False
+
+    def visible(self, queries: int, causal: bool) -> torch.Tensor | None:
+        """How many dense tokens each query of the last `write` may see: [batch, queries], None if all."""
+        uniform = self.dense.uniform and self._valid is None
+        if uniform and (queries == 1 or not causal):
+            return None
+        device = self.device
+        if not causal:
+            return torch.tensor(self.dense.lengths, device=device)[:, None].expand(-1, queries)
+        before = torch.tensor(self._before, device=device)[:, None]
+        if self._valid is None:
+            return before + torch.arange(1, queries + 1, device=device)
+        return before + self._valid.cumsum(-1)
+
+    def _read_padding(self, mask: StepMask) -> torch.Tensor | None:
+        """The part of the mask that speaks of the new tokens, after checking what it says of the old ones."""
+        assert self._new is not None
+        new = self._new[0].shape[2]
+        if mask.padding is None:
+            if sum(self.rows) != self.batch_size * (self.columns - new):
+                raise ValueError("this cache holds padded rows: pass the attention mask of the whole sequence")
+            return None
+        valid = mask.padding[:, -new:]
+        full = mask.rows == [self.columns] * self.batch_size
+        if full and sum(self.rows) == self.batch_size * (self.columns - new):
+            return None
+        counts = [new] * self.batch_size if full else valid.sum(-1).tolist()
+        if [total - count for total, count in zip(mask.rows, counts, strict=True)] != self.rows:
+            raise ValueError(
+                "the attention mask hides or shows other tokens than when they were stored: a stored token stays as it was"
+            )
+        return None if counts == [new] * self.batch_size else valid
+
+    def _check_own_mask(self, mask: torch.Tensor) -> torch.Tensor:
+        assert self._new is not None
+        if sum(self.rows) != self.batch_size * (self.columns - self._new[0].shape[2]):
+            raise NotImplementedError("a 4D attention mask cannot be combined with padded rows")
+        return mask[..., : self.columns]
+
+    def _refuse_nan(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Raise if a real token is NaN or infinite (padding may be)."""
+        for name, x in (("keys", k), ("values", v)):
+            bad = ~torch.isfinite(x).all(-1).all(1)  # [batch, t]
+            if bool((bad if valid is None else bad & valid).any()):
+                raise ValueError(
+                    f"layer {self.index} got NaN or infinite {name}: the model overflows on this input "
+                    "(float16 often does; try bfloat16 or float32)"
+                )
+
+    @staticmethod
+    def _trailing(valid: torch.Tensor | None, row: int) -> int:
+        assert valid is not None
+        flags = valid[row].flip(0).long()
+        return int(flags.cumprod(0).sum())
+
+    def _crop(self, count: int) -> None:
+        if count > self.columns:
+            raise ValueError(f"cannot remove {count} tokens from a cache of {self.columns}")
+        counts = []
+        for row, run in zip(self.rows, self._run, strict=True):
+            if run < count and run != row:  # padding in between: which columns held tokens is not known any more
+                raise NotImplementedError("cannot crop past padding in the middle of a row")
+            counts.append(min(count, row))
+        self.drop_last(counts)
+        self.rows = [row - c for row, c in zip(self.rows, counts, strict=True)]
+        self._run = [max(0, run - c) for run, c in zip(self._run, counts, strict=True)]
+        self.columns -= count
+
+    def drop_last(self, counts: list[int]) -> None:
+        """Remove the last tokens of each row; a method that stores some of them otherwise overrides or refuses."""
+        self.dense.crop(counts)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a cache holds. Bytes are those of real storages; `ratio` is nbytes / dense_nbytes."""
+
+    method: str
+    tokens: int
+    batch: int
+    nbytes: int
+    dense_nbytes: int
+    parts: dict[str, int]
+
+    @property
+    def ratio(self) -> float:
+        return self.nbytes / self.dense_nbytes if self.dense_nbytes else float("nan")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "ratio": self.ratio}
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size:,}" for name, size in self.parts.items() if size)
+        return (
+            f"{self.method}: {self.tokens:,} tokens x {self.batch} rows, {self.nbytes:,} bytes held; a dense cache "
+            f"would hold {self.dense_nbytes:,} (ratio {self.ratio:.3f}) [{parts}]"
+        )
+
+
+class LongCache(Cache):
+    """A cache for `model.generate(past_key_values=...)`, made by `longwave.cache`.
+
+    Full-attention layers are `MemoryLayer`s of one method; every other kind of layer keeps transformers' own class.
+    """
+
+    def __init__(self, layers: list[Any], method: Any):
+        super().__init__(layers=layers)
+        self.method = method
+
+    def memory_layers(self) -> Iterator[MemoryLayer]:
+        return (layer for layer in self.layers if isinstance(layer, MemoryLayer))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes all layers really hold."""
+        return sum(self.report().parts.values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes transformers' DynamicCache would hold after the same calls."""
+        return self.report().dense_nbytes
+
+    def report(self) -> Report:
+        """Tokens seen, bytes held by part, bytes a dense cache would hold, and their ratio."""
+        parts: dict[str, int] = {}
+        dense, batch = 0, 0
+        for layer in self.layers:
+            if isinstance(layer, MemoryLayer):
+                dense += layer.dense_nbytes
+                batch = getattr(layer, "batch_size", 0)
+                for name, tensors in layer.parts().items():
+                    parts[name] = parts.get(name, 0) + storage_bytes(tensors)
+            else:
+                held = storage_bytes([x for x in vars(layer).values() if isinstance(x, torch.Tensor)])
+                parts["other layers"] = parts.get("other layers", 0) + held
+                dense += held
+        return Report(str(self.method), self.get_seq_length(), batch, sum(parts.values()), dense, parts)
+
+
+def other_layers(config: PretrainedConfig) -> list[CacheLayerMixin | None]:
+    """transformers' own cache layers for a decoder config; None where full attention wants a `MemoryLayer`."""
+    types, kwargs = get_layer_types_and_kwargs(config)
+    return [
+        None if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
+        for kind, options in zip(types, kwargs, strict=True)
+    ]

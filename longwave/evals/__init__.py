@@ -1,0 +1,1 @@
+"""Measuring what a method costs: one file a measurement."""

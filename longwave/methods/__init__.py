@@ -1,0 +1,33 @@
+"""The methods, by name. A method is one file and one line here."""
+
+import difflib
+
+from longwave.methods.base import Method
+from longwave.methods.dense import Dense
+from longwave.methods.fourier import Fourier
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Fourier)}
+PRESETS = {"fourier-paper": Fourier.paper}  # complete settings that have a name of their own
+
+
+def get_method(name: str, **options: object) -> Method:
+    """A method by name with its options, or an error that suggests the nearest name or option."""
+    if name in PRESETS:
+        if options:
+            raise ValueError(f"{name} is a complete preset and takes no options; got {', '.join(options)}")
+        return PRESETS[name]()
+    if name not in METHODS:
+        names = [*METHODS, *PRESETS]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
+        raise ValueError(f"unknown method {name!r}; {hint}")
+    known = [key for key in METHODS[name].__dataclass_fields__ if not key.startswith("_")]
+    for key in options:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known) or 'none'}"
+            raise ValueError(f"{name} has no option {key!r}; {hint}")
+    return METHODS[name](**options)  # type: ignore[arg-type]
+
+
+__all__ = ["METHODS", "PRESETS", "Dense", "Fourier", "Method", "get_method"]

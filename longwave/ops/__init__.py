@@ -1,0 +1,1 @@
+"""Numeric operations: one folder each, a plain torch reference beside its kernels."""

@@ -1,0 +1,66 @@
+"""Ordinary attention over dense K and V whose rows may differ in length.
+
+Shapes: B batch, Hq query heads, H key/value heads, Q queries, L stored tokens, D head_dim.
+"""
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+MASK_ELEMENTS = 1 << 25  # scores, or mask entries, held at once
+
+
+def query_block(rows: int, columns: int) -> int:
+    """Queries to take at a time so that `rows` x queries x `columns` stays within MASK_ELEMENTS."""
+    return max(1, MASK_ELEMENTS // max(1, rows * columns))
+
+
+def group_heads(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[B, Hq, Q, D] -> [B, H, G * Q, D]: query head h belongs to key/value head h // G."""
+    b, hq, queries, d = q.shape
+    return q.reshape(b, kv_heads, hq // kv_heads * queries, d)
+
+
+def visible_mask(visible: torch.Tensor, columns: int) -> torch.Tensor:
+    """visible [B, Q] counts the stored tokens a query may see -> bool [B, 1, Q, columns]."""
+    return (torch.arange(columns, device=visible.device) < visible[..., None])[:, None]
+
+
+def dense_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float,
+    visible: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Softmax attention: q [B, Hq, Q, D], k and v [B, H, L, D] -> [B, Hq, Q, D].
+
+    `visible` [B, Q] lets query i of row b see columns 0 .. visible[b, i] - 1; None lets it see all.
+    `mask` (bool or additive, [B or 1, Hq or 1, Q, L]) is a caller's own mask and replaces `visible`.
+    """
+    b, hq, queries, d = q.shape
+    groups = hq // k.shape[1]
+    if visible is None and mask is None:
+        if queries == 1 and q.dtype in (torch.float32, torch.float64):
+            # one row a head: two products beat the fused kernel on a CPU and need no copy of K and V
+            p = torch.softmax(group_heads(q, k.shape[1]) * scaling @ k.mT, dim=-1)
+            return (p @ v).reshape(b, hq, 1, d)
+        return sdpa(q, k, v, scale=scaling, enable_gqa=groups > 1)
+    if groups > 1:  # masked GQA falls back to a slow kernel on a GPU
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if mask is not None:
+        return sdpa(q, k, v, attn_mask=mask, scale=scaling)
+    assert visible is not None
+    out = torch.empty_like(q)
+    step = query_block(b, k.shape[2])
+    for start in range(0, queries, step):
+        seen = visible[:, start : start + step]
+        allowed = visible_mask(seen, k.shape[2])
+        allowed[..., 0] |= seen[:, None] == 0  # a padding query sees nothing: let it see something, not NaN
+        out[:, :, start : start + step] = sdpa(q[:, :, start : start + step], k, v, attn_mask=allowed, scale=scaling)
+    return out
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+    """A whole prompt at once: as many queries as tokens, each sees itself and what came before."""
+    return sdpa(q, k, v, scale=scaling, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])

@@ -1,0 +1,1 @@
+"""Projecting channels onto a basis along time, and attending over the coefficients."""

@@ -1,0 +1,223 @@
+"""The paper's own store: one period over the whole middle, complex DFT, mean and maximum-deviation correction.
+
+Source: arXiv 2506.11886 and its reference code, section 5 of our notes; what differs here is what was wrong there.
+A token's phase is its own index in the middle; the mean is removed before the transform; the gain follows the tokens
+that join later; a full period is fitted again with a longer one instead of wrapping round; nothing is a view.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from longwave.ops.spectral.basis import smooth_ge
+from longwave.store.channels import ChannelSplit
+
+FLUSH = 64  # tokens that join at once: the gain is computed anew each time
+
+
+def _floats(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def analyze(x: torch.Tensor, states: int, period: int, start: int = 0) -> torch.Tensor:
+    """Coefficients [.., states, c] of x [.., t, c] at phases start .. start + t - 1 of a zero-padded period.
+
+    Rows: states/2 cosines, then as many sines, frequency 0 first, scaled so that `resynthesize` is the plain
+    truncated inverse.
+    """
+    length = x.shape[-2]
+    padded = torch.nn.functional.pad(x, (0, 0, start, period - start - length))
+    bins = torch.fft.rfft(padded, dim=-2)[..., : states // 2, :] * math.sqrt(2 / period)
+    bins[..., 0, :] /= math.sqrt(2)
+    return torch.cat([bins.real, -bins.imag], dim=-2)
+
+
+def resynthesize(coef: torch.Tensor, period: int, length: int) -> torch.Tensor:
+    """coef [.., states, c] -> the first `length` values of the period [.., length, c]."""
+    cos, sin = coef.chunk(2, dim=-2)
+    bins = torch.complex(cos.contiguous(), -sin.contiguous()) * math.sqrt(period / 2)
+    bins[..., 0, :] *= math.sqrt(2)
+    return torch.fft.irfft(bins, n=period, dim=-2)[..., :length, :]
+
+
+class PeriodGroup:
+    """One head group of one row: kept [heads, M, n], coef [heads, S, c] and three numbers a channel.
+
+    A compressed channel reads gain * (r - centre) + mean, r the truncated inverse; stored as gain and shift.
+    """
+
+    def __init__(self, kept: torch.Tensor, comp: torch.Tensor, states: int, period: int):
+        x = comp.to(_floats(comp))
+        self.dtype = comp.dtype
+        self.kept = kept.clone()
+        self.mean = x.mean(-2)
+        self.reach = (x - self.mean[:, None]).abs().amax(-2)
+        self.coef = analyze(x - self.mean[:, None], states, period).to(comp.dtype)
+
+    def correct(self, period: int, length: int) -> None:
+        """Stretch the smooth signal so that its largest deviation equals the true one (paper, section 3)."""
+        if self.coef.shape[-1] == 0:
+            self.gain = self.shift = self.mean
+            return
+        r = resynthesize(self.coef.to(self.mean.dtype), period, length)
+        centre = r.mean(-2)
+        span = (r - centre[:, None]).abs().amax(-2)
+        self.gain = torch.where(span > 0, self.reach / span, torch.ones_like(span))
+        self.shift = self.mean - centre * self.gain
+
+    def join(self, kept: torch.Tensor, comp: torch.Tensor, start: int, period: int) -> None:
+        x = comp.to(self.mean.dtype) - self.mean[:, None]
+        self.kept = torch.cat([self.kept, kept], dim=-2)
+        self.reach = torch.maximum(self.reach, x.abs().amax(-2))
+        added = analyze(x, self.coef.shape[-2], period, start)
+        self.coef = (self.coef.to(added.dtype) + added).to(self.dtype)
+
+    def refit(self, period: int, length: int, longer: int) -> None:
+        states = self.coef.shape[-2]
+        r = resynthesize(self.coef.to(self.mean.dtype), period, length)
+        self.coef = analyze(r, states, longer).to(self.dtype)
+
+    def channels(self, period: int, length: int) -> torch.Tensor:
+        r = resynthesize(self.coef.to(self.gain.dtype), period, length)
+        return (r * self.gain[:, None] + self.shift[:, None]).to(self.dtype)
+
+    FIELDS = ("kept", "coef", "mean", "reach", "gain", "shift")
+
+    def move(self, device: torch.device | str) -> None:
+        for field in self.FIELDS:
+            setattr(self, field, getattr(self, field).to(device))
+
+    def clone(self) -> "PeriodGroup":
+        copy = object.__new__(PeriodGroup)
+        copy.dtype = self.dtype
+        for field in self.FIELDS:
+            setattr(copy, field, getattr(self, field).clone())
+        return copy
+
+
+class Row:
+    """One row of the batch: its period, its length, and its K and V groups. Rows share nothing."""
+
+    def __init__(self) -> None:
+        self.period = 0
+        self.length = 0
+        self.k: list[PeriodGroup] = []
+        self.v: list[PeriodGroup] = []
+
+    def groups(self) -> Iterator[PeriodGroup]:
+        yield from self.k
+        yield from self.v
+
+    def clone(self) -> "Row":
+        copy = Row()
+        copy.period, copy.length = self.period, self.length
+        copy.k, copy.v = [group.clone() for group in self.k], [group.clone() for group in self.v]
+        return copy
+
+
+class PeriodStore:
+    """The middle of a batch, each row one period. Same interface as `SegmentStore`."""
+
+    def __init__(self, batch: int, split_k: ChannelSplit, split_v: ChannelSplit, states: int, reserve: int):
+        self.split_k, self.split_v = split_k, split_v
+        self.states, self.reserve = states, reserve
+        self.rows = [Row() for _ in range(batch)]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [row.length for row in self.rows]
+
+    def due(self, row: int, waiting: int) -> int:
+        if self.rows[row].length == 0:
+            return waiting if waiting > self.states else 0  # fewer tokens than states would take more memory, not less
+        return waiting if waiting >= FLUSH else 0
+
+    def append(self, row: int | None, k: torch.Tensor, v: torch.Tensor) -> None:
+        for i, r in enumerate(range(len(self.rows)) if row is None else [row]):
+            self._append(self.rows[r], k[i : i + 1], v[i : i + 1])
+
+    def _append(self, row: Row, k: torch.Tensor, v: torch.Tensor) -> None:
+        end = row.length + k.shape[2]
+        if row.length and end > row.period:
+            longer = smooth_ge(end + max(self.reserve, end // 4))
+            for group in row.groups():
+                group.refit(row.period, row.length, longer)
+            row.period = longer
+        elif not row.length:
+            row.period = smooth_ge(end + self.reserve)
+        for groups, split, x in ((row.k, self.split_k, k), (row.v, self.split_v, v)):
+            for i, (kept, comp) in enumerate(split.split(x)):
+                if row.length:
+                    groups[i].join(kept[0], comp[0], row.length, row.period)
+                else:
+                    groups.append(PeriodGroup(kept[0], comp[0], self.states, row.period))
+        row.length = end
+        for group in row.groups():
+            group.correct(row.period, end)
+
+    def scores(self, q: torch.Tensor) -> torch.Tensor:
+        """q [B, H, R, D] -> unscaled scores [B, H, R, longest]; columns after a row's end are zero."""
+        out = q.new_zeros(*q.shape[:3], max(self.tokens))
+        for i, row in enumerate(self.rows):
+            if not row.length:
+                continue
+            parts = []
+            for group, (q_kept, q_comp) in zip(row.k, self.split_k.split(q[i : i + 1]), strict=True):
+                spectrum = (q_comp[0] * group.gain[:, None]) @ group.coef.to(q.dtype).mT  # [heads, R, S]
+                smooth = resynthesize(spectrum.mT, row.period, row.length).mT
+                offset = (q_comp[0] @ group.shift.to(q.dtype)[..., None])
+                parts.append((smooth + offset + q_kept[0] @ group.kept.to(q.dtype).mT)[None])
+            out[i, ..., : row.length] = self.split_k.stack(parts)[0]
+        return out
+
+    def mix(self, p: torch.Tensor) -> torch.Tensor:
+        """Probabilities [B, H, R, longest] -> their share of the output [B, H, R, D]."""
+        out = p.new_zeros(*p.shape[:3], self.split_v.dim)
+        for i, row in enumerate(self.rows):
+            if not row.length:
+                continue
+            parts = []
+            for group, part in zip(row.v, self.split_v.select(p[i : i + 1, ..., : row.length]), strict=True):
+                spectrum = analyze(part[0].mT, self.states, row.period).mT  # [heads, R, S]
+                comp = spectrum @ group.coef.to(p.dtype) * group.gain[:, None]
+                comp = comp + part[0].sum(-1, keepdim=True) * group.shift.to(p.dtype)[:, None]
+                parts.append(((part[0] @ group.kept.to(p.dtype))[None], comp[None]))
+            out[i] = self.split_v.join(parts)[0]
+        return out
+
+    def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
+        sides = []
+        for name, split in (("k", self.split_k), ("v", self.split_v)):
+            rows = []
+            for row in self.rows:
+                if not row.length:
+                    rows.append(None)
+                    continue
+                parts = [(g.kept[None], g.channels(row.period, row.length)[None]) for g in getattr(row, name)]
+                rows.append(split.join(parts)[0])
+            like = next(x for x in rows if x is not None)
+            whole = like.new_zeros(len(rows), split.heads, max(self.tokens), split.dim)
+            for i, x in enumerate(rows):
+                if x is not None:
+                    whole[i, :, : x.shape[1]] = x
+            sides.append(whole)
+        return sides[0], sides[1]
+
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        groups = [group for row in self.rows for group in row.groups()]
+        return {
+            "kept": [g.kept for g in groups],
+            "coefficients": [g.coef for g in groups],
+            "corrections": [x for g in groups for x in (g.mean, g.reach, g.gain, g.shift)],
+        }
+
+    def move(self, device: torch.device | str) -> None:
+        for row in self.rows:
+            for group in row.groups():
+                group.move(device)
+        self.split_k.move(device)
+        self.split_v.move(device)
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.rows = [self.rows[row].clone() for row in rows.tolist()]

@@ -10,12 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import Cache, PretrainedConfig
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    CacheLayerMixin,
-    get_layer_types_and_kwargs,
-)
+from transformers import Cache, DynamicCache, PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from longwave.attention import Handle, LogicalLength, StepMask
 from longwave.ops.attention import causal_attention, dense_attention
@@ -399,8 +395,4 @@ class LongCache(Cache):
 
 def other_layers(config: PretrainedConfig) -> list[CacheLayerMixin | None]:
     """transformers' own cache layers for a decoder config; None where full attention wants a `MemoryLayer`."""
-    types, kwargs = get_layer_types_and_kwargs(config)
-    return [
-        None if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**options)
-        for kind, options in zip(types, kwargs, strict=True)
-    ]
+    return [None if type(layer) is DynamicLayer else layer for layer in DynamicCache(config=config).layers]

@@ -5,6 +5,7 @@ runs `write`, `attend`, `settle`. A prompt given in one call is so read with exa
 after, one layer at a time; later tokens see the compressed past.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -362,6 +363,15 @@ class LongCache(Cache):
     def __init__(self, layers: list[Any], method: Any):
         super().__init__(layers=layers)
         self.method = method
+        self._unused = [None if isinstance(layer, MemoryLayer) else copy.deepcopy(layer) for layer in layers]
+
+    def reset(self) -> None:
+        """Forget everything; the next use may have another batch size."""
+        for index, unused in enumerate(self._unused):
+            if unused is None:
+                self.layers[index].reset()
+            else:  # transformers' own layers may keep their old batch size through a reset
+                self.layers[index] = copy.deepcopy(unused)
 
     def memory_layers(self) -> Iterator[MemoryLayer]:
         return (layer for layer in self.layers if isinstance(layer, MemoryLayer))

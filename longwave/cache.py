@@ -99,8 +99,6 @@ class MemoryLayer(CacheLayerMixin):
                 f"this cache holds a batch of {self.batch_size} but got {key_states.shape[0]} rows: use a new cache, "
                 "or cache.reset(), cache.batch_repeat_interleave(n), cache.batch_select_indices(rows)"
             )
-        if key_states.shape[2] == 0:
-            raise ValueError("no new tokens: the prompt is empty, or all of it is in the cache already")
         self._flush()
         if self._unsettled:  # a past that was kept open for `crop` is final once more tokens come
             self.settle()
@@ -120,11 +118,16 @@ class MemoryLayer(CacheLayerMixin):
         if self._new is None:
             raise RuntimeError("attention was asked twice for one update: models that share K and V between layers are not supported")
         causal, own_mask, valid = True, None, None
-        if isinstance(mask, StepMask):
-            causal, valid = mask.causal, self._read_padding(mask)
-        elif mask is not None:
-            own_mask = self._check_own_mask(mask)
-        self.write(*self._new, valid)
+        try:
+            if isinstance(mask, StepMask):
+                causal, valid = mask.causal, self._read_padding(mask)
+            elif mask is not None:
+                own_mask = self._check_own_mask(mask)
+            self.write(*self._new, valid)
+        except (ValueError, NotImplementedError):  # refused: as if it had never been given
+            self.columns -= q.shape[2]
+            self._new = None
+            raise
         out = self.attend(q, scaling, causal, own_mask)
         self._fresh = False
         if self.record_past:
@@ -137,11 +140,11 @@ class MemoryLayer(CacheLayerMixin):
         """Store new tokens dense. `valid` [batch, t] marks the real ones, None means all."""
         if not self.is_initialized:
             self.lazy_initialization(k, v)
+        if k.device.type == "cpu" and not bool(torch.isfinite(k.sum() + v.sum())):
+            self._refuse_nan(k, v, valid)
         if self._new is None:  # called directly, not through `update`
             self.columns += k.shape[2]
         self._new = None
-        if k.device.type == "cpu" and not bool(torch.isfinite(k.sum() + v.sum())):
-            self._refuse_nan(k, v, valid)
         self._fresh = self.dense.k is None
         self._valid = valid
         self._before = list(self.dense.lengths)
@@ -157,6 +160,8 @@ class MemoryLayer(CacheLayerMixin):
         return self.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if query_length == 0:
+            raise ValueError("the prompt is empty, or all of it is in the cache already")
         return LogicalLength(self.columns + query_length), 0
 
     def get_max_length(self) -> int:
@@ -372,6 +377,12 @@ class LongCache(Cache):
                 self.layers[index].reset()
             else:  # transformers' own layers may keep their old batch size through a reset
                 self.layers[index] = copy.deepcopy(unused)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Called once at the start of a forward pass, so the place to see that the last one ended well."""
+        if len({layer.columns for layer in self.memory_layers()}) > 1:
+            raise ValueError("the last forward pass failed half-way and layers hold different tokens: call cache.reset()")
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def memory_layers(self) -> Iterator[MemoryLayer]:
         return (layer for layer in self.layers if isinstance(layer, MemoryLayer))

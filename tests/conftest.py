@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -86,6 +89,25 @@ def left_padded(batch, length, pads, seed=1):
     for row, count in enumerate(pads):
         ids[row, :count], mask[row, :count] = 0, 0
     return ids, mask
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One id a character: padding, newline and printable ASCII make 97; other characters are dropped."""
+    vocabulary = {"<pad>": 0, "\n": 1} | {chr(code): code - 30 for code in range(32, 127)}
+    characters = Tokenizer(BPE(vocabulary, []))
+    characters.decoder = decoders.Fuse()
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", model_input_names=names)
+
+
+@pytest.fixture(scope="session")
+def folder(models, tokenizer, tmp_path_factory):
+    """The small llama and the tokenizer, saved."""
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    models["llama"][1].save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
 
 
 @pytest.fixture(scope="session")

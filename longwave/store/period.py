@@ -27,6 +27,8 @@ def analyze(x: torch.Tensor, states: int, period: int, start: int = 0) -> torch.
     truncated inverse.
     """
     length = x.shape[-2]
+    if x.numel() == 0:  # a head that keeps every channel; FFT libraries refuse empty input
+        return x.new_zeros(*x.shape[:-2], states, x.shape[-1])
     padded = torch.nn.functional.pad(x, (0, 0, start, period - start - length))
     bins = torch.fft.rfft(padded, dim=-2)[..., : states // 2, :] * math.sqrt(2 / period)
     bins[..., 0, :] /= math.sqrt(2)
@@ -35,6 +37,8 @@ def analyze(x: torch.Tensor, states: int, period: int, start: int = 0) -> torch.
 
 def resynthesize(coef: torch.Tensor, period: int, length: int) -> torch.Tensor:
     """coef [.., states, c] -> the first `length` values of the period [.., length, c]."""
+    if coef.numel() == 0:
+        return coef.new_zeros(*coef.shape[:-2], length, coef.shape[-1])
     cos, sin = coef.chunk(2, dim=-2)
     bins = torch.complex(cos.contiguous(), -sin.contiguous()) * math.sqrt(period / 2)
     bins[..., 0, :] *= math.sqrt(2)
@@ -57,9 +61,6 @@ class PeriodGroup:
 
     def correct(self, period: int, length: int) -> None:
         """Stretch the smooth signal so that its largest deviation equals the true one (paper, section 3)."""
-        if self.coef.shape[-1] == 0:
-            self.gain = self.shift = self.mean
-            return
         r = resynthesize(self.coef.to(self.mean.dtype), period, length)
         centre = r.mean(-2)
         span = (r - centre[:, None]).abs().amax(-2)

@@ -1,0 +1,457 @@
+"""What fourier promises, on its layer and through small models."""
+
+import copy
+
+import pytest
+import torch
+
+import longwave
+from longwave.cache import storage_bytes
+from longwave.methods.base import CacheShape
+from longwave.methods.fourier import paper_share
+from longwave.ops.spectral.basis import BASES
+from tests.conftest import build, left_padded, random_profile, shape_of, tokens
+
+H, D = 2, 8
+OPTIONS = {
+    "dct": longwave.Fourier(keep=0.25, states=3, segment=16, sinks=3, window=10, basis="dct"),
+    "dft": longwave.Fourier(keep=(0.0, 0.5), states=4, segment=15, sinks=0, window=1, basis="dft"),
+    "legendre": longwave.Fourier(keep=0.5, states=2, segment=7, sinks=2, window=9, basis="legendre"),
+    "ragged": longwave.Fourier(keep=0.3, states=3, segment=16, sinks=3, window=10, quota="layer"),
+    "period": longwave.Fourier(
+        keep=0.3, states=12, segment=None, sinks=3, window=10, basis="dft", gain="max", quota="layer", reserve=20
+    ),
+}
+
+
+def bound(options, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    profile = longwave.Profile({}, {}, {}, torch.rand(1, H, D, generator=g), torch.rand(1, H, D, generator=g))
+    shape = CacheShape((0,), (), H, D, dtype)
+    return options.bind(shape, profile, None), shape
+
+
+def new_layer(options, dtype=torch.float64):
+    method, shape = bound(options, dtype=dtype)
+    return method.layer(0, shape)
+
+
+def draw(batch, count, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(batch, H, count, D, generator=g, dtype=dtype) for _ in range(2))
+
+
+def feed(layer, k, v, sizes, valid=None):
+    start = 0
+    for size in sizes:
+        part = None if valid is None else valid[:, start : start + size]
+        layer.write(k[:, :, start : start + size], v[:, :, start : start + size], part)
+        layer.settle()
+        start += size
+    assert start == k.shape[2]
+
+
+@pytest.fixture(params=list(OPTIONS))
+def options(request):
+    return OPTIONS[request.param]
+
+
+# attention
+
+@pytest.mark.parametrize("queries", [1, 17])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attend_is_softmax_over_materialize(options, queries, groups, batch, causal):
+    layer = new_layer(options)
+    k, v = draw(batch, 101)
+    feed(layer, k, v, [50, 51])
+    assert layer.store is not None and min(layer.store.tokens) > 0
+    layer.write(*draw(batch, queries, seed=5))
+    q = torch.randn(batch, H * groups, queries, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    got = layer.attend(q, 0.4, causal)
+    dense_k, dense_v = (x.repeat_interleave(groups, 1) for x in layer.materialize())
+    allowed = torch.ones(queries, 101 + queries, dtype=torch.bool)
+    if causal:
+        allowed = allowed.tril(101)
+    p = torch.softmax((q @ dense_k.mT * 0.4).masked_fill(~allowed, float("-inf")), -1)
+    torch.testing.assert_close(got, p @ dense_v, rtol=0, atol=1e-9)
+
+
+def test_attend_in_query_blocks(options, monkeypatch):
+    layer = new_layer(options)
+    feed(layer, *draw(1, 101), [101])
+    layer.write(*draw(1, 17, seed=5))
+    q = torch.randn(1, H, 17, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    whole = layer.attend(q, 0.4)
+    monkeypatch.setattr("longwave.ops.attention.MASK_ELEMENTS", 2 * 200 * 3)
+    torch.testing.assert_close(layer.attend(q, 0.4), whole, rtol=0, atol=1e-12)
+
+
+# storage
+
+def test_compressed_channels_are_projections_of_the_dense_ones():
+    """Independently: rows of cosines, least squares, one segment at a time."""
+    options = OPTIONS["dct"]
+    layer = new_layer(options)
+    k, v = draw(2, 103)
+    feed(layer, k, v, [103])
+    t = torch.arange(16, dtype=torch.float64)
+    basis = torch.stack([torch.cos(torch.pi * n * (t + 0.5) / 16) for n in range(3)], dim=1)
+    for exact, held, kept in zip((k, v), layer.materialize(), (layer.kept_k, layer.kept_v), strict=True):
+        expected = exact.clone()
+        for segment in range(5):  # 103 - 3 - 10 = 90 waiting, 5 segments of 16
+            at = slice(3 + 16 * segment, 3 + 16 * (segment + 1))
+            for head in range(H):
+                for channel in (~kept[head]).nonzero()[:, 0].tolist():
+                    y = exact[:, head, at, channel]
+                    expected[:, head, at, channel] = (basis @ torch.linalg.lstsq(basis, y.T).solution).T
+        assert not torch.equal(expected, exact)
+        torch.testing.assert_close(held, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["dct", "dft", "legendre", "ragged"])
+def test_step_by_step_equals_all_at_once(name):
+    k, v = draw(2, 97)
+    layers = []
+    for sizes in ([97], [1] * 97, [40, 1, 1, 30, 25]):
+        layers.append(new_layer(OPTIONS[name]))
+        feed(layers[-1], k, v, sizes)
+    for layer in layers[1:]:
+        assert layer.store.tokens == layers[0].store.tokens
+        assert layer.nbytes == layers[0].nbytes
+        for a, b in zip(layer.materialize(), layers[0].materialize(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_every_token_keeps_its_place(options):
+    """Kept channels across every segment border, sinks and window are the dense ones, in order."""
+    layer = new_layer(options)
+    k, v = draw(1, 120)
+    feed(layer, k, v, [60] + [1] * 60)
+    for exact, held, kept in zip((k, v), layer.materialize(), (layer.kept_k, layer.kept_v), strict=True):
+        assert held.shape == exact.shape
+        for head in range(H):
+            assert torch.equal(held[0, head][:, kept[head]], exact[0, head][:, kept[head]])
+        first, last = options.sinks, options.window
+        assert torch.equal(held[:, :, :first], exact[:, :, :first])
+        assert torch.equal(held[:, :, -last:], exact[:, :, -last:])
+
+
+@pytest.mark.parametrize("basis", list(BASES))
+def test_all_states_are_exact(basis):
+    layer = new_layer(longwave.Fourier(keep=0.0, states=9, segment=9, sinks=1, window=4, basis=basis))
+    k, v = draw(2, 77)
+    feed(layer, k, v, [50, 27])
+    for exact, held in zip((k, v), layer.materialize(), strict=True):
+        torch.testing.assert_close(held, exact, rtol=0, atol=1e-9)
+
+
+def test_rows_of_different_lengths(options):
+    """Row by row, a padded batch holds what single rows hold, whatever the chunks."""
+    k, v = draw(3, 110)
+    pads = [0, 37, 109]
+    valid = torch.stack([torch.arange(110) >= pad for pad in pads])
+    together = new_layer(options)
+    feed(together, k, v, [60, 49, 1], valid)
+    held = together.materialize()
+    for row, pad in enumerate(pads):
+        alone = new_layer(options)
+        sizes = [max(0, 60 - pad), 49 - max(0, pad - 60), 1]
+        feed(alone, k[row : row + 1, :, pad:], v[row : row + 1, :, pad:], [s for s in sizes if s])
+        for a, b in zip(held, alone.materialize(), strict=True):
+            torch.testing.assert_close(a[row : row + 1, :, : 110 - pad], b, rtol=0, atol=1e-9)
+            assert not a[row, :, 110 - pad :].any()
+
+
+# bytes
+
+def formula(options, length, kept_k, kept_v, itemsize):
+    """Bytes of one row, from the text of docs/fourier.md: [S, c] coefficients and [T, n] values per segment,
+    everything else dense in blocks of 64 tokens."""
+    waiting = max(0, length - options.sinks - options.window)
+    if options.segment is None:
+        middle = waiting if waiting > options.states else 0
+        pages = 1 if middle else 0
+    else:
+        pages = waiting // options.segment
+        middle = pages * options.segment
+    dense = (length - middle + 63) // 64 * 64
+    total = dense * 2 * H * D * itemsize
+    for kept in (kept_k, kept_v):
+        n = int(kept.sum())
+        c = H * D - n
+        total += (middle * n + pages * options.states * c) * itemsize
+        if options.segment is None and middle:
+            total += 4 * c * max(4, itemsize)
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 5, 28, 29, 90, 333])
+def test_bytes_equal_the_formula(options, dtype, length):
+    layer = new_layer(options, dtype)
+    k, v = draw(1, length, dtype=dtype)
+    layer.write(k, v)
+    layer.settle()
+    method, shape = bound(options, dtype=dtype)
+    expected = formula(options, length, layer.kept_k, layer.kept_v, k.element_size())
+    assert layer.nbytes == expected
+    assert method.layer_bytes(0, shape, length) == expected
+
+
+@pytest.mark.parametrize("name", ["dct", "dft", "legendre", "ragged"])
+def test_bytes_while_growing(name):
+    """A token at a time: never more than the formula, and never above the peak that a size budget is computed with."""
+    options = OPTIONS[name]
+    method, shape = bound(options)
+    layer, (k, v) = method.layer(0, shape), draw(1, 200)
+    most = 0
+    for t in range(200):
+        layer.write(k[:, :, t : t + 1], v[:, :, t : t + 1])
+        layer.settle()
+        assert layer.nbytes == method.layer_bytes(0, shape, t + 1)
+        most = max(most, layer.nbytes)
+    assert most <= method.peak_bytes(shape, 200)
+
+
+def test_nothing_of_a_prompt_is_pinned(options):
+    """No tensor held shares memory with the prompt's, and none is a view of something larger."""
+    layer = new_layer(options)
+    k, v = draw(2, 150)
+    layer.write(k, v)
+    layer.settle()
+    own = [x for tensors in layer.parts().values() for x in tensors]
+    theirs = {k.untyped_storage().data_ptr(), v.untyped_storage().data_ptr()}
+    assert not theirs & {x.untyped_storage().data_ptr() for x in own}
+    assert sum(x.numel() * x.element_size() for x in own) == storage_bytes(own) == layer.nbytes
+
+
+def test_the_store_is_not_copied_for_every_token():
+    layer = new_layer(OPTIONS["dct"])
+    k, v = draw(1, 130)
+    seen = set()
+    for t in range(130):
+        layer.write(k[:, :, t : t + 1], v[:, :, t : t + 1])
+        layer.settle()
+        if layer.store is not None:
+            seen.add(layer.store.k.kept[0].data_ptr())
+    assert len(seen) <= (130 - 13) // 16
+
+
+# through models
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("options", [dict(keep=0.0, states=16), dict(keep=1.0, states=2)], ids=["states", "kept"])
+def test_nothing_lost_equals_dense(dtype, options):
+    model = build("llama", dtype)
+    ids = tokens(2, 90)
+    expected = model(ids, use_cache=False).logits
+    memory = longwave.cache(model, longwave.Fourier(segment=16, sinks=2, window=8, **options))
+    with torch.no_grad():
+        got = [model(ids[:, a:b], past_key_values=memory).logits for a, b in ((0, 60), (60, 89), (89, 90))]
+    assert any(layer.store is not None for layer in memory.memory_layers())
+    atol = 1e-9 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(torch.cat(got, 1), expected, rtol=0, atol=atol)
+
+
+LOSSY = {
+    "segments": dict(keep=0.25, states=2, segment=16, sinks=2, window=8),
+    "ragged": dict(keep=0.25, states=2, segment=16, sinks=2, window=8, quota="layer"),
+    "period": dict(keep="paper", states=16, segment=None, sinks=2, window=8, basis="dft", gain="max", quota="layer", reserve=16),
+}
+
+
+@pytest.fixture(params=list(LOSSY))
+def lossy(request):
+    return lambda model: longwave.cache(model, longwave.Fourier(**LOSSY[request.param]), profile=random_profile(model))
+
+
+@pytest.mark.parametrize("chunk", [None, 13])
+def test_a_row_does_not_depend_on_the_others(models, lossy, chunk):
+    model = models["llama"][0]
+    ids, mask = left_padded(3, 80, [31, 0, 77])
+    options = dict(max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    options |= {} if chunk is None else {"prefill_chunk_size": chunk}
+    memory = lossy(model)
+    together = model.generate(ids, attention_mask=mask, past_key_values=memory, **options)
+    assert all(torch.isfinite(x).all() for x in together.logits)
+    for row, pad in enumerate((31, 0, 77)):
+        if chunk is not None and pad % chunk:  # chunks would begin elsewhere in the row
+            continue
+        alone = model.generate(
+            ids[row : row + 1, pad:], attention_mask=mask[row : row + 1, pad:], past_key_values=lossy(model), **options
+        )
+        assert torch.equal(together.sequences[row, 80:], alone.sequences[0, 80 - pad :])
+        torch.testing.assert_close(together.logits[-1][row], alone.logits[-1][0], rtol=1e-3, atol=1e-3)
+    assert min(layer.store.tokens[1] for layer in memory.memory_layers()) > 0
+
+
+def test_it_really_compresses(llama, lossy):
+    """Lossy settings must change the logits: a silent no-op would pass every test of exactness."""
+    ids = tokens(1, 300)
+    exact = llama(ids, use_cache=False).logits[:, -1]
+    memory = lossy(llama)
+    with torch.no_grad():
+        llama(ids[:, :299], past_key_values=memory)
+        got = llama(ids[:, 299:], past_key_values=memory).logits[:, -1]
+    assert memory.nbytes < 0.8 * memory.dense_nbytes
+    assert (got - exact).abs().max() > 1e-2
+
+
+def test_beams_reorder_the_compressed_past(models, lossy):
+    """Beam search with k beams on a compressed cache equals replaying each result alone."""
+    model = models["llama"][0]
+    ids = tokens(1, 70)
+    memory = lossy(model)
+    out = model.generate(
+        ids, past_key_values=memory, num_beams=3, num_return_sequences=3, max_new_tokens=30, do_sample=False,
+        return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
+    )
+    for sequence, score in zip(out.sequences, out.sequences_scores, strict=True):
+        replay, total = lossy(model), 0.0
+        with torch.no_grad():
+            logits = model(ids, past_key_values=replay).logits[:, -1]
+            for token in sequence[70:]:
+                total += torch.log_softmax(logits, -1)[0, token].item()
+                logits = model(token.view(1, 1), past_key_values=replay).logits[:, -1]
+        assert total == pytest.approx(score.item(), abs=2e-3)
+
+
+def test_several_tokens_at_once_equal_one_by_one_within_the_open_segment(llama, lossy):
+    ids, new = tokens(2, 66), tokens(2, 6, seed=2)
+    at_once, stepwise = lossy(llama), lossy(llama)
+    with torch.no_grad():
+        for memory in (at_once, stepwise):
+            llama(ids, past_key_values=memory)
+        before = [layer.store.tokens for layer in stepwise.memory_layers()]
+        expected = torch.cat([llama(new[:, i : i + 1], past_key_values=stepwise).logits for i in range(6)], 1)
+        assert before == [layer.store.tokens for layer in stepwise.memory_layers()]  # nothing crossed the window
+        torch.testing.assert_close(llama(new, past_key_values=at_once).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_shorter_than_sinks_and_window_stay_dense(llama):
+    memory = longwave.cache(llama, longwave.Fourier(keep=0.0, states=2, segment=16, sinks=4, window=40))
+    ids = tokens(1, 30)
+    with torch.no_grad():
+        got = llama(ids, past_key_values=memory).logits
+    torch.testing.assert_close(got, llama(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    assert all(layer.store is None for layer in memory.memory_layers())
+    assert "dense" in str(memory.report())
+
+
+def test_paper_growth_crosses_the_threshold(llama):
+    """A short prompt that grows past sinks + window + states is compressed then: the release leaves it dense for ever."""
+    memory = longwave.cache(llama, longwave.Fourier(**LOSSY["period"]), profile=random_profile(llama))
+    llama.generate(tokens(1, 20), past_key_values=memory, max_new_tokens=60, do_sample=False)
+    assert all(layer.store is not None and layer.store.tokens[0] > 16 for layer in memory.memory_layers())
+
+
+def test_crop_keeps_to_the_dense_tail(llama, lossy):
+    memory, twin = lossy(llama), lossy(llama)
+    ids, guess, new = tokens(1, 80), tokens(1, 5, seed=2), tokens(1, 3, seed=3)
+    with torch.no_grad():
+        for m in (memory, twin):
+            llama(ids, past_key_values=m)
+        memory.activate_past_recording()
+        llama(guess, past_key_values=memory)
+        memory.crop(-5)
+        assert memory.get_seq_length() == 80
+        got, expected = (llama(new, past_key_values=m).logits for m in (memory, twin))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="compressed already"):
+        memory.crop(-70)
+
+
+def test_recording_postpones_compression_by_one_pass_only(llama, lossy):
+    memory = lossy(llama)
+    memory.activate_past_recording()
+    with torch.no_grad():
+        llama(tokens(1, 100), past_key_values=memory)
+        assert all(layer.store is None for layer in memory.memory_layers())
+        llama(tokens(1, 1), past_key_values=memory)
+    assert all(layer.store is not None for layer in memory.memory_layers())
+
+
+def test_deepcopies_do_not_share_the_store(llama, lossy):
+    memory = lossy(llama)
+    with torch.no_grad():
+        llama(tokens(1, 90), past_key_values=memory)
+        twin = copy.deepcopy(memory)
+        expected = llama(tokens(1, 4, seed=3), past_key_values=twin).logits
+        llama(tokens(1, 90, seed=9), past_key_values=memory)
+        fresh = lossy(llama)
+        llama(tokens(1, 90), past_key_values=fresh)
+        torch.testing.assert_close(llama(tokens(1, 4, seed=3), past_key_values=fresh).logits, expected)
+    assert twin.nbytes > 0
+
+
+def test_half_precision_stays_close_to_float32():
+    model, half = build("llama"), build("llama", torch.bfloat16)
+    ids = tokens(1, 100)
+    made = []
+    for m in (model, half):
+        memory = longwave.cache(m, longwave.Fourier(**LOSSY["segments"]), profile=random_profile(m))
+        with torch.no_grad():
+            m(ids, past_key_values=memory)
+        made.append(memory.layers[0].materialize()[0].float())
+        assert memory.layers[0].store.k.coef[0].dtype == m.dtype
+    assert (made[0] - made[1]).abs().max() < 0.02 * made[0].abs().max()
+
+
+# options
+
+def test_paper_preset(llama):
+    paper = longwave.Fourier.paper()
+    assert (paper.states, paper.segment, paper.sinks, paper.window, paper.basis) == (1024, None, 4, 1020, "dft")
+    assert [paper_share(i, 32) for i in (0, 3, 4, 23, 24, 31)] == [(0.9, 0.95)] * 2 + [(0.8, 0.8)] * 2 + [(0.5, 0.7)] * 2
+    # the counts of the published Llama-3.1-8B profile: 8 heads of 128 channels, 32 layers
+    shape = CacheShape(tuple(range(32)), (), 8, 128, torch.bfloat16)
+    errors = torch.rand(32, 8, 128, generator=torch.Generator().manual_seed(0))
+    kept = paper.bind(shape, longwave.Profile({}, {}, {}, errors, errors), None).kept
+    compressed = [tuple(int((~table).sum()) for table in pair) for pair in kept]
+    assert compressed == [(921, 972)] * 4 + [(819, 819)] * 20 + [(512, 716)] * 8
+    assert sum(k + v for k, v in compressed) == 50156
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(keep=1.5), "keep is a share of channels from 0 to 1.*1.5"),
+        (dict(keep=-0.1), "from 0 to 1"),
+        (dict(keep="papre"), "papre"),
+        (dict(keep=(0.1, 0.2, 0.3)), r"\(K, V\)"),
+        (dict(keep=True), "True"),
+        (dict(states=0), "states is a whole number of coefficients, at least 1; got 0"),
+        (dict(states=2.5), "2.5"),
+        (dict(states=300, segment=256), "cannot exceed the segment's 256 tokens"),
+        (dict(segment=0), "segment is a whole number of tokens"),
+        (dict(sinks=-1), "sinks is a whole number of tokens, at least 0; got -1"),
+        (dict(window=0), "window is a whole number of tokens, at least 1; got 0"),
+        (dict(basis="wavelet"), "unknown basis 'wavelet'; choose from dct, dft, legendre"),
+        (dict(gain="max"), "gain belongs to one period"),
+        (dict(gain="mean"), 'gain is None or "max"'),
+        (dict(quota="model"), 'quota is "head" or "layer"'),
+        (dict(segment=None), 'needs basis="dft"'),
+        (dict(segment=None, basis="dft"), 'needs gain="max"'),
+        (dict(segment=None, basis="dft", gain="max", states=7), "must be even; got 7"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        longwave.Fourier(**options)
+
+
+def test_budget_decides_the_kept_share(llama):
+    shape = shape_of(llama)
+    for budget in (1.0, 0.75, 0.5, 0.25):
+        method = longwave.Fourier(states=1, segment=16).bind(shape, random_profile(llama), budget)
+        n, c = method.kept_share, 1 - method.kept_share
+        assert budget - 1 / 8 < n + c / 16 <= budget + 1e-9
+    with pytest.raises(ValueError, match="less than the coefficients alone take.*0.0625"):
+        longwave.Fourier(states=1, segment=16).bind(shape, None, 0.05)
+
+
+def test_unbound_options_say_so():
+    with pytest.raises(ValueError, match="not bound to a model"):
+        _ = longwave.Fourier().kept

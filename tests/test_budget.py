@@ -1,0 +1,208 @@
+import re
+
+import pytest
+import torch
+
+import longwave
+from longwave.budget import human, parse_budget
+from tests.conftest import random_profile, shape_of
+
+SEGMENTS = longwave.Fourier(segment=16, states=2, sinks=2, window=16)
+PERIOD = longwave.Fourier(segment=None, basis="dft", gain="max", states=8, sinks=2, window=16, reserve=32)
+LONGEST = 300
+
+
+def fill(memory, lengths, batch=1):
+    """Give every layer noise up to each of `lengths` in turn; yields the bytes held after each."""
+    heads, dim = 2, 8
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for length in lengths:
+        for index in range(len(memory.layers)):
+            new = torch.randn(2, batch, heads, length - held, dim, generator=generator)
+            memory.update(new[0], new[1], index)
+            memory.layers[index].crop(0)  # nothing is removed; the layer settles as after a forward pass
+        held = length
+        yield memory.report().nbytes
+
+
+def build(model, method, budget, max_tokens=LONGEST, **options):
+    return longwave.cache(model, method, budget, random_profile(model), max_tokens=max_tokens, **options)
+
+
+def smallest(model, method, **options):
+    with pytest.raises(ValueError, match="the smallest that fourier can do") as refused:
+        build(model, method, "1B", **options)
+    return int(re.search(r"\((\d+) bytes\)", str(refused.value))[1])
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (0.25, (0.25, None)),
+        (1, (1.0, None)),
+        ("0.25", (0.25, None)),
+        (".5", (0.5, None)),
+        ("1e-1", (0.1, None)),
+        ("25%", (0.25, None)),
+        (" 12.5 % ", (0.125, None)),
+        ("100%", (1.0, None)),
+        ("700B", (None, 700)),
+        ("2KB", (None, 2000)),
+        ("2KiB", (None, 2048)),
+        ("512MiB", (None, 512 * 2**20)),
+        ("512 mib", (None, 512 * 2**20)),
+        ("1.5GB", (None, 1_500_000_000)),
+        ("2GiB", (None, 2**31)),
+    ],
+)
+def test_budgets_that_can_be_read(given, expected):
+    assert parse_budget(given) == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(0, -0.25, 1.5, 512, float("nan"), float("inf"), True, None, [0.25], b"0.25"),
+        *("", "GB", "%", "-0.25", "0", "1.01", "0%", "150%", "0,25", "0.25 of it", "12 parsecs", "512M", "nan", "-2GB"),
+        *("0MiB", "0.5B", "1e999GB", "1e999"),
+    ],
+)
+def test_wrong_budgets_are_named(given):
+    with pytest.raises(ValueError, match=re.escape(repr(given))):
+        parse_budget(given)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**20, "1 MiB"), (5 * 2**30, "5 GiB")]
+)
+def test_sizes_for_people(size, text):
+    assert human(size) == text
+
+
+@pytest.mark.parametrize("method", [SEGMENTS, PERIOD], ids=["segments", "period"])
+@pytest.mark.parametrize("step", [1, 7, LONGEST])
+@pytest.mark.parametrize("over", [0, 9_000, 40_000])
+def test_size_is_never_exceeded(llama, method, step, over):
+    size = smallest(llama, method) + over
+    memory = build(llama, method, f"{size}B")
+    lengths = [*range(step, LONGEST, step), LONGEST]
+    assert max(fill(memory, lengths)) <= size
+
+
+@pytest.mark.parametrize("longest", [5, 33, 34, 49, 50, 83, 84, 200])
+def test_size_is_never_exceeded_whatever_the_length(llama, longest):
+    size = smallest(llama, SEGMENTS, max_tokens=longest) + 3_000
+    memory = build(llama, SEGMENTS, f"{size}B", longest)
+    assert max(fill(memory, range(1, longest + 1))) <= size
+
+
+def test_size_covers_all_rows(llama):
+    size = smallest(llama, SEGMENTS, batch=3) + 20_000
+    memory = build(llama, SEGMENTS, f"{size}B", batch=3)
+    assert max(fill(memory, range(1, LONGEST + 1), batch=3)) <= size
+
+
+def test_size_covers_sliding_layers(models):
+    model = models["gemma3"][0]
+    size = smallest(model, SEGMENTS)
+    memory = build(model, SEGMENTS, f"{size}B")
+    assert max(fill(memory, [100, *range(101, LONGEST + 1)])) <= size
+
+
+@pytest.mark.parametrize("over", [0, 5_000, 12_345, 25_000, 60_000, 10**9])
+def test_size_keeps_as_many_channels_as_fit(llama, over):
+    size = smallest(llama, SEGMENTS) + over
+    shape, profile = shape_of(llama), random_profile(llama)
+    fitting = []
+    for count in range(shape.head_dim + 1):
+        method = longwave.Fourier(keep=count / shape.head_dim, segment=16, states=2, sinks=2, window=16)
+        if method.bind(shape, profile, None).peak_bytes(shape, LONGEST) <= size:
+            fitting.append(count / shape.head_dim)
+    assert build(llama, SEGMENTS, f"{size}B").method.kept_share == fitting[-1]
+
+
+@pytest.mark.parametrize("method", [SEGMENTS, PERIOD], ids=["segments", "period"])
+def test_smallest_size_named_is_the_smallest(llama, method):
+    size = smallest(llama, method)
+    assert build(llama, method, f"{size}B").method.kept_share == 0
+    with pytest.raises(ValueError, match=f"{size} bytes"):
+        build(llama, method, f"{size - 1}B")
+
+
+def test_default_length_is_the_models_context(llama):
+    memory = longwave.cache(llama, SEGMENTS, "300KB", random_profile(llama))
+    assert memory.layers[0].max_tokens == llama.config.max_position_embeddings
+    assert memory.layers[0].get_max_length() == llama.config.max_position_embeddings
+
+
+def test_longer_input_than_the_size_is_for_is_refused(llama):
+    memory = build(llama, SEGMENTS, "100KB", 50)
+    list(fill(memory, [30, 50]))
+    with pytest.raises(ValueError, match="for 50 tokens and 51 were given"):
+        list(fill(memory, [1]))
+    with pytest.raises(ValueError, match="for 50 tokens and 60 were given"):
+        list(fill(build(llama, SEGMENTS, "100KB", 50), [60]))
+
+
+def test_more_rows_than_the_size_is_for_are_refused(llama):
+    memory = build(llama, SEGMENTS, "100KB", 50, batch=2)
+    with pytest.raises(ValueError, match="rows"):
+        list(fill(memory, [50], batch=3))
+
+
+def test_size_needs_a_length(llama, monkeypatch):
+    monkeypatch.setattr(llama.config, "max_position_embeddings", None)
+    with pytest.raises(ValueError, match="give max_tokens"):
+        longwave.cache(llama, SEGMENTS, "1MB", random_profile(llama))
+    assert longwave.cache(llama, SEGMENTS, "1MB", random_profile(llama), max_tokens=100)
+
+
+@pytest.mark.parametrize(("budget", "longest"), [(None, 100), (0.5, 100), ("1MB", 0), ("1MB", -5)])
+def test_length_belongs_to_a_size(llama, budget, longest):
+    with pytest.raises(ValueError, match="max_tokens is at least 1 and goes with a budget given as a size"):
+        build(llama, SEGMENTS, budget, longest)
+
+
+@pytest.mark.parametrize("fraction", [0.125, 0.13, 0.3, 0.5, 0.77, 0.999, 1.0])
+def test_fraction_bounds_what_more_context_costs(llama, fraction):
+    memory = longwave.cache(llama, SEGMENTS, fraction, random_profile(llama))
+    # at these lengths the same 18 tokens are dense, so the difference is the middle alone
+    before, after = fill(memory, [2 + 16 + 16, 2 + 16 + 16 * 11])
+    dense = 16 * 10 * shape_of(llama).token_bytes * len(memory.layers)
+    channel = (1 - SEGMENTS.rate) / shape_of(llama).head_dim
+    assert fraction - channel < (after - before) / dense <= fraction
+
+
+def test_fraction_below_the_coefficients_is_refused(llama):
+    with pytest.raises(ValueError, match=r"0.124 is less than the coefficients alone take.* 0.1250"):
+        longwave.cache(llama, SEGMENTS, 0.124, random_profile(llama))
+
+
+@pytest.mark.parametrize("keep", [0.3, (0.2, 0.4), "paper"])
+def test_fraction_and_keep_exclude_each_other(llama, keep):
+    with pytest.raises(ValueError, match="a budget or keep, not both"):
+        longwave.cache(llama, "fourier", 0.5, random_profile(llama), keep=keep)
+
+
+def test_size_only_checks_a_method_with_keep(llama):
+    method = longwave.Fourier(keep=0.5, segment=16, states=2, sinks=2, window=16)
+    peak = method.bind(shape_of(llama), random_profile(llama), None).peak_bytes(shape_of(llama), LONGEST)
+    assert build(llama, method, f"{peak}B").method.kept_share == 0.5
+    with pytest.raises(ValueError, match=r"more than the budget"):
+        build(llama, method, f"{peak - 1}B")
+
+
+@pytest.mark.parametrize("budget", [0.5, "50%", 0.999])
+def test_dense_refuses_a_fraction(llama, budget):
+    with pytest.raises(ValueError, match="dense keeps everything"):
+        longwave.cache(llama, "dense", budget)
+
+
+def test_dense_accepts_what_it_needs(llama):
+    assert longwave.cache(llama, "dense", 1.0)
+    with pytest.raises(ValueError, match=r"smallest that dense can do is") as refused:
+        longwave.cache(llama, "dense", "1KB", max_tokens=LONGEST)
+    size = int(re.search(r"\((\d+) bytes\)", str(refused.value))[1])
+    memory = longwave.cache(llama, "dense", f"{size}B", max_tokens=LONGEST)
+    assert max(fill(memory, range(1, LONGEST + 1))) == size

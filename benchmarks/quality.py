@@ -76,9 +76,17 @@ def loss_rows(model, tokenizer, methods, context, windows, score_tokens, seed):
             scored = score(model, memory, ids[:, context:])
             kl, top1 = scored.divergence(exact)
             yield {
-                "context": context, "window": number, "text": name, "start": start, "method": label,
-                "loss": scored.loss, "dense_loss": exact.loss, "kl": kl, "top1": top1,
-                "ratio": memory.report().ratio, "middle_ratio": middle_ratio(memory),
+                "context": context,
+                "window": number,
+                "text": name,
+                "start": start,
+                "method": label,
+                "loss": scored.loss,
+                "dense_loss": exact.loss,
+                "kl": kl,
+                "top1": top1,
+                "ratio": memory.report().ratio,
+                "middle_ratio": middle_ratio(memory),
             }
         print(f"context {context} window {number + 1}/{windows}", file=sys.stderr, flush=True)
 
@@ -137,13 +145,26 @@ def main():
         makers = {label: (lambda make=make: make(model)) for label, make in methods.items()}
         answers = [
             answer.as_dict()
-            for answer in needle.run(model, tokenizer, prompts, makers, args.batch, lambda d, t: print(f"needle {d}/{t}", file=sys.stderr, flush=True))
+            for answer in needle.run(
+                model,
+                tokenizer,
+                prompts,
+                makers,
+                args.batch,
+                lambda d, t: print(f"needle {d}/{t}", file=sys.stderr, flush=True),
+            )
         ]
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "cpu"
     header = {
-        "command": "python -m benchmarks.quality " + " ".join(sys.argv[1:]), "model": args.model, "dtype": "float32",
-        "device": device, "torch": torch.__version__, "transformers": transformers.__version__,
-        "longwave": longwave.__version__, "seed": args.seed, "seconds": round(time.time() - began),
+        "command": "python -m benchmarks.quality " + " ".join(sys.argv[1:]),
+        "model": args.model,
+        "dtype": "float32",
+        "device": device,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "longwave": longwave.__version__,
+        "seed": args.seed,
+        "seconds": round(time.time() - began),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps({"header": header, "loss": rows, "needle": answers}, indent=0))

@@ -56,33 +56,53 @@ def main():
             caches = {name: make(model) for name, make in makers.items()}
             for name, memory in caches.items():
                 prefill[name].append(step(model, memory, text[:, :context])[0])
-            print(f"{context}: " + ", ".join(f"{n} {t[-1]:.2f} s" for n, t in prefill.items()), file=sys.stderr, flush=True)
+            print(
+                f"{context}: " + ", ".join(f"{n} {t[-1]:.2f} s" for n, t in prefill.items()),
+                file=sys.stderr,
+                flush=True,
+            )
         for i in range(args.steps + 3):
             for name, memory in caches.items():
                 seconds, out = step(model, memory, text[:, context + i : context + i + 1])
                 logits[name].append(out)
                 if i >= 3:
                     decode[name].append(seconds)
-        gap = max((a - b).abs().max().item() for a, b in zip(logits["dense"], logits["transformers"], strict=True)) if "dense" in logits else 0.0
+        gap = (
+            max((a - b).abs().max().item() for a, b in zip(logits["dense"], logits["transformers"], strict=True))
+            if "dense" in logits
+            else 0.0
+        )
         if gap > 1e-2:
             raise SystemExit(f"dense logits differ from transformers' by {gap}: nothing is timed on wrong results")
-        base = {"prefill": statistics.median(prefill["transformers"]), "decode": statistics.median(decode["transformers"])}
+        base = {
+            "prefill": statistics.median(prefill["transformers"]),
+            "decode": statistics.median(decode["transformers"]),
+        }
         for name, memory in caches.items():
             ratio = memory.report().ratio if isinstance(memory, longwave.LongCache) else 1.0
-            rows.append({
-                "context": context, "method": name, "bytes_ratio": ratio,
-                "decode_ms": statistics.median(decode[name]) * 1e3,
-                "decode_ratio": statistics.median(decode[name]) / base["decode"],
-                "prefill_s": statistics.median(prefill[name]),
-                "prefill_ratio": statistics.median(prefill[name]) / base["prefill"],
-            })
+            rows.append(
+                {
+                    "context": context,
+                    "method": name,
+                    "bytes_ratio": ratio,
+                    "decode_ms": statistics.median(decode[name]) * 1e3,
+                    "decode_ratio": statistics.median(decode[name]) / base["decode"],
+                    "prefill_s": statistics.median(prefill[name]),
+                    "prefill_ratio": statistics.median(prefill[name]) / base["prefill"],
+                }
+            )
     print("| context | method | bytes ratio | decode ms | of transformers' | prefill s | of transformers' |")
     print("|---|---|---|---|---|---|---|")
     for r in rows:
-        print(f"| {r['context']} | {r['method']} | {r['bytes_ratio']:.3f} | {r['decode_ms']:.1f} | {r['decode_ratio']:.2f} | {r['prefill_s']:.1f} | {r['prefill_ratio']:.2f} |")
+        print(
+            f"| {r['context']} | {r['method']} | {r['bytes_ratio']:.3f} | {r['decode_ms']:.1f} | "
+            f"{r['decode_ratio']:.2f} | {r['prefill_s']:.1f} | {r['prefill_ratio']:.2f} |"
+        )
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}, indent=1))
+        args.out.write_text(
+            json.dumps({"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":

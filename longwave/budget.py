@@ -22,7 +22,10 @@ def parse_budget(budget: float | str) -> tuple[float | None, int | None]:
             raise ValueError(wrong)
         number, unit = float(match[1]), match[2].upper()
         if unit in UNITS:
-            return None, math.floor(number * UNITS[unit])
+            size = number * UNITS[unit]
+            if not 1 <= size < math.inf:
+                raise ValueError(wrong)
+            return None, math.floor(size)
         if unit not in ("", "%"):
             raise ValueError(wrong)
         budget = number / 100 if unit == "%" else number
@@ -40,7 +43,9 @@ def human(size: int) -> str:
     return f"{size:.4g} GiB"
 
 
-def bind_to_size(method: Method, shape: CacheShape, profile: Profile | None, size: int, tokens: int, batch: int) -> Method:
+def bind_to_size(
+    method: Method, shape: CacheShape, profile: Profile | None, size: int, tokens: int, batch: int
+) -> Method:
     """`method` with the largest fraction whose peak for `batch` rows of `tokens` stays within `size` bytes."""
 
     def bound(fraction: float | None) -> tuple[Method, int]:
@@ -53,6 +58,9 @@ def bind_to_size(method: Method, shape: CacheShape, profile: Profile | None, siz
         if needed > size:
             raise ValueError(f"{method} holds {human(needed)} for {where}, more than the budget of {human(size)}")
         return candidate
+    whole, needed = bound(1.0)  # first, since it needs no profile
+    if needed <= size:
+        return whole
     low, high = method.least_budget(shape), 1.0
     candidate, needed = bound(low)
     if needed > size:
@@ -67,5 +75,4 @@ def bind_to_size(method: Method, shape: CacheShape, profile: Profile | None, siz
             low, candidate = middle, trial
         else:
             high = middle
-    whole, needed = bound(1.0)
-    return whole if needed <= size else candidate
+    return candidate

@@ -22,7 +22,8 @@ def check_supported(model: PreTrainedModel) -> PretrainedConfig:
         "is an encoder-decoder model": getattr(model.config, "is_encoder_decoder", False),
         "stores latents instead of K and V (MLA)": getattr(config, "kv_lora_rank", None),
         "caps attention logits (soft-capping)": getattr(config, "attn_logit_softcapping", None),
-        "shares K and V between layers": getattr(config, "num_kv_shared_layers", None) or getattr(config, "kv_sharing_modes", None),
+        "shares K and V between layers": getattr(config, "num_kv_shared_layers", None)
+        or getattr(config, "kv_sharing_modes", None),
         "learns attention sinks": config.model_type.startswith("gpt_oss"),
     }
     for reason, applies in reasons.items():
@@ -80,7 +81,9 @@ def cache(
         method = bind_to_size(method, shape, profile, size, longest, batch)
 
     use_longwave_attention(model)
-    layers = [layer if layer is not None else method.layer(index, shape) for index, layer in enumerate(other_layers(config))]
+    layers = [
+        layer if layer is not None else method.layer(index, shape) for index, layer in enumerate(other_layers(config))
+    ]
     built = LongCache(layers, method)
     if size is not None:
         for layer in built.memory_layers():

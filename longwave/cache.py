@@ -35,10 +35,22 @@ class MemoryLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
+    columns: int
+    rows: list[int]
+    dense: TokenBuffer
+    batch_size: int
+    _new: tuple[torch.Tensor, torch.Tensor] | None  # given to `update`, not written yet
+    _valid: torch.Tensor | None  # which columns of the last `write` are real; None for all
+    _before: list[int]  # dense tokens of each row before the last `write`
+    _run: list[int]  # real tokens since the last padding column of each row: how far `crop` can see
+    _fresh: bool  # the last `write` was the first
+    _unsettled: bool  # tokens wait for `crop`, or the next pass, before `settle`
+
     def __init__(self, index: int):
         super().__init__()
         self.index = index
-        self.max_tokens: int | None = None  # set where a byte budget bounds the length
+        self.max_tokens: int | None = None  # set, with max_rows, where a byte budget bounds the whole cache
+        self.max_rows: int | None = None
         self.record_past = False
         self._clear()
 
@@ -48,7 +60,9 @@ class MemoryLayer(CacheLayerMixin):
         """Compress, evict or merge what is due. Must leave no reference to a forward pass's own tensors."""
         self.dense.fit()
 
-    def attend(self, q: torch.Tensor, scaling: float, causal: bool = True, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, scaling: float, causal: bool = True, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Answer queries over everything stored, the tokens of the last `write` included.
 
         q [batch, query_heads, queries, head_dim] -> same shape. The queries are those of the last `write`.
@@ -72,7 +86,7 @@ class MemoryLayer(CacheLayerMixin):
 
     def parts(self) -> dict[str, list[torch.Tensor]]:
         """Every tensor held, by what it is for."""
-        return {"dense": list(self.dense.tensors()) + [x for x in (self._new or ())[:2]]}
+        return {"dense": [*self.dense.tensors(), *(self._new or ())]}
 
     def move(self, device: torch.device | str) -> None:
         self.dense.move(device)
@@ -90,7 +104,9 @@ class MemoryLayer(CacheLayerMixin):
         self.dense = TokenBuffer(self.batch_size)
         self.is_initialized = True
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[Handle, Handle]:
+    def update(  # type: ignore[override]  # attention modules pass on whatever this returns
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Handle, Handle]:
         """Take new tokens [batch, kv_heads, t, head_dim], keys after RoPE. They are written when attention asks."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -99,6 +115,7 @@ class MemoryLayer(CacheLayerMixin):
                 f"this cache holds a batch of {self.batch_size} but got {key_states.shape[0]} rows: use a new cache, "
                 "or cache.reset(), cache.batch_repeat_interleave(n), cache.batch_select_indices(rows)"
             )
+        self._check_rows(self.batch_size)
         self._flush()
         if self._unsettled:  # a past that was kept open for `crop` is final once more tokens come
             self.settle()
@@ -116,7 +133,9 @@ class MemoryLayer(CacheLayerMixin):
     def forward(self, q: torch.Tensor, scaling: float, mask: StepMask | torch.Tensor | None) -> torch.Tensor:
         """One layer's attention in a forward pass: q [batch, query_heads, queries, head_dim] -> same shape."""
         if self._new is None:
-            raise RuntimeError("attention was asked twice for one update: models that share K and V between layers are not supported")
+            raise RuntimeError(
+                "attention was asked twice for one update: models that share K and V between layers are not supported"
+            )
         causal, own_mask, valid = True, None, None
         try:
             if isinstance(mask, StepMask):
@@ -173,6 +192,7 @@ class MemoryLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove tokens. Settles what waited for the decision; 0 does only that."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in tensors
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a number of tokens to remove as 0 or negative, got {tokens_to_remove}")
         self._flush()
@@ -200,6 +220,7 @@ class MemoryLayer(CacheLayerMixin):
             return
         if not order:
             raise ValueError("a cache cannot be reduced to no rows: use reset()")
+        self._check_rows(len(order))
         self.select_rows(index)
         self.rows = [self.rows[i] for i in order]
         self._run = [self._run[i] for i in order]
@@ -236,14 +257,12 @@ class MemoryLayer(CacheLayerMixin):
     def _clear(self) -> None:
         self.is_initialized = False
         self.columns = 0
-        self.rows: list[int] = []
-        self._run: list[int] = []  # real tokens since the last padding column, per row: how far `crop` can see
+        self.rows = []
         self.dense = TokenBuffer(0)
-        self._new: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._valid: torch.Tensor | None = None
-        self._before: list[int] = []
-        self._fresh = False
-        self._unsettled = False
+        self._run = []
+        self._new = self._valid = None
+        self._before = []
+        self._fresh = self._unsettled = False
         if hasattr(self, "batch_size"):
             del self.batch_size
 
@@ -253,6 +272,13 @@ class MemoryLayer(CacheLayerMixin):
         if k is None or v is None:
             return None
         return k.shape[1], k.shape[3], v.shape[3], k.element_size()
+
+    def _check_rows(self, rows: int) -> None:
+        if self.max_rows is not None and rows > self.max_rows:
+            raise ValueError(
+                f"the byte budget of this cache was computed for a batch of {self.max_rows}, not {rows} "
+                "(beams and returned sequences count as rows): build it with a larger batch"
+            )
 
     def _flush(self) -> None:
         """Tokens given to `update` whose attention was never asked: store them as they are."""
@@ -289,7 +315,8 @@ class MemoryLayer(CacheLayerMixin):
         counts = [new] * self.batch_size if full else valid.sum(-1).tolist()
         if [total - count for total, count in zip(mask.rows, counts, strict=True)] != self.rows:
             raise ValueError(
-                "the attention mask hides or shows other tokens than when they were stored: a stored token stays as it was"
+                "the attention mask hides or shows other tokens than when they were stored: "
+                "a stored token stays as it was"
             )
         return None if counts == [new] * self.batch_size else valid
 
@@ -365,10 +392,25 @@ class LongCache(Cache):
     Full-attention layers are `MemoryLayer`s of one method; every other kind of layer keeps transformers' own class.
     """
 
+    layers: list[Any]
+
     def __init__(self, layers: list[Any], method: Any):
         super().__init__(layers=layers)
         self.method = method
         self._unused = [None if isinstance(layer, MemoryLayer) else copy.deepcopy(layer) for layer in layers]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Hand new tokens to a layer. transformers' own layers keep a view of all they returned: cut it to size."""
+        returned = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer: Any = self.layers[layer_idx]
+        if not isinstance(layer, MemoryLayer):
+            for name in ("keys", "values"):
+                held = getattr(layer, name, None)
+                if isinstance(held, torch.Tensor) and held.untyped_storage().nbytes() > 1.25 * held.nbytes:
+                    setattr(layer, name, held.clone())
+        return returned
 
     def reset(self) -> None:
         """Forget everything; the next use may have another batch size."""
@@ -381,7 +423,9 @@ class LongCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Called once at the start of a forward pass, so the place to see that the last one ended well."""
         if len({layer.columns for layer in self.memory_layers()}) > 1:
-            raise ValueError("the last forward pass failed half-way and layers hold different tokens: call cache.reset()")
+            raise ValueError(
+                "the last forward pass failed half-way and layers hold different tokens: call cache.reset()"
+            )
         return super().get_mask_sizes(query_length, layer_idx)
 
     def memory_layers(self) -> Iterator[MemoryLayer]:
@@ -414,6 +458,6 @@ class LongCache(Cache):
         return Report(str(self.method), self.get_seq_length(), batch, sum(parts.values()), dense, parts)
 
 
-def other_layers(config: PretrainedConfig) -> list[CacheLayerMixin | None]:
+def other_layers(config: PretrainedConfig) -> list[Any]:
     """transformers' own cache layers for a decoder config; None where full attention wants a `MemoryLayer`."""
     return [None if type(layer) is DynamicLayer else layer for layer in DynamicCache(config=config).layers]

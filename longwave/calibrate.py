@@ -17,9 +17,7 @@ from longwave.methods.base import CacheShape
 from longwave.profile import Profile, signature
 
 
-def windows_of(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: int, count: int
-) -> list[torch.Tensor]:
+def windows_of(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], tokens: int, count: int) -> list[torch.Tensor]:
     """`count` windows of `tokens` ids [1, tokens], shared evenly between the texts and spread evenly over each."""
     windows = []
     for i, text in enumerate(texts):
@@ -29,8 +27,8 @@ def windows_of(
         ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
         if ids.shape[1] < tokens:
             raise ValueError(
-                f"text number {i + 1} has {ids.shape[1]} tokens, fewer than one window of {tokens}: give longer text or "
-                "a smaller window"
+                f"text number {i + 1} has {ids.shape[1]} tokens, fewer than one window of {tokens}: "
+                "give longer text or a smaller window"
             )
         room = ids.shape[1] - tokens
         share = min(share, room // tokens + 1)
@@ -92,7 +90,9 @@ def calibrate(
         errors = channel_errors(list(memory.memory_layers()), method)
         sums = [total + error for total, error in zip(sums, errors, strict=True)] if sums else list(errors)
     progress(len(batches), len(batches))
-    options = {name: getattr(method, name) for name in ("basis", "states", "segment", "sinks", "window", "gain", "reserve")}
+    options = {
+        name: getattr(method, name) for name in ("basis", "states", "segment", "sinks", "window", "gain", "reserve")
+    }
     return Profile(
         model={"id": model_id or getattr(model.config, "_name_or_path", ""), "signature": signature(model)},
         method=options,

@@ -16,9 +16,13 @@ from longwave.console import progress, show_json, show_table, stderr, user_error
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 Model = Annotated[str, typer.Option(help='Hub id, local path, or "smollm2" (a small model from PyPI).')]
-MethodName = Annotated[str, typer.Option("--method", help='How to hold the cache: "fourier", "fourier-paper", "dense".')]
+MethodName = Annotated[
+    str, typer.Option("--method", help='How to hold the cache: "fourier", "fourier-paper", "dense".')
+]
 Budget = Annotated[str | None, typer.Option(help='Fraction of the dense bytes ("0.25") or a size ("512MiB").')]
-ProfilePath = Annotated[Path | None, typer.Option(help="Profile made by `longwave calibrate`; the shipped one otherwise.")]
+ProfilePath = Annotated[
+    Path | None, typer.Option(help="Profile made by `longwave calibrate`; the shipped one otherwise.")
+]
 OptionList = Annotated[list[str] | None, typer.Option("--option", "-o", help="Method option, NAME=VALUE; repeats.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", "mps".')]
@@ -51,6 +55,7 @@ def load_model(model: str, device: str, dtype: str) -> tuple[Any, Any]:
     if dtype not in choices:
         raise ValueError(f"dtype is one of {', '.join(choices)}, got {dtype!r}")
     with waiting(f"loading {model}"):
+        loaded: Any
         loaded, tokenizer = load(model, dtype=choices[dtype])
         try:
             return loaded.to(device), tokenizer
@@ -60,7 +65,7 @@ def load_model(model: str, device: str, dtype: str) -> tuple[Any, Any]:
 
 def read_text(path: Path) -> str:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text") from None
     if not text.strip():
@@ -87,7 +92,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: int = 0,
     chat: Annotated[bool, typer.Option(help="Use the model's chat template, if it has one.")] = True,
-    prefill_chunk: Annotated[int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens.")] = None,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens.")
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -107,7 +114,9 @@ def generate(
         text = "\n\n".join(parts)
         if chat and tokenizer.chat_template:
             message = [{"role": "user", "content": text}]
-            encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+            encoded = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
         else:
             encoded = tokenizer(text, return_tensors="pt", verbose=False)
         encoded = encoded.to(loaded.device)
@@ -115,7 +124,9 @@ def generate(
         check_length(loaded, count, max_new_tokens)
         memory = longwave.cache(loaded, method, budget=budget, profile=profile, **parse_options(option))
         torch.manual_seed(seed)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        )
         if prefill_chunk:
             sampling["prefill_chunk_size"] = prefill_chunk
         streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -133,7 +144,9 @@ def generate(
         seconds = time.perf_counter() - began
         if as_json:
             answer = tokenizer.decode(out[0, count:], skip_special_tokens=True)
-            show_json({"text": answer, "prompt_tokens": count, "seconds": seconds, "seed": seed, **memory.report().as_dict()})
+            show_json(
+                {"text": answer, "prompt_tokens": count, "seconds": seconds, "seed": seed, **memory.report().as_dict()}
+            )
         else:
             stderr.print(str(memory.report()), style="dim", highlight=False, soft_wrap=True)
 
@@ -161,12 +174,19 @@ def calibrate(
             raise ValueError(f"{method} needs no profile: only fourier does")
         if not out.parent.is_dir():
             raise ValueError(f"there is no folder {out.parent} to write the profile to")
+        if out.is_dir():
+            raise ValueError(f"{out} is a folder: name the file to write the profile to")
         texts = [read_text(path) for path in text]
         loaded, tokenizer = load_model(model, device, dtype)
         with progress("measuring channels") as advance:
             profile = measure(loaded, tokenizer, texts, chosen, tokens, windows, model_id=model, progress=advance)
         profile.save(out)
-        summary = {"profile": str(out), "model": model, "windows": profile.text["windows"], "tokens": profile.text["tokens"]}
+        summary = {
+            "profile": str(out),
+            "model": model,
+            "windows": profile.text["windows"],
+            "tokens": profile.text["tokens"],
+        }
         if as_json:
             show_json(summary)
         else:
@@ -183,7 +203,9 @@ def needle(
     lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1000,2000,4000",
     depths: Annotated[str, typer.Option(help="Needle depths, shares of the text.")] = "0.1,0.5,0.9",
     repeats: Annotated[int, typer.Option(min=1)] = 1,
-    haystack: Annotated[Path | None, typer.Option(help="Text to hide the needle in; Python's help topics otherwise.")] = None,
+    haystack: Annotated[
+        Path | None, typer.Option(help="Text to hide the needle in; Python's help topics otherwise.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for needle.jsonl and needle.png.")] = Path("out"),
     batch: Annotated[int, typer.Option(min=1, help="Prompts of equal length read together.")] = 1,
     seed: int = 42,
@@ -199,7 +221,9 @@ def needle(
         try:
             wanted = [int(n) for n in lengths.split(",")], [float(x) for x in depths.split(",")]
         except ValueError:
-            raise ValueError("--lengths are whole numbers and --depths shares from 0 to 1, both separated by commas") from None
+            raise ValueError(
+                "--lengths are whole numbers and --depths shares from 0 to 1, both separated by commas"
+            ) from None
         text = read_text(haystack) if haystack else needles.pydoc_haystack()
         loaded, tokenizer = load_model(model, device, dtype)
         check_length(loaded, max(wanted[0]), needles.ANSWER_TOKENS)
@@ -208,7 +232,7 @@ def needle(
         def maker(name: str) -> Callable[[], Any]:
             extra = {} if name == "dense" or name.endswith("-paper") else {"budget": budget, **parse_options(option)}
             given = None if name == "dense" else profile
-            return lambda: longwave.cache(loaded, name, profile=given, **extra)
+            return lambda: longwave.cache(loaded, name, profile=given, batch=batch, **extra)
 
         makers = {name: maker(name) for name in method}
         for make in makers.values():
@@ -236,7 +260,9 @@ def needle(
 
 @app.command()
 def inspect(
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Text to read; Python's help topics otherwise.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Text to read; Python's help topics otherwise.")
+    ] = None,
     model: Model = "smollm2",
     method: MethodName = "fourier",
     budget: Budget = None,
@@ -287,13 +313,23 @@ def inspect(
             result["channel"] = plot_channel(exact, held, layer, side, head, channel, out / "channel.png")
             shares = kept_by_pair(bound)
             result["kept"] = [
-                {"layer": index, "k": float(k.mean()), "v": float(v.mean()), "k_by_pair": k.tolist(), "v_by_pair": v.tolist()}
+                {
+                    "layer": index,
+                    "k": float(k.mean()),
+                    "v": float(v.mean()),
+                    "k_by_pair": k.tolist(),
+                    "v_by_pair": v.tolist(),
+                }
                 for index, k, v in zip(indices, *shares, strict=True)
             ]
         if as_json:
             show_json(result)
             return
-        show_table("bytes", ["part", "bytes"], [*report.parts.items(), ("all", report.nbytes), ("dense", report.dense_nbytes)])
+        show_table(
+            "bytes",
+            ["part", "bytes"],
+            [*report.parts.items(), ("all", report.nbytes), ("dense cache", report.dense_nbytes)],
+        )
         print(f"ratio {report.ratio:.3f} after {report.tokens:,} tokens")
         if isinstance(bound, Fourier):
             rows = []
@@ -313,7 +349,9 @@ def _quarters(values: list[float]) -> Any:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the heat map and the numbers.")] = Path("out/demo"),
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Document to measure on; Python's help topics otherwise.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Document to measure on; Python's help topics otherwise.")
+    ] = None,
     budget: Budget = "0.25",
     seed: int = 42,
 ) -> None:
@@ -326,5 +364,3 @@ def demo(
 
 if __name__ == "__main__":
     app()
-
-

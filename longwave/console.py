@@ -18,7 +18,7 @@ stderr = Console(stderr=True)
 
 def fail(message: str) -> NoReturn:
     """One line on stderr, exit code 2, no traceback: the user's input was at fault, not the program."""
-    print(f"longwave: {message}", file=sys.stderr)
+    print(f"longwave: {' '.join(message.split())}", file=sys.stderr)
     raise typer.Exit(2)
 
 
@@ -34,7 +34,13 @@ def user_errors() -> Iterator[None]:
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on an interactive stderr, silence elsewhere. Yields a function of (done, total)."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -67,7 +67,14 @@ def run(out: Path, document: str | None, budget: str, seed: int) -> None:
 
     transformers_speed = results.pop("transformers")["tokens_per_second"]
     (out / "needle.jsonl").write_text("".join(json.dumps(a.as_dict()) + "\n" for a in answers))
-    record = {"budget": budget, "seed": seed, "context": CONTEXT, "results": results, "transformers_tokens_per_second": transformers_speed, "summaries": summaries}
+    record = {
+        "budget": budget,
+        "seed": seed,
+        "context": CONTEXT,
+        "results": results,
+        "transformers_tokens_per_second": transformers_speed,
+        "summaries": summaries,
+    }
     (out / "demo.json").write_text(json.dumps(record, indent=1))
 
     for name, summary in summaries.items():
@@ -90,7 +97,9 @@ def run(out: Path, document: str | None, budget: str, seed: int) -> None:
         ["method", "bytes held", "ratio", f"needles of {len(prompts)}", "loss (nats)", "perplexity", "tokens/s"],
         rows,
     )
-    print(f"transformers' own DynamicCache decodes {transformers_speed:.1f} tokens/s here; needles: {out / 'needle.png'}")
+    print(
+        f"transformers' own DynamicCache decodes {transformers_speed:.1f} tokens/s here; needles: {out / 'needle.png'}"
+    )
     if stderr.is_terminal:
         Console(stderr=True).print(f"{time.perf_counter() - began:.0f} s", style="dim")
 

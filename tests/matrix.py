@@ -8,7 +8,11 @@ import longwave
 IDENTITY = {
     "dense": lambda model: longwave.cache(model, "dense"),
     # all channels kept: segments are cut, nothing is projected
-    "fourier-kept": lambda model: longwave.cache(model, longwave.Fourier(keep=1.0, states=2, segment=8, sinks=2, window=8)),
+    "fourier-kept": lambda model: longwave.cache(
+        model, longwave.Fourier(keep=1.0, states=2, segment=8, sinks=2, window=8)
+    ),
     # nothing kept, as many states as tokens: every channel goes through the basis and comes back whole
-    "fourier-states": lambda model: longwave.cache(model, longwave.Fourier(keep=0.0, states=7, segment=7, sinks=3, window=5)),
+    "fourier-states": lambda model: longwave.cache(
+        model, longwave.Fourier(keep=0.0, states=7, segment=7, sinks=3, window=5)
+    ),
 }

@@ -26,7 +26,10 @@ def memory(request, llama):
 
 # our functions leave other caches alone
 
-@pytest.mark.parametrize("make", [lambda c: None, lambda c: DynamicCache(config=c), lambda c: StaticCache(config=c, max_cache_len=128)])
+
+@pytest.mark.parametrize(
+    "make", [lambda c: None, lambda c: DynamicCache(config=c), lambda c: StaticCache(config=c, max_cache_len=128)]
+)
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
 def test_other_caches_keep_working(models, make, kind):
     ours, stock = models[kind]
@@ -68,6 +71,7 @@ def test_mask_function_marks_only_its_own_caches():
 
 
 # masks
+
 
 def test_padded_rows_need_their_mask_again(llama, memory):
     ids, mask = left_padded(2, 40, [9, 0])
@@ -143,9 +147,10 @@ def test_own_4d_masks(models, llama):
 
 # wrong use
 
+
 def test_another_batch_size(llama, memory):
     run(llama, tokens(2, 30), memory)
-    with pytest.raises(ValueError, match="holds a batch of 2 but got 3 rows.*batch_repeat_interleave"):
+    with pytest.raises(ValueError, match=r"holds a batch of 2 but got 3 rows.*batch_repeat_interleave"):
         run(llama, tokens(3, 4), memory)
     prefilled = longwave.cache(llama, "dense")
     ids = tokens(1, 20)
@@ -238,10 +243,31 @@ def test_unsupported_models():
         T5ForConditionalGeneration,
     )
 
-    small = dict(vocab_size=31, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
-    mla = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, n_routed_experts=2, n_group=1, topk_group=1, num_experts_per_tok=1, moe_intermediate_size=8)
+    small = dict(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    mla = dict(
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        n_routed_experts=2,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=1,
+        moe_intermediate_size=8,
+    )
     cases = [
-        (T5ForConditionalGeneration(T5Config(vocab_size=31, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)), "encoder-decoder"),
+        (
+            T5ForConditionalGeneration(T5Config(vocab_size=31, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
+            "encoder-decoder",
+        ),
         (DeepseekV3ForCausalLM(DeepseekV3Config(**small, **mla)), "MLA"),
         (Gemma2ForCausalLM(Gemma2Config(**small, head_dim=8)), "soft-capping"),
         (MistralForCausalLM(MistralConfig(**small, sliding_window=8)), "no full-attention layer"),
@@ -253,6 +279,7 @@ def test_unsupported_models():
 
 
 # bytes
+
 
 def test_bytes_are_those_of_storages(llama, memory):
     llama.generate(tokens(3, 50), past_key_values=memory, max_new_tokens=30, do_sample=False)

@@ -79,7 +79,9 @@ def test_plain_generation_after_prompt_lookup(pair, make):
     if "gemma3" in ours.config.model_type and transformers.__version__ < "5.18":
         pytest.skip("transformers 5.17's own sliding layer fails here, with its DynamicCache too")
     memory = make(ours)
-    first = ours.generate(tokens(1, 40), past_key_values=memory, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
+    first = ours.generate(
+        tokens(1, 40), past_key_values=memory, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3
+    )
     options = {"attention_mask": torch.ones_like(first), "max_new_tokens": NEW, "do_sample": False}
     got = ours.generate(first, past_key_values=memory, **options)
     assert torch.equal(got, stock.generate(first, **options))
@@ -122,7 +124,9 @@ def test_deepcopy_is_independent(pair, make):
     twin = copy.deepcopy(memory)
     logits(ours, tokens(2, 30, seed=8), memory)
     new = tokens(2, 5, seed=9)
-    torch.testing.assert_close(logits(ours, new, twin), logits(stock, torch.cat([ids, new], 1))[:, -5:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        logits(ours, new, twin), logits(stock, torch.cat([ids, new], 1))[:, -5:], rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(

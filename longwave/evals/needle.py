@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from longwave.cache import LongCache
 from longwave.evals.fork import fork, prefill
@@ -66,8 +66,12 @@ def build_prompts(
     """Prompts of exactly the given lengths; each repeat has its own stretch of the text and its own key."""
     hay = tokenizer(haystack, add_special_tokens=False, verbose=False).input_ids
     question = tokenizer(QUESTION, add_special_tokens=False).input_ids
-    start = [] if tokenizer.bos_token_id is None or not tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else [tokenizer.bos_token_id]
-    ends = {i for i in set(hay) if tokenizer.decode([i]).rstrip().endswith((".", "?", "!"))}
+    start = (
+        []
+        if tokenizer.bos_token_id is None or tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]
+        else [tokenizer.bos_token_id]
+    )
+    ends = {i for i in set(hay) if str(tokenizer.decode([i])).rstrip().endswith((".", "?", "!"))}
     prompts = []
     for length in lengths:
         for repeat in range(repeats):
@@ -76,9 +80,13 @@ def build_prompts(
             needle = tokenizer(NEEDLE.format(key=key), add_special_tokens=False).input_ids
             room = length - len(needle) - len(question) - len(start)
             if room < 16:
-                raise ValueError(f"a length of {length} tokens leaves no room for text around the needle; use 128 or more")
+                raise ValueError(
+                    f"a length of {length} tokens leaves no room for text around the needle; use 128 or more"
+                )
             if room > len(hay):
-                raise ValueError(f"the haystack has {len(hay)} tokens, too few for a length of {length}: give a longer text")
+                raise ValueError(
+                    f"the haystack has {len(hay)} tokens, too few for a length of {length}: give a longer text"
+                )
             offset = draw.randrange(len(hay) - room + 1)
             text = hay[offset : offset + room]
             for depth in depths:
@@ -98,7 +106,7 @@ def judge(output: str, key: str) -> float:
 
 
 def run(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     methods: dict[str, Callable[[], LongCache]],
@@ -130,8 +138,10 @@ def run(
             )
             ratio = memory.report().ratio
             for prompt, row in zip(group, out[:, ids.shape[1] :], strict=True):
-                text = tokenizer.decode(row, skip_special_tokens=True)
-                yield Answer(name, prompt.length, prompt.depth, prompt.repeat, prompt.key, text, judge(text, prompt.key), ratio)
+                text = str(tokenizer.decode(row, skip_special_tokens=True))
+                yield Answer(
+                    name, prompt.length, prompt.depth, prompt.repeat, prompt.key, text, judge(text, prompt.key), ratio
+                )
         done += len(group)
         progress(done, len(prompts))
 
@@ -163,7 +173,10 @@ def heat_map(answers: Sequence[Answer], path: Path, title: str) -> None:
     for panel, method in zip(panels, methods, strict=True):
         lengths, depths, cells = grid(answers, method)
         image = panel.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        panel.set_xticks(range(len(lengths)), [f"{n / 1000:g}k" if n % 500 == 0 else f"{n / 1024:g}Ki" if n % 512 == 0 else str(n) for n in lengths])
+        panel.set_xticks(
+            range(len(lengths)),
+            [f"{n / 1000:g}k" if n % 500 == 0 else f"{n / 1024:g}Ki" if n % 512 == 0 else str(n) for n in lengths],
+        )
         panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         panel.set_xlabel("context length (tokens)")
         mean = sum(map(sum, cells)) / (len(cells) * len(cells[0]))

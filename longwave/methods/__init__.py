@@ -27,7 +27,7 @@ def get_method(name: str, **options: object) -> Method:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known) or 'none'}"
             raise ValueError(f"{name} has no option {key!r}; {hint}")
-    return METHODS[name](**options)  # type: ignore[arg-type]
+    return METHODS[name](**options)
 
 
 __all__ = ["METHODS", "PRESETS", "Dense", "Fourier", "Method", "get_method"]

@@ -32,7 +32,7 @@ class CacheShape:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         return cls(
             memory_layers=tuple(i for i, layer in enumerate(others) if layer is None),
-            sliding_tokens=tuple(layer.sliding_window - 1 for layer in others if getattr(layer, "is_sliding", False)),
+            sliding_tokens=tuple(layer.sliding_window for layer in others if getattr(layer, "is_sliding", False)),
             kv_heads=heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
             dtype=dtype,
@@ -44,7 +44,8 @@ class CacheShape:
         return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     def sliding_bytes(self, tokens: int) -> int:
-        return sum(min(tokens, limit) * self.token_bytes for limit in self.sliding_tokens)
+        """At most: a window, a quarter more where transformers holds a view of it, and a counter."""
+        return sum(min(tokens, limit + limit // 4) * self.token_bytes + 64 for limit in self.sliding_tokens)
 
 
 @dataclass(frozen=True)

@@ -72,10 +72,12 @@ class Fourier(Method):
     def __post_init__(self) -> None:
         shares = self.keep if isinstance(self.keep, tuple) else (self.keep,)
         for share in shares:
-            if isinstance(share, str) and share == "paper" and len(shares) == 1 or share is None and len(shares) == 1:
+            if len(shares) == 1 and (share is None or share == "paper"):
                 continue
-            if isinstance(share, (str, bool)) or share is None or not 0 <= share <= 1:
-                raise ValueError(f'keep is a share of channels from 0 to 1, a pair (K, V) of them, or "paper"; got {self.keep!r}')
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+                raise ValueError(
+                    f'keep is a share of channels from 0 to 1, a pair (K, V) of them, or "paper"; got {self.keep!r}'
+                )
         if isinstance(self.keep, tuple) and len(self.keep) != 2:
             raise ValueError(f"keep as a tuple is (K, V), got {self.keep!r}")
         for name, least in (("states", 1), ("sinks", 0), ("window", 1), ("reserve", 1)):
@@ -150,19 +152,21 @@ class Fourier(Method):
 
     def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> Fourier:
         shares = self._shares(shape, budget)
-        kept = []
-        for position, pair in enumerate(shares):
-            kept.append(tuple(self._select(shape, profile, position, side, share) for side, share in zip("kv", pair, strict=True)))
-        return replace(self, _kept=tuple(kept))
+        kept = tuple(
+            (self._select(shape, profile, position, "k", k), self._select(shape, profile, position, "v", v))
+            for position, (k, v) in enumerate(shares)
+        )
+        return replace(self, _kept=kept)
 
-    def _select(self, shape: CacheShape, profile: Profile | None, position: int, side: str, share: float) -> torch.Tensor:
+    def _select(
+        self, shape: CacheShape, profile: Profile | None, position: int, side: str, share: float
+    ) -> torch.Tensor:
         """Kept channels of one layer's K or V: bool [kv_heads, head_dim], those with the largest error first."""
         heads, dim = shape.kv_heads, shape.head_dim
         whole = dim if self.quota == "head" else heads * dim
-        if self.keep == "paper":
-            count = whole - int((1 - share) * whole + 1e-9)  # the paper rounds the compressed count down
-        else:
-            count = int(share * whole + 1e-9)  # rounding down stays within the budget
+        count = int(share * whole + 1e-9)  # rounding down stays within the budget
+        if self.keep == "paper":  # which rounds the compressed count down instead
+            count = whole - int((1 - share) * whole + 1e-9)
         if count in (0, whole):
             return torch.full((heads, dim), count > 0)
         if profile is None:
@@ -180,7 +184,9 @@ class Fourier(Method):
     def kept(self) -> Table:
         """Per memory layer, the kept channels of K and V: bool [kv_heads, head_dim] each."""
         if self._kept is None:
-            raise ValueError("these options are not bound to a model yet: build a cache with longwave.cache(model, ...)")
+            raise ValueError(
+                "these options are not bound to a model yet: build a cache with longwave.cache(model, ...)"
+            )
         return self._kept
 
     @property
@@ -284,7 +290,9 @@ class FourierLayer(MemoryLayer):
                     f"of {table.shape[1]}: the profile is of another model, or the model is split over devices"
                 )
 
-    def attend(self, q: torch.Tensor, scaling: float, causal: bool = True, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, scaling: float, causal: bool = True, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         if self.store is None:
             return super().attend(q, scaling, causal, mask)
         if mask is not None:
@@ -292,7 +300,7 @@ class FourierLayer(MemoryLayer):
         k, v = self.dense.view()
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
         k, v = k.to(compute), v.to(compute)
-        batch, heads, queries, dim = q.shape
+        batch, heads, queries, _ = q.shape
         middle = self.store.tokens
         visible = self.visible(queries, causal)
         ragged = len(set(middle)) > 1
@@ -311,7 +319,9 @@ class FourierLayer(MemoryLayer):
             out[:, :, start : start + step] = mixed.reshape(block.shape).to(q.dtype)
         return out
 
-    def _hide(self, scores: torch.Tensor, queries: int, dense: int, seen: torch.Tensor | None, middle: list[int]) -> None:
+    def _hide(
+        self, scores: torch.Tensor, queries: int, dense: int, seen: torch.Tensor | None, middle: list[int]
+    ) -> None:
         """Push what a query may not see to the lowest finite score: a row that sees nothing averages, not NaN."""
         lowest = torch.finfo(scores.dtype).min
         by_query = scores.view(*scores.shape[:2], -1, queries, scores.shape[-1])

@@ -42,9 +42,7 @@ class ChannelSplit:
 
     def move(self, device: torch.device | str) -> None:
         for group in self.groups:
-            group.heads, group.order, group.inverse = (
-                x.to(device) for x in (group.heads, group.order, group.inverse)
-            )
+            group.heads, group.order, group.inverse = (x.to(device) for x in (group.heads, group.order, group.inverse))
 
     def split(self, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For each group, x [B, H, R, D] -> (kept [B, heads, R, n], compressed [B, heads, R, c])."""

@@ -167,7 +167,7 @@ class PeriodStore:
             for group, (q_kept, q_comp) in zip(row.k, self.split_k.split(q[i : i + 1]), strict=True):
                 spectrum = (q_comp[0] * group.gain[:, None]) @ group.coef.to(q.dtype).mT  # [heads, R, S]
                 smooth = resynthesize(spectrum.mT, row.period, row.length).mT
-                offset = (q_comp[0] @ group.shift.to(q.dtype)[..., None])
+                offset = q_comp[0] @ group.shift.to(q.dtype)[..., None]
                 parts.append((smooth + offset + q_kept[0] @ group.kept.to(q.dtype).mT)[None])
             out[i, ..., : row.length] = self.split_k.stack(parts)[0]
         return out
@@ -190,7 +190,7 @@ class PeriodStore:
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         sides = []
         for name, split in (("k", self.split_k), ("v", self.split_v)):
-            rows = []
+            rows: list[torch.Tensor | None] = []
             for row in self.rows:
                 if not row.length:
                     rows.append(None)

@@ -3,7 +3,7 @@
 A segment is made once from dense values and never touched again, so the order in which tokens arrived cannot matter.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -24,7 +24,7 @@ class Side:
         yield from self.kept
         yield from self.coef
 
-    def map(self, fn) -> None:
+    def map(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.kept = [fn(x) for x in self.kept]
         self.coef = [fn(x) for x in self.coef]
 
@@ -120,5 +120,7 @@ class SegmentStore:
         self.counts = [self.counts[row] for row in rows.tolist()]
         longest = max(self.counts)
         for side in (self.k, self.v):
-            side.kept = [x.index_select(0, rows.to(x.device))[:, :, : longest * self.segment].clone() for x in side.kept]
+            side.kept = [
+                x.index_select(0, rows.to(x.device))[:, :, : longest * self.segment].clone() for x in side.kept
+            ]
             side.coef = [x.index_select(0, rows.to(x.device))[:, :, :longest].clone() for x in side.coef]

@@ -34,7 +34,8 @@ class TokenBuffer:
 
     def view(self) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V up to the longest row: [batch, kv_heads, longest, head_dim], not copied."""
-        assert self.k is not None and self.v is not None
+        assert self.k is not None
+        assert self.v is not None
         return self.k[:, :, : self.longest], self.v[:, :, : self.longest]
 
     def append(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None) -> None:
@@ -49,7 +50,8 @@ class TokenBuffer:
         counts = [k.shape[2]] * k.shape[0] if valid is None else valid.sum(-1).tolist()
         ends = [length + count for length, count in zip(self.lengths, counts, strict=True)]
         self._reserve(max(ends), like=(k, v))
-        assert self.k is not None and self.v is not None
+        assert self.k is not None
+        assert self.v is not None
         for target, new in ((self.k, k), (self.v, v)):
             if valid is None and self.uniform:
                 target[:, :, self.lengths[0] : ends[0]] = new
@@ -69,7 +71,8 @@ class TokenBuffer:
         self.owned = True
 
     def _copy(self, tokens: int) -> None:
-        assert self.k is not None and self.v is not None
+        assert self.k is not None
+        assert self.v is not None
         old, longest = (self.k, self.v), self.longest
         self.k, self.v = (x.new_zeros(*x.shape[:2], capacity(tokens), x.shape[3]) for x in old)
         self.k[:, :, :longest] = old[0][:, :, :longest]
@@ -77,7 +80,8 @@ class TokenBuffer:
 
     def drop(self, start: int, counts: list[int]) -> None:
         """Remove `counts[b]` tokens of row b from column `start` on, and give their memory back."""
-        assert self.k is not None and self.v is not None
+        assert self.k is not None
+        assert self.v is not None
         old = (self.k, self.v)
         kept = [length - count for length, count in zip(self.lengths, counts, strict=True)]
         fresh = tuple(x.new_zeros(*x.shape[:2], capacity(max(kept)), x.shape[3]) for x in old)

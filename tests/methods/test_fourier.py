@@ -58,6 +58,7 @@ def options(request):
 
 # attention
 
+
 @pytest.mark.parametrize("queries", [1, 17])
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("batch", [1, 2])
@@ -66,7 +67,7 @@ def test_attend_is_softmax_over_materialize(options, queries, groups, batch, cau
     layer = new_layer(options)
     k, v = draw(batch, 101)
     feed(layer, k, v, [50, 51])
-    assert layer.store is not None and min(layer.store.tokens) > 0
+    assert min(layer.store.tokens) > 0
     layer.write(*draw(batch, queries, seed=5))
     q = torch.randn(batch, H * groups, queries, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     got = layer.attend(q, 0.4, causal)
@@ -89,6 +90,7 @@ def test_attend_in_query_blocks(options, monkeypatch):
 
 
 # storage
+
 
 def test_compressed_channels_are_projections_of_the_dense_ones():
     """Independently: rows of cosines, least squares, one segment at a time."""
@@ -166,6 +168,7 @@ def test_rows_of_different_lengths(options):
 
 # bytes
 
+
 def formula(options, length, kept_k, kept_v, itemsize):
     """Bytes of one row, from the text of docs/fourier.md: [S, c] coefficients and [T, n] values per segment,
     everything else dense in blocks of 64 tokens."""
@@ -241,6 +244,7 @@ def test_the_store_is_not_copied_for_every_token():
 
 # through models
 
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("options", [dict(keep=0.0, states=16), dict(keep=1.0, states=2)], ids=["states", "kept"])
 def test_nothing_lost_equals_dense(dtype, options):
@@ -258,7 +262,9 @@ def test_nothing_lost_equals_dense(dtype, options):
 LOSSY = {
     "segments": dict(keep=0.25, states=2, segment=16, sinks=2, window=8),
     "ragged": dict(keep=0.25, states=2, segment=16, sinks=2, window=8, quota="layer"),
-    "period": dict(keep="paper", states=16, segment=None, sinks=2, window=8, basis="dft", gain="max", quota="layer", reserve=16),
+    "period": dict(
+        keep="paper", states=16, segment=None, sinks=2, window=8, basis="dft", gain="max", quota="layer", reserve=16
+    ),
 }
 
 
@@ -305,8 +311,15 @@ def test_beams_reorder_the_compressed_past(models, lossy):
     ids = tokens(1, 70)
     memory = lossy(model)
     out = model.generate(
-        ids, past_key_values=memory, num_beams=3, num_return_sequences=3, max_new_tokens=30, do_sample=False,
-        return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
+        ids,
+        past_key_values=memory,
+        num_beams=3,
+        num_return_sequences=3,
+        max_new_tokens=30,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+        length_penalty=0.0,
     )
     for sequence, score in zip(out.sequences, out.sequences_scores, strict=True):
         replay, total = lossy(model), 0.0
@@ -341,7 +354,7 @@ def test_prompts_shorter_than_sinks_and_window_stay_dense(llama):
 
 
 def test_paper_growth_crosses_the_threshold(llama):
-    """A short prompt that grows past sinks + window + states is compressed then: the release leaves it dense for ever."""
+    """A short prompt that grows past sinks + window + states is compressed then; the release keeps it dense."""
     memory = longwave.cache(llama, longwave.Fourier(**LOSSY["period"]), profile=random_profile(llama))
     llama.generate(tokens(1, 20), past_key_values=memory, max_new_tokens=60, do_sample=False)
     assert all(layer.store is not None and layer.store.tokens[0] > 16 for layer in memory.memory_layers())
@@ -401,10 +414,13 @@ def test_half_precision_stays_close_to_float32():
 
 # options
 
+
 def test_paper_preset(llama):
     paper = longwave.Fourier.paper()
     assert (paper.states, paper.segment, paper.sinks, paper.window, paper.basis) == (1024, None, 4, 1020, "dft")
-    assert [paper_share(i, 32) for i in (0, 3, 4, 23, 24, 31)] == [(0.9, 0.95)] * 2 + [(0.8, 0.8)] * 2 + [(0.5, 0.7)] * 2
+    assert [paper_share(i, 32) for i in (0, 3, 4, 23, 24, 31)] == [(0.9, 0.95)] * 2 + [(0.8, 0.8)] * 2 + [
+        (0.5, 0.7)
+    ] * 2
     # the counts of the published Llama-3.1-8B profile: 8 heads of 128 channels, 32 layers
     shape = CacheShape(tuple(range(32)), (), 8, 128, torch.bfloat16)
     errors = torch.rand(32, 8, 128, generator=torch.Generator().manual_seed(0))
@@ -448,7 +464,7 @@ def test_budget_decides_the_kept_share(llama):
         method = longwave.Fourier(states=1, segment=16).bind(shape, random_profile(llama), budget)
         n, c = method.kept_share, 1 - method.kept_share
         assert budget - 1 / 8 < n + c / 16 <= budget + 1e-9
-    with pytest.raises(ValueError, match="less than the coefficients alone take.*0.0625"):
+    with pytest.raises(ValueError, match=r"less than the coefficients alone take.*0\.0625"):
         longwave.Fourier(states=1, segment=16).bind(shape, None, 0.05)
 
 

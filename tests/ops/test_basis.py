@@ -47,7 +47,9 @@ def test_legendre_reproduces_polynomials():
     cubic = 3 * t**3 - t**2 + 0.5
     rows = table("legendre", 4, 41, torch.float64)
     torch.testing.assert_close(rows.mT @ (rows @ cubic), cubic)
-    assert (table("legendre", 3, 41, torch.float64).mT @ (table("legendre", 3, 41, torch.float64) @ cubic) - cubic).abs().max() > 0.1
+    assert (
+        table("legendre", 3, 41, torch.float64).mT @ (table("legendre", 3, 41, torch.float64) @ cubic) - cubic
+    ).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,9 @@ def test_synthesis_is_the_nearest_signal_in_the_band(basis):
     *_, comp, rows, _ = made((1, 2, 1, 2, 40, 6, 0, 3), basis)
     residual = comp - reference.synthesize(reference.project(comp, rows), rows)
     assert residual.abs().max() > 0.1
-    torch.testing.assert_close(reference.project(residual, rows), torch.zeros(1, 2, 2, 6, 3, dtype=torch.float64), rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        reference.project(residual, rows), torch.zeros(1, 2, 2, 6, 3, dtype=torch.float64), rtol=0, atol=1e-11
+    )
 
 
 def test_an_impulse_comes_back_at_its_own_place():

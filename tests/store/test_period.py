@@ -63,7 +63,7 @@ def test_channels_follow_the_published_formula(length):
 
 
 def test_without_reserve_the_published_scaling_gives_the_same():
-    """With T = L the paper's 1/N synthesis and our true inverse differ by an affine map, which its correction removes."""
+    """With T = L the paper's 1/N synthesis is an affine image of our inverse, and its correction removes such."""
     x, length = signal(60), 60
     store = stores(KEPT, reserve=0)
     store.append(None, x, x)
@@ -73,9 +73,13 @@ def test_without_reserve_the_published_scaling_gives_the_same():
     r = torch.zeros(length, dtype=torch.float64)
     for n in range(S // 2):
         w = 2 * math.pi * n / length
-        r += ((raw * torch.cos(w * t)).sum() * torch.cos(w * t) + (raw * torch.sin(w * t)).sum() * torch.sin(w * t)) / (S // 2)
+        r += ((raw * torch.cos(w * t)).sum() * torch.cos(w * t) + (raw * torch.sin(w * t)).sum() * torch.sin(w * t)) / (
+            S // 2
+        )
     gain = (raw - raw.mean()).abs().max() / (r - r.mean()).abs().max()
-    torch.testing.assert_close(store.materialize()[0][0, 1, :, 2], (r - r.mean()) * gain + raw.mean(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        store.materialize()[0][0, 1, :, 2], (r - r.mean()) * gain + raw.mean(), rtol=0, atol=1e-9
+    )
 
 
 def test_tokens_that_join_later_land_on_their_own_place():
@@ -121,7 +125,10 @@ def test_attention_equals_the_rebuilt_channels(queries):
     store.append(None, x, x * 0.5)
     store.append(None, signal(9, seed=2), signal(9, seed=3))
     g = torch.Generator().manual_seed(1)
-    q, p = torch.randn(1, 2, queries, 6, generator=g, dtype=torch.float64), torch.rand(1, 2, queries, 84, generator=g, dtype=torch.float64)
+    q, p = (
+        torch.randn(1, 2, queries, 6, generator=g, dtype=torch.float64),
+        torch.rand(1, 2, queries, 84, generator=g, dtype=torch.float64),
+    )
     k, v = store.materialize()
     torch.testing.assert_close(store.scores(q), q @ k.mT, rtol=0, atol=1e-9)
     torch.testing.assert_close(store.mix(p), p @ v, rtol=0, atol=1e-9)

@@ -51,7 +51,7 @@ def mix(
     coef: torch.Tensor,
     table: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention output over the middle from probabilities p [B, H, R, M]: (kept [B, H, R, n], compressed [B, H, R, c])."""
+    """Output over the middle from probabilities p [B, H, R, M]: (kept [B, H, R, n], compressed [B, H, R, c])."""
     b, h, r, _ = p.shape
     segments, states, c = coef.shape[2:]
     dtype = table.dtype

@@ -1,0 +1,43 @@
+# On a fresh machine with Python 3.11+ and make: `make demo` and `make test` do everything.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# The CPU build, exact because a range would let pip take gigabytes of CUDA. Already there: pip installs nothing.
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test test-all lint quality-table speed profiles clean
+
+$(VENV)/ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "longwave needs Python 3.11 or newer; try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python tools/install_torch.py "$(TORCH)" "$(TORCH_INDEX)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/longwave demo
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -q -m "not slow"
+
+test-all: lint
+	$(BIN)/pytest -q
+
+# the tables of docs/results.md; they read ../shared/data or $LONGWAVE_DATA
+quality-table: $(VENV)/ready
+	$(BIN)/python -m benchmarks.quality --windows 24 --out out/quality.json
+
+speed: $(VENV)/ready
+	$(BIN)/python -m benchmarks.speed --out out/speed.json
+
+profiles: $(VENV)/ready
+	$(BIN)/python -m benchmarks.profiles
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

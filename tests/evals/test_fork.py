@@ -1,0 +1,75 @@
+import pytest
+import torch
+
+import longwave
+from longwave.evals.fork import fork, prefill
+from tests.conftest import random_profile, tokens
+
+METHODS = {
+    "dense": longwave.Dense(),
+    "segments": longwave.Fourier(keep=0.25, segment=16, states=3, sinks=2, window=16),
+    "ragged": longwave.Fourier(keep=0.4, segment=16, states=3, sinks=0, window=16, quota="layer"),
+    "period": longwave.Fourier(
+        keep=0.25, segment=None, states=8, sinks=2, window=16, basis="dft", gain="max", reserve=32
+    ),
+}
+
+
+@pytest.fixture(params=list(METHODS))
+def make(request):
+    return lambda model: longwave.cache(model, METHODS[request.param], profile=random_profile(model))
+
+
+@torch.no_grad()
+def read(model, ids, memory):
+    return model(ids, past_key_values=memory, use_cache=True).logits
+
+
+@pytest.mark.parametrize("length", [1, 20, 141])
+def test_fork_equals_reading_the_prompt(llama, make, length):
+    ids = tokens(2, length)
+    forked, own = fork(prefill(llama, ids), make(llama)), make(llama)
+    read(llama, ids, own)
+    assert forked.report() == own.report()
+    assert forked.get_seq_length() == length
+    for ours, theirs in zip(forked.layers, own.layers, strict=True):
+        assert ours.rows == theirs.rows
+        for x, y in zip(ours.materialize(), theirs.materialize(), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_fork_answers_like_its_twin(llama, make):
+    ids, new = tokens(2, 141), tokens(2, 40, seed=3)
+    forked, own = fork(prefill(llama, ids), make(llama)), make(llama)
+    read(llama, ids, own)
+    assert torch.equal(read(llama, new, forked), read(llama, new, own))
+    assert forked.report() == own.report()
+
+
+def test_forks_share_nothing(llama, make):
+    ids = tokens(1, 100)
+    dense = prefill(llama, ids)
+    first, second = fork(dense, make(llama)), fork(dense, make(llama))
+    before = [x.clone() for layer in [*dense.layers, *second.layers] for x in layer.materialize()]
+    read(llama, tokens(1, 40, seed=4), first)
+    after = [x for layer in [*dense.layers, *second.layers] for x in layer.materialize()]
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
+
+
+def test_prefill_is_the_models_own_pass(llama, models):
+    from transformers import DynamicCache
+
+    ids, stock = tokens(2, 50), models["llama"][1]
+    expected = DynamicCache(config=stock.config)
+    read(stock, ids, expected)
+    for ours, theirs in zip(prefill(llama, ids).layers, expected.layers, strict=True):
+        k, v = ours.materialize()
+        torch.testing.assert_close(k, theirs.keys)
+        torch.testing.assert_close(v, theirs.values)
+
+
+def test_sliding_layers_are_refused(models):
+    model = models["gemma3"][0]
+    dense = prefill(model, tokens(1, 40))
+    with pytest.raises(NotImplementedError, match="without sliding layers"):
+        fork(dense, longwave.cache(model, "dense"))

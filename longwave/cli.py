@@ -19,7 +19,12 @@ Model = Annotated[str, typer.Option(help='Hub id, local path, or "smollm2" (a sm
 MethodName = Annotated[
     str, typer.Option("--method", help='How to hold the cache: "fourier", "fourier-paper", "dense".')
 ]
-Budget = Annotated[str | None, typer.Option(help='Fraction of the dense bytes ("0.25") or a size ("512MiB").')]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help='Fraction of the dense bytes ("0.25") or a size ("512MiB"); presets such as fourier-paper take none.'
+    ),
+]
 ProfilePath = Annotated[
     Path | None, typer.Option(help="Profile made by `longwave calibrate`; the shipped one otherwise.")
 ]
@@ -352,14 +357,14 @@ def demo(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Document to measure on; Python's help topics otherwise.")
     ] = None,
-    budget: Budget = "0.25",
+    budget: Annotated[list[str], typer.Option(help="Budget of fourier; repeats.")] = ["0.5", "0.25"],  # noqa: B006
     seed: int = 42,
 ) -> None:
     """Dense and fourier side by side on SmolLM2: needles, loss, bytes, speed, a summary. A few minutes on two cores."""
     with user_errors():
         from longwave.demo import run
 
-        run(out, read_text(file) if file else None, budget or "0.25", seed)
+        run(out, read_text(file) if file else None, budget, seed)
 
 
 if __name__ == "__main__":

@@ -59,8 +59,12 @@ class PeriodGroup:
         self.reach = (x - self.mean[:, None]).abs().amax(-2)
         self.coef = analyze(x - self.mean[:, None], states, period).to(comp.dtype)
 
-    def correct(self, period: int, length: int) -> None:
-        """Stretch the smooth signal so that its largest deviation equals the true one (paper, section 3)."""
+    def correct(self, period: int, length: int, stretch: bool) -> None:
+        """Put the mean back, and stretch the smooth signal so that its largest deviation equals the true one (paper,
+        section 3), or leave it as it is."""
+        if not stretch:
+            self.gain, self.shift = torch.ones_like(self.mean), self.mean.clone()
+            return
         r = resynthesize(self.coef.to(self.mean.dtype), period, length)
         centre = r.mean(-2)
         span = (r - centre[:, None]).abs().amax(-2)
@@ -120,9 +124,11 @@ class Row:
 class PeriodStore:
     """The middle of a batch, each row one period. Same interface as `SegmentStore`."""
 
-    def __init__(self, batch: int, split_k: ChannelSplit, split_v: ChannelSplit, states: int, reserve: int):
+    def __init__(
+        self, batch: int, split_k: ChannelSplit, split_v: ChannelSplit, states: int, reserve: int, gain: str | None
+    ):
         self.split_k, self.split_v = split_k, split_v
-        self.states, self.reserve = states, reserve
+        self.states, self.reserve, self.stretch = states, reserve, gain == "max"
         self.rows = [Row() for _ in range(batch)]
 
     @property
@@ -155,7 +161,7 @@ class PeriodStore:
                     groups.append(PeriodGroup(kept[0], comp[0], self.states, row.period))
         row.length = end
         for group in row.groups():
-            group.correct(row.period, end)
+            group.correct(row.period, end, self.stretch)
 
     def scores(self, q: torch.Tensor) -> torch.Tensor:
         """q [B, H, R, D] -> unscaled scores [B, H, R, longest]; columns after a row's end are zero."""

@@ -449,7 +449,6 @@ def test_paper_preset(llama):
         (dict(gain="mean"), 'gain is None or "max"'),
         (dict(quota="model"), 'quota is "head" or "layer"'),
         (dict(segment=None), 'needs basis="dft"'),
-        (dict(segment=None, basis="dft"), 'needs gain="max"'),
         (dict(segment=None, basis="dft", gain="max", states=7), "must be even; got 7"),
     ],
 )

@@ -18,9 +18,9 @@ def signal(length, channels=6, seed=0):
     return walk + 3 * torch.randn(1, 2, 1, channels, generator=g, dtype=torch.float64)
 
 
-def stores(kept, reserve=40):
+def stores(kept, reserve=40, gain="max"):
     table = torch.tensor(kept)
-    return PeriodStore(1, ChannelSplit(table), ChannelSplit(~table), S, reserve)
+    return PeriodStore(1, ChannelSplit(table), ChannelSplit(~table), S, reserve, gain)
 
 
 KEPT = [[True, False, True, False, False, False], [False] * 6]
@@ -80,6 +80,15 @@ def test_without_reserve_the_published_scaling_gives_the_same():
     torch.testing.assert_close(
         store.materialize()[0][0, 1, :, 2], (r - r.mean()) * gain + raw.mean(), rtol=0, atol=1e-9
     )
+
+
+def test_without_gain_it_is_the_plain_low_pass():
+    x, length = signal(60), 60
+    store = stores(KEPT, reserve=0, gain=None)
+    store.append(None, x, x)
+    bins = torch.fft.rfft(x[0, 1, :, 2])
+    bins[S // 2 :] = 0
+    torch.testing.assert_close(store.materialize()[0][0, 1, :, 2], torch.fft.irfft(bins, n=length), rtol=0, atol=1e-9)
 
 
 def test_tokens_that_join_later_land_on_their_own_place():

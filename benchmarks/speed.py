@@ -52,8 +52,9 @@ def main():
     rows = []
     for context in map(int, args.contexts.split(",")):
         prefill, decode, logits = ({name: [] for name in makers} for _ in range(3))
-        for _ in range(args.prefills):
-            caches = {name: make(model) for name, make in makers.items()}
+        for turn in range(args.prefills):
+            names = list(makers)[turn % len(makers) :] + list(makers)[: turn % len(makers)]  # nobody is always first
+            caches = {name: makers[name](model) for name in names}
             for name, memory in caches.items():
                 prefill[name].append(step(model, memory, text[:, :context])[0])
             print(
@@ -78,7 +79,8 @@ def main():
             "prefill": statistics.median(prefill["transformers"]),
             "decode": statistics.median(decode["transformers"]),
         }
-        for name, memory in caches.items():
+        for name in makers:
+            memory = caches[name]
             ratio = memory.report().ratio if isinstance(memory, longwave.LongCache) else 1.0
             rows.append(
                 {

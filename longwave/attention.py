@@ -73,6 +73,8 @@ def longwave_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """query [B, Hq, Q, D], key and value as `update` returned them -> ([B, Q, Hq, D], None)."""
     if not isinstance(key, Handle):
+        if kwargs.get("s_aux") is not None:  # sdpa would ignore it
+            raise NotImplementedError(f"{type(module).__name__} learns attention sinks: load it with its own attention")
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )

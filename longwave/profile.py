@@ -29,7 +29,7 @@ def signature(model: PreTrainedModel) -> dict[str, float]:
     wanted = [
         (name, p)
         for name, p in model.named_parameters()
-        if ("k_proj" in name or "norm" in name) and p.is_floating_point()
+        if ("k_proj" in name or "norm" in name) and p.is_floating_point() and not p.is_meta
     ]
     layers = sorted({_layer_of(name) for name, _ in wanted} - {-1})
     if not layers:

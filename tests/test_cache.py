@@ -190,6 +190,35 @@ def build_with_our_attention():
     return model
 
 
+@pytest.mark.parametrize("where", [0, 3, 5])
+def test_a_failed_pass_is_never_continued(models, where):
+    """Sliding layers have the tokens before the full layer refuses them: the next pass must not go on as if nothing."""
+    model = copy.deepcopy(models["gemma3"][0])
+    memory = longwave.cache(model, "dense")
+    run(model, tokens(1, 40), memory)
+    hook = model.model.layers[where].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(model, tokens(1, 1), memory)
+    hook.remove()
+    if where < 5:
+        with pytest.raises(ValueError, match="failed half-way"):
+            run(model, tokens(1, 1), memory)
+    memory.reset()
+    run(model, tokens(1, 40), memory)
+
+
+def test_a_refusal_after_sliding_layers_took_the_tokens(models):
+    model = copy.deepcopy(models["gemma3"][0])
+    memory = longwave.cache(model, "dense")
+    run(model, tokens(2, 40), memory)
+    mask = torch.ones(2, 41, dtype=torch.long)
+    mask[0, 5] = 0
+    with pytest.raises(ValueError, match="stays as it was"):
+        run(model, tokens(2, 1), memory, mask)
+    with pytest.raises(ValueError, match=r"failed half-way.*reset"):
+        run(model, tokens(2, 1), memory)
+
+
 def test_nan_in_padding_is_nobodys_business(memory):
     layer = memory.layers[0]
     k = torch.randn(2, 2, 5, 8)
@@ -304,6 +333,13 @@ def test_sliding_layers_are_counted(models):
     parts = memory.report().parts
     assert parts["other layers"] >= 5 * 2 * 2 * 15 * 8 * 4
     assert memory.nbytes < memory.dense_nbytes
+
+
+def test_linear_attention_layers_are_counted():
+    from longwave.cache import _tensors
+
+    state = torch.zeros(2, 3)
+    assert sum(x.nbytes for x in _tensors({"conv_states": {0: state}, "flag": True, "more": [state, None]})) == 48
 
 
 def test_dense_holds_little_more_than_dense(llama):

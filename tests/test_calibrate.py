@@ -189,7 +189,7 @@ def test_windows_beyond_the_context_are_refused(llama, tokenizer):
 
 @pytest.mark.parametrize("windows", [0, -1])
 def test_no_windows_are_refused(llama, tokenizer, windows):
-    with pytest.raises(ValueError, match=f"windows is at least 1, got {windows}"):
+    with pytest.raises(ValueError, match=f"1 texts need at least as many windows, got {windows}"):
         calibrate(llama, tokenizer, [TEXT], SEGMENTS, tokens=64, windows=windows)
 
 

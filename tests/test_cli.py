@@ -369,8 +369,9 @@ def test_inspect_prints_plain_tables(inspect, tmp_path):
     lines = succeeds(*inspect, "--budget", 0.5, "--side", "v", "--layer", 2, "--head", 1).stdout.splitlines()
     cells = [line.split("\t") for line in lines]
     assert cells[0] == ["part", "bytes"]
-    sizes = {name: int(size) for name, size in cells[1:6]}
-    assert sizes["all"] == sizes["dense"] + sizes["kept"] + sizes["coefficients"] < sizes["dense cache"]
+    sizes = {name: int(size) for name, size in cells[1:7]}
+    assert sizes["all"] == sizes["dense"] + sizes["kept"] + sizes["coefficients"] + sizes["channel index"]
+    assert sizes["all"] < sizes["dense cache"]
     assert any(line.startswith("ratio 0.") and line.endswith("after 200 tokens") for line in lines)
     assert cells[-6][0] == "layer"
     assert [row[0] for row in cells[-5:-2]] == ["0", "1", "2"]

@@ -15,7 +15,10 @@ import sys
 
 def pip(*arguments: str) -> bool:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
-    return subprocess.run(command, stderr=subprocess.PIPE).returncode == 0
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        print("\n".join(done.stderr.splitlines()[-2:]), file=sys.stderr)
+    return done.returncode == 0
 
 
 def main() -> None:

@@ -203,11 +203,14 @@ class Fourier(Method):
         return waiting // self.segment * self.segment
 
     def layer_bytes(self, index: int, shape: CacheShape, tokens: int) -> int:
-        position = shape.memory_layers.index(index)
         middle = self.absorbed(tokens)
-        total = capacity(tokens - middle) * shape.token_bytes
+        return self._bytes(index, shape, tokens - middle, middle)
+
+    def _bytes(self, index: int, shape: CacheShape, dense: int, middle: int) -> int:
+        total = capacity(dense) * shape.token_bytes
         if middle:
-            for table in self.kept[position]:
+            total += 2 * shape.kv_heads * (2 * shape.head_dim + 1) * 8  # which channel is where, there and back
+            for table in self.kept[shape.memory_layers.index(index)]:
                 kept, comp = int(table.sum()), int((~table).sum())
                 if self.segment is None:
                     floats = 8 if shape.dtype == torch.float64 else 4
@@ -217,6 +220,11 @@ class Fourier(Method):
         return total
 
     def peak_bytes(self, shape: CacheShape, tokens: int, batch: int = 1) -> int:
+        if batch > 1:  # rows may differ: the longest dense part of one is padded beside the longest middle of another
+            open_tokens = self.segment - 1 if self.segment else max(self.states, FLUSH)
+            dense = min(tokens, self.sinks + self.window + open_tokens)
+            layers = sum(self._bytes(i, shape, dense, self.absorbed(tokens)) for i in shape.memory_layers)
+            return batch * (layers + shape.sliding_bytes(tokens))
         if self.segment is None:  # up to FLUSH tokens wait, and the threshold itself is the most that stays dense
             threshold = min(tokens, self.sinks + self.window + self.states)
             waiting = FLUSH * shape.token_bytes * len(shape.memory_layers)
@@ -253,6 +261,9 @@ class FourierLayer(MemoryLayer):
         if options.segment is None:
             return PeriodStore(self.batch_size, split_k, split_v, options.states, options.reserve, options.gain)
         return SegmentStore(self.batch_size, split_k, split_v, options.basis, options.states, options.segment)
+
+    def patience(self) -> int:
+        return self.options.window if self.max_tokens is None else 0  # `crop` reaches into the window either way
 
     def _due(self, row: int) -> int:
         waiting = max(0, self.dense.lengths[row] - self.options.sinks - self.options.window)
@@ -346,7 +357,9 @@ class FourierLayer(MemoryLayer):
         return sides[0], sides[1]
 
     def parts(self) -> dict[str, list[torch.Tensor]]:
-        return {**super().parts(), **({} if self.store is None else self.store.parts())}
+        if self.store is None:
+            return super().parts()
+        return {**super().parts(), **self.store.parts(), "channel index": list(self.store.index())}
 
     def move(self, device: torch.device | str) -> None:
         super().move(device)

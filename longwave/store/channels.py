@@ -44,6 +44,10 @@ class ChannelSplit:
         for group in self.groups:
             group.heads, group.order, group.inverse = (x.to(device) for x in (group.heads, group.order, group.inverse))
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        for group in self.groups:
+            yield from (group.heads, group.order, group.inverse)
+
     def split(self, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """For each group, x [B, H, R, D] -> (kept [B, heads, R, n], compressed [B, heads, R, c])."""
         for group in self.groups:

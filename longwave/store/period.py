@@ -211,6 +211,10 @@ class PeriodStore:
             sides.append(whole)
         return sides[0], sides[1]
 
+    def index(self) -> Iterator[torch.Tensor]:
+        yield from self.split_k.tensors()
+        yield from self.split_v.tensors()
+
     def parts(self) -> dict[str, list[torch.Tensor]]:
         groups = [group for row in self.rows for group in row.groups()]
         return {

@@ -10,6 +10,7 @@ import torch
 from longwave.ops.spectral import reference
 from longwave.ops.spectral.basis import table
 from longwave.store.channels import ChannelSplit
+from longwave.store.tokens import writable
 
 
 class Side:
@@ -71,6 +72,8 @@ class SegmentStore:
             return torch.cat([held, fresh], dim=2)
         rows = range(len(self.counts)) if row is None else [row]
         need = max(self.counts[r] * unit + fresh.shape[2] for r in rows)
+        if not writable(held):
+            held = held.clone()
         if held.shape[2] < need:
             held = torch.cat([held, held.new_zeros(*held.shape[:2], need - held.shape[2], *held.shape[3:])], dim=2)
         for i, r in enumerate(rows):
@@ -107,6 +110,10 @@ class SegmentStore:
             ]
             sides.append(side.split.join(parts))
         return sides[0], sides[1]
+
+    def index(self) -> Iterator[torch.Tensor]:
+        yield from self.k.split.tensors()
+        yield from self.v.split.tensors()
 
     def parts(self) -> dict[str, list[torch.Tensor]]:
         return {"kept": self.k.kept + self.v.kept, "coefficients": self.k.coef + self.v.coef}

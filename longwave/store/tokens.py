@@ -15,6 +15,11 @@ def capacity(tokens: int) -> int:
     return -(-tokens // BLOCK) * BLOCK
 
 
+def writable(x: torch.Tensor) -> bool:
+    """Tensors made under torch.inference_mode() cannot be written to outside it."""
+    return torch.is_inference_mode_enabled() or not x.is_inference()
+
+
 class TokenBuffer:
     """K and V of shape [batch, kv_heads, capacity, head_dim]; row b holds `lengths[b]` tokens, zeros after them."""
 
@@ -66,7 +71,7 @@ class TokenBuffer:
     def _reserve(self, tokens: int, like: tuple[torch.Tensor, torch.Tensor]) -> None:
         if self.k is None:
             self.k, self.v = (x.new_zeros(*x.shape[:2], capacity(tokens), x.shape[3]) for x in like)
-        elif not self.owned or self.k.shape[2] < tokens:
+        elif not self.owned or self.k.shape[2] < tokens or not writable(self.k):
             self._copy(tokens)
         self.owned = True
 

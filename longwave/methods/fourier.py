@@ -24,7 +24,7 @@ from longwave.store.tokens import capacity
 if TYPE_CHECKING:
     from longwave.profile import Profile
 
-DEFAULT_BUDGET = 0.5  # the least of those measured at which the small model still finds its needles (docs/results.md)
+DEFAULT_BUDGET = 0.5  # the least of those measured that leaves the small model most needles (docs/results.md)
 Table = tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
 

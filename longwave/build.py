@@ -72,8 +72,8 @@ def cache(
 
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch is a whole number of rows, at least 1; got {batch!r}")
-    others = [layer for layer in other_layers(config) if layer is not None]
-    if size is not None and not all(getattr(layer, "is_sliding", False) for layer in others):
+    others = other_layers(config)
+    if size is not None and not all(layer is None or getattr(layer, "is_sliding", False) for layer in others):
         raise NotImplementedError(
             "this model has layers that are neither full nor sliding attention, and what they hold is not known "
             "beforehand: give the budget as a fraction"
@@ -89,9 +89,7 @@ def cache(
         method = bind_to_size(method, shape, profile, size, longest, batch)
 
     use_longwave_attention(model)
-    layers = [
-        layer if layer is not None else method.layer(index, shape) for index, layer in enumerate(other_layers(config))
-    ]
+    layers = [method.layer(index, shape) if layer is None else layer for index, layer in enumerate(others)]
     built = LongCache(layers, method)
     if size is not None:
         for layer in built.memory_layers():

@@ -440,8 +440,8 @@ class LongCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Hand new tokens to a layer. transformers' own layers keep a view of all they returned: cut it to size."""
-        self._progress.reached = layer_idx
         returned = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._progress.reached = layer_idx  # not before: a layer that refused took nothing
         layer: Any = self.layers[layer_idx]
         if not isinstance(layer, MemoryLayer):
             for name in ("keys", "values"):

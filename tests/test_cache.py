@@ -152,6 +152,8 @@ def test_another_batch_size(llama, memory):
     run(llama, tokens(2, 30), memory)
     with pytest.raises(ValueError, match=r"holds a batch of 2 but got 3 rows.*batch_repeat_interleave"):
         run(llama, tokens(3, 4), memory)
+    assert memory.get_seq_length() == 30
+    run(llama, tokens(2, 4), memory)  # nothing was lost
     prefilled = longwave.cache(llama, "dense")
     ids = tokens(1, 20)
     run(llama, ids[:, :19], prefilled)

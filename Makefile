@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-all lint quality-table speed profiles clean
+.PHONY: demo test test-all lint quality speed profiles clean
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "longwave needs Python 3.11 or newer; try make PYTHON=python3.12"; exit 1; }
@@ -29,9 +29,9 @@ test: lint
 test-all: lint
 	$(BIN)/pytest -q
 
-# the tables of docs/results.md; they read ../shared/data or $LONGWAVE_DATA
-quality-table: $(VENV)/ready
-	$(BIN)/python -m benchmarks.quality --windows 24 --out out/quality.json
+# the regression gate: fails when a method's divergence or needles leave their recorded band; needs evaluation data
+quality: $(VENV)/ready
+	$(BIN)/python -m benchmarks.gate
 
 speed: $(VENV)/ready
 	$(BIN)/python -m benchmarks.speed --out out/speed.json

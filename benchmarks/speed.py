@@ -17,10 +17,15 @@ import torch
 from transformers import DynamicCache
 
 import longwave
-from benchmarks.quality import parse_method
-from longwave.evals.needle import pydoc_haystack
+from longwave.evals.data import pydoc_haystack
+from longwave.evals.spec import parse_spec
 
-DEFAULT = ["dense=dense", "fourier .25=fourier:budget=0.25", "paper=fourier-paper"]
+DEFAULT = ["dense", "fourier:budget=0.25", "fourier-paper"]
+
+
+def maker(text):
+    name, options = parse_spec(text)
+    return lambda model: longwave.cache(model, name, **options)
 
 
 def stock_cache(model):
@@ -46,7 +51,7 @@ def main():
     args = parser.parse_args()
     model, tokenizer = longwave.load("smollm2", dtype=torch.float32)
     text = tokenizer(pydoc_haystack(), return_tensors="pt", verbose=False).input_ids
-    makers = {"transformers": stock_cache} | dict(map(parse_method, args.methods))
+    makers = {"transformers": stock_cache} | {text: maker(text) for text in args.methods}
     for make in makers.values():  # first use of everything, not timed
         step(model, make(model), text[:, :600])
     rows = []

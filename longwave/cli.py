@@ -1,19 +1,19 @@
-"""The command line: generate, calibrate, needle, inspect, demo."""
+"""The command line: generate, calibrate, inspect, eval, demo."""
 
 from __future__ import annotations
 
-import ast
-import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from longwave.console import progress, show_json, show_table, stderr, user_errors, waiting
+from longwave.evals.commands import app as eval_commands
+from longwave.evals.spec import parse_value
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(eval_commands, name="eval")
 
 Model = Annotated[str, typer.Option(help='Hub id, local path, or "smollm2" (a small model from PyPI).')]
 MethodName = Annotated[
@@ -41,10 +41,7 @@ def parse_options(items: list[str] | None) -> dict[str, Any]:
         name, equals, value = item.partition("=")
         if not equals or not name:
             raise ValueError(f"a method option is NAME=VALUE, got {item!r}")
-        try:
-            options[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[name] = value
+        options[name] = parse_value(value)
     return options
 
 
@@ -199,74 +196,6 @@ def calibrate(
 
 
 @app.command()
-def needle(
-    model: Model = "smollm2",
-    method: Annotated[list[str], typer.Option("--method", help="Method; repeats to compare.")] = ["dense", "fourier"],  # noqa: B006
-    budget: Budget = None,
-    profile: ProfilePath = None,
-    option: OptionList = None,
-    lengths: Annotated[str, typer.Option(help="Context lengths in tokens.")] = "1000,2000,4000",
-    depths: Annotated[str, typer.Option(help="Needle depths, shares of the text.")] = "0.1,0.5,0.9",
-    repeats: Annotated[int, typer.Option(min=1)] = 1,
-    haystack: Annotated[
-        Path | None, typer.Option(help="Text to hide the needle in; Python's help topics otherwise.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for needle.jsonl and needle.png.")] = Path("out"),
-    batch: Annotated[int, typer.Option(min=1, help="Prompts of equal length read together.")] = 1,
-    seed: int = 42,
-    device: Device = "cpu",
-    dtype: Dtype = "auto",
-    as_json: Json = False,
-) -> None:
-    """Needle in a haystack over lengths x depths: a table, JSON lines and a heat map."""
-    with user_errors():
-        import longwave
-        from longwave.evals import needle as needles
-
-        try:
-            wanted = [int(n) for n in lengths.split(",")], [float(x) for x in depths.split(",")]
-        except ValueError:
-            raise ValueError(
-                "--lengths are whole numbers and --depths shares from 0 to 1, both separated by commas"
-            ) from None
-        text = read_text(haystack) if haystack else needles.pydoc_haystack()
-        loaded, tokenizer = load_model(model, device, dtype)
-        check_length(loaded, max(wanted[0]), needles.ANSWER_TOKENS)
-        prompts = needles.build_prompts(tokenizer, text, *wanted, repeats, seed)
-
-        def maker(name: str) -> Callable[[], Any]:
-            extra = {} if name == "dense" or name.endswith("-paper") else {"budget": budget, **parse_options(option)}
-            given = None if name == "dense" else profile
-            return lambda: longwave.cache(loaded, name, profile=given, batch=batch, **extra)
-
-        fixed = [name for name in method if name == "dense" or name.endswith("-paper")]
-        if (budget is not None or option) and len(fixed) == len(method):
-            raise ValueError(f"{', '.join(fixed)} takes no budget and no options: add a method that does")
-        makers = {name: maker(name) for name in method}
-        for make in makers.values():
-            make()  # wrong options speak up before the first minute has passed
-        out.mkdir(parents=True, exist_ok=True)
-        answers = []
-        with (out / "needle.jsonl").open("w") as lines, progress("needles") as advance:
-            for answer in needles.run(loaded, tokenizer, prompts, makers, batch, advance):
-                answers.append(answer)
-                lines.write(json.dumps(answer.as_dict()) + "\n")
-                lines.flush()
-        needles.heat_map(answers, out / "needle.png", f"needles found, {model}, {repeats} per cell, seed {seed}")
-        rows = []
-        for name in makers:
-            columns, rows_of, cells = needles.grid(answers, name)
-            for depth, row in zip(rows_of, cells, strict=True):
-                rows.append([name, f"{depth:g}", *(f"{cell:.2f}" for cell in row)])
-        if as_json:
-            for answer in answers:
-                show_json(answer.as_dict())
-        else:
-            show_table("needles found", ["method", "depth", *map(str, columns)], rows)
-            print(f"{out / 'needle.jsonl'}\n{out / 'needle.png'}")
-
-
-@app.command()
 def inspect(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Text to read; Python's help topics otherwise.")
@@ -291,8 +220,8 @@ def inspect(
         if side not in ("k", "v"):
             raise ValueError(f'side is "k" or "v", got {side!r}')
         import longwave
+        from longwave.evals.data import pydoc_haystack
         from longwave.evals.fork import fork, prefill
-        from longwave.evals.needle import pydoc_haystack
         from longwave.inspect import kept_by_pair, plot_channel, plot_kept
         from longwave.methods import Fourier
 
@@ -356,7 +285,7 @@ def _quarters(values: list[float]) -> Any:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the heat map and the numbers.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the report and the numbers.")] = Path("out/demo"),
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Document to measure on; Python's help topics otherwise.")
     ] = None,
@@ -367,7 +296,7 @@ def demo(
     with user_errors():
         from longwave.demo import run
 
-        run(out, read_text(file) if file else None, budget, seed)
+        run(out, file, budget, seed)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,6 @@ def smollm2():
 
 @pytest.fixture(scope="session")
 def real_text():
-    from longwave.evals.needle import pydoc_haystack
+    from longwave.evals.data import pydoc_haystack
 
     return pydoc_haystack()

@@ -264,79 +264,6 @@ def test_calibrate_without_text_file(calibrate, tmp_path):
     assert "absent.txt" in refused(*calibrate, "--text", tmp_path / "absent.txt")
 
 
-# needle
-
-
-@pytest.fixture
-def needle(folder, text, profile, tmp_path):
-    given = ["--model", folder, "--haystack", text, "--profile", profile, *SEGMENTS]
-    return ["needle", *given, "--lengths", "180,200", "--depths", "0.1,0.9", "--out", tmp_path / "made"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--lengths", "1k"], "--lengths are whole numbers"),
-        (["--lengths", "200,"], "--lengths are whole numbers"),
-        (["--lengths", ""], "--lengths are whole numbers"),
-        (["--lengths", "200.5"], "--lengths are whole numbers"),
-        (["--depths", "deep"], "--depths shares from 0 to 1"),
-        (["--depths", "1.5"], "shares from 0 to 1, got 1.5"),
-        (["--lengths", "50"], "leaves no room"),
-        (["--lengths", "-5"], "leaves no room"),
-        (["--lengths", "510"], "exceed this model's context of 512"),
-        (["--method", "furier"], "did you mean 'fourier'?"),
-        (["-o", "segmnt=3"], "did you mean 'segment'?"),
-        (["--budget", "lots"], "'lots'"),
-        (["--haystack", "/nowhere.txt"], "/nowhere.txt"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_needle_writes_nothing(needle, tmp_path, arguments, message):
-    assert message in refused(*needle, *arguments)
-    assert not (tmp_path / "made").exists()
-
-
-def test_short_haystack(needle, tmp_path):
-    (tmp_path / "short.txt").write_text("Too short.")
-    assert "too few for a length of 180" in refused(*needle, "--haystack", tmp_path / "short.txt")
-
-
-def test_needle_prints_a_plain_table_and_writes_its_files(needle, tmp_path):
-    result = succeeds(*needle)
-    *table, jsonl, png = result.stdout.splitlines()
-    assert table[0].split("\t") == ["method", "depth", "180", "200"]
-    assert [line.split("\t")[:2] for line in table[1:]] == [
-        *(["dense", "0.1"], ["dense", "0.9"], ["fourier", "0.1"], ["fourier", "0.9"])
-    ]
-    assert all(0 <= float(cell) <= 1 for line in table[1:] for cell in line.split("\t")[2:])
-    assert (jsonl, png) == (str(tmp_path / "made" / "needle.jsonl"), str(tmp_path / "made" / "needle.png"))
-    answers = [json.loads(line) for line in (tmp_path / "made" / "needle.jsonl").read_text().splitlines()]
-    assert len(answers) == 8
-    assert {answer["method"] for answer in answers} == {"dense", "fourier"}
-    with Image.open(tmp_path / "made" / "needle.png") as picture:
-        assert picture.format == "PNG"
-
-
-def test_needle_json_lines(needle, tmp_path):
-    result = succeeds(*needle, "--json", "--repeats", 2, "--batch", 2, "--method", "fourier")
-    assert result.stdout == (tmp_path / "made" / "needle.jsonl").read_text()
-    answers = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(answers) == 8
-    assert set(answers[0]) == {
-        *("method", "length", "depth", "repeat", "key", "output", "score", "bytes_ratio"),
-    }
-    assert all(answer["bytes_ratio"] < 0.75 for answer in answers)
-
-
-def test_needle_size_is_for_the_whole_batch(needle):
-    least = ["--method", "fourier", "--budget"]
-    message = refused(*needle, *least, "1KB", "--batch", 2)
-    assert "2 x 512 tokens" in message
-    one, two = (int(refused(*needle, *least, "1KB", "--batch", n).split("(")[1].split(" bytes")[0]) for n in (1, 2))
-    assert two == 2 * one
-
-
 # inspect
 
 
@@ -412,5 +339,5 @@ def test_bad_inspect(inspect, arguments, message):
 def test_no_command_shows_help():
     result = call("--help")
     assert result.exit_code == 0
-    for command in ("generate", "calibrate", "needle", "inspect", "demo"):
+    for command in ("generate", "calibrate", "inspect", "eval", "demo"):
         assert command in result.stdout

@@ -8,7 +8,7 @@ import sys
 PROGRAM = """
 import ctypes, json, sys
 import torch, longwave
-from longwave.evals.needle import pydoc_haystack
+from longwave.evals.data import pydoc_haystack
 
 def resident():
     ctypes.CDLL("libc.so.6").malloc_trim(0)

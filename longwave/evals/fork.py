@@ -4,6 +4,8 @@ This is exact. A prompt given in one call is read with full attention by every m
 the K and V that a method compresses are the dense ones.
 """
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PreTrainedModel
 
@@ -11,20 +13,51 @@ from longwave.build import cache
 from longwave.cache import LongCache, MemoryLayer
 
 
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids of several rows as one [rows, longest] tensor with a mask, both int64; padding comes first."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        ids[row, width - len(tokens) :] = torch.tensor(tokens)
+        mask[row, width - len(tokens) :] = 1
+    return ids, mask
+
+
 @torch.no_grad()
-def prefill(model: PreTrainedModel, ids: torch.Tensor) -> LongCache:
-    """A dense cache that has read ids [batch, tokens] (all rows full length, no padding)."""
+def read(model: PreTrainedModel, memory: LongCache, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    """Give ids [batch, tokens] to an empty cache in one pass. `mask` [batch, tokens] is 0 where a row is padded."""
+    padded = mask is not None and not bool(mask.all())
+    extra = {}
+    if padded:
+        assert mask is not None
+        extra["attention_mask"] = mask.to(model.device)
+        extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(model.device)
+    model(ids.to(model.device), past_key_values=memory, use_cache=True, logits_to_keep=1, **extra)
+
+
+def prefill(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None) -> LongCache:
+    """A dense cache that has read ids [batch, tokens]."""
     memory = cache(model, "dense")
-    model(ids.to(model.device), past_key_values=memory, use_cache=True, logits_to_keep=1)
+    read(model, memory, ids, mask)
     return memory
+
+
+def can_fork(memory: LongCache) -> bool:
+    """Whether every layer is a memory layer: what sliding layers hold cannot be handed on."""
+    return all(isinstance(layer, MemoryLayer) for layer in memory.layers)
 
 
 @torch.no_grad()
 def fork(dense: LongCache, empty: LongCache) -> LongCache:
-    """Fill an empty cache with what a dense one has read, as if it had read it itself."""
+    """Fill an empty cache with what a dense one has read, as if it had read it itself. Rows may differ in length."""
+    if not (can_fork(dense) and can_fork(empty)):
+        raise NotImplementedError("only caches without sliding layers can be forked")
     for source, target in zip(dense.layers, empty.layers, strict=True):
-        if not isinstance(source, MemoryLayer) or not isinstance(target, MemoryLayer):
-            raise NotImplementedError("only caches without sliding layers can be forked")
-        target.write(*source.materialize())
+        k, v = source.materialize()
+        valid = None
+        if len(set(source.rows)) > 1:
+            valid = torch.arange(k.shape[2], device=k.device) < torch.tensor(source.rows, device=k.device)[:, None]
+        target.write(k, v, valid)
         target.settle()
     return empty

@@ -11,24 +11,45 @@ from longwave.cache import LongCache
 
 @dataclass(frozen=True)
 class Scored:
-    """log-probabilities [tokens, vocabulary] after each scored token, and the mean loss in nats."""
+    """What was scored after a context, row by row and token by token.
 
-    logprobs: torch.Tensor
-    loss: float
+    losses: nats, [batch, n]. logprobs: [batch, n, vocabulary], None where they were not asked for.
+    """
 
-    def divergence(self, dense: "Scored") -> tuple[float, float]:
-        """(mean KL from the dense model in nats, share of positions with the same most likely token)."""
-        kl = kl_div(self.logprobs, dense.logprobs, log_target=True, reduction="none").sum(-1).mean()
-        same = (self.logprobs.argmax(-1) == dense.logprobs.argmax(-1)).float().mean()
-        return float(kl), float(same)
+    losses: torch.Tensor
+    logprobs: torch.Tensor | None = None
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
+
+    def divergence(self, dense: "Scored") -> tuple[torch.Tensor, torch.Tensor]:
+        """(KL from the dense model in nats, whether the most likely token is the same), both float [batch, n]."""
+        if self.logprobs is None or dense.logprobs is None:
+            raise ValueError("distributions were not kept: score with keep=True")
+        kl = torch.empty_like(self.losses)
+        for row, (mine, exact) in enumerate(zip(self.logprobs, dense.logprobs, strict=True)):
+            kl[row] = kl_div(mine, exact, log_target=True, reduction="none").sum(-1)
+        return kl, (self.logprobs.argmax(-1) == dense.logprobs.argmax(-1)).float()
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, memory: LongCache, ids: torch.Tensor) -> Scored:
-    """Feed ids [1, n + 1] after what `memory` holds, in one pass, and score the last n of them.
+def score(
+    model: PreTrainedModel, memory: LongCache, ids: torch.Tensor, step: int | None = None, keep: bool = True
+) -> Scored:
+    """Feed ids [batch, n + 1] after what `memory` holds and score the last n of them.
 
-    Every scored position reads the compressed context: none of it comes from the exact pass over the prompt.
+    step: tokens fed at a time; None feeds all in one pass. Every scored position reads the compressed context: none of
+    it comes from the exact pass over the prompt. keep: whether to keep the distributions, n x vocabulary floats a row.
     """
     ids = ids.to(model.device)
-    logits = model(ids[:, :-1], past_key_values=memory, use_cache=True).logits[0].float()
-    return Scored(log_softmax(logits, dim=-1), float(cross_entropy(logits, ids[0, 1:])))
+    count = ids.shape[1] - 1
+    step = count if step is None else step
+    losses, logprobs = [], []
+    for start in range(0, count, step):
+        end = min(start + step, count)
+        logits = model(ids[:, start:end], past_key_values=memory, use_cache=True).logits.float()
+        losses.append(cross_entropy(logits.transpose(1, 2), ids[:, start + 1 : end + 1], reduction="none"))
+        if keep:
+            logprobs.append(log_softmax(logits, dim=-1))
+    return Scored(torch.cat(losses, dim=1), torch.cat(logprobs, dim=1) if keep else None)

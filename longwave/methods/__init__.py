@@ -1,6 +1,7 @@
 """The methods, by name. A method is one file and one line here."""
 
 import difflib
+from dataclasses import fields
 
 from longwave.methods.base import Method
 from longwave.methods.dense import Dense
@@ -10,7 +11,7 @@ METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Fo
 PRESETS = {"fourier-paper": Fourier.paper}  # complete settings that have a name of their own
 
 
-def get_method(name: str, **options: object) -> Method:
+def get_method(name: str, /, **options: object) -> Method:
     """A method by name with its options, or an error that suggests the nearest name or option."""
     if name in PRESETS:
         if options:
@@ -21,7 +22,7 @@ def get_method(name: str, **options: object) -> Method:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
         raise ValueError(f"unknown method {name!r}; {hint}")
-    known = [key for key in METHODS[name].__dataclass_fields__ if not key.startswith("_")]
+    known = [field.name for field in fields(METHODS[name]) if not field.name.startswith("_")]
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dense(Method):
-    """Every token of every layer, as it is. No options; the only budget it can meet is 1."""
+    """Every token of every layer, as it is; the only budget it can meet is 1."""
 
     name: ClassVar[str] = "dense"
 

@@ -43,7 +43,7 @@ def paper_share(position: int, layers: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Fourier(Method):
-    """Options of FourierAttention.
+    """Channels that long context does not need become a few coefficients along time (FourierAttention).
 
     keep: share of channels kept as values, 0 to 1, or a pair (K, V), or "paper" for the paper's schedule by layer.
         None: decided by the budget (0.5 where none is given).
@@ -107,8 +107,10 @@ class Fourier(Method):
 
     @classmethod
     def paper(cls) -> Fourier:
-        """The setting of arXiv 2506.11886: one period, complex DFT with 1024 states, 4 + 1020 dense tokens,
-        mean and maximum-deviation correction, its share of channels by layer."""
+        """The published setting of FourierAttention (arXiv 2506.11886).
+
+        One period, complex DFT with 1024 states, 4 + 1020 dense tokens, mean and maximum-deviation correction, its
+        share of channels by layer."""
         return cls(
             keep="paper", states=1024, segment=None, sinks=4, window=1020, basis="dft", gain="max", quota="layer"
         )

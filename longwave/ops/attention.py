@@ -46,6 +46,12 @@ def dense_attention(
             p = torch.softmax(group_heads(q, k.shape[1]) * scaling @ k.mT, dim=-1)
             return (p @ v).reshape(b, hq, 1, d)
         return sdpa(q, k, v, scale=scaling, enable_gqa=groups > 1)
+    if mask is None and queries == 1 and q.dtype in (torch.float32, torch.float64):
+        assert visible is not None
+        scores = group_heads(q, k.shape[1]) * scaling @ k.mT  # [B, H, G, L], and no copy of K and V
+        hidden = ~visible_mask(visible, k.shape[2])
+        p = torch.softmax(scores.masked_fill(hidden, torch.finfo(q.dtype).min), dim=-1)
+        return (p @ v).reshape(b, hq, 1, d)
     if groups > 1:  # masked GQA falls back to a slow kernel on a GPU
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if mask is not None:
@@ -63,4 +69,8 @@ def dense_attention(
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
     """A whole prompt at once: as many queries as tokens, each sees itself and what came before."""
-    return sdpa(q, k, v, scale=scaling, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and q.device.type == "cuda" and q.dtype in (torch.float32, torch.float64):
+        # no fused kernel groups heads in these types, and the fallback holds all scores at once
+        k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
+    return sdpa(q, k, v, scale=scaling, is_causal=True, enable_gqa=groups > 1)

@@ -6,7 +6,7 @@ that join later; a full period is fitted again with a longer one instead of wrap
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -101,6 +101,19 @@ class PeriodGroup:
         return copy
 
 
+def stack(groups: Sequence[PeriodGroup], field: str) -> torch.Tensor:
+    """A field of the same head group of several rows, with the rows first; `kept` is padded to the longest row."""
+    tensors = [getattr(group, field) for group in groups]
+    if len(tensors) == 1:
+        return tensors[0][None]
+    longest = max(x.shape[-2] for x in tensors)
+    return torch.stack([torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[-2])) for x in tensors])
+
+
+def _pick(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    return x if rows == list(range(len(x))) else x[rows]
+
+
 class Row:
     """One row of the batch: its period, its length, and its K and V groups. Rows share nothing."""
 
@@ -163,34 +176,55 @@ class PeriodStore:
         for group in row.groups():
             group.correct(row.period, end, self.stretch)
 
+    def _alike(self) -> Iterator[tuple[list[int], int, int, torch.Tensor | None]]:
+        """Rows with the same period, which share their transforms: (rows, period, longest, columns to blank).
+
+        Where lengths differ, the last is bool [rows, 1, 1, longest], True after a row's end.
+        """
+        same: dict[int, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            if row.length:
+                same.setdefault(row.period, []).append(i)
+        for period, rows in same.items():
+            lengths = [self.rows[i].length for i in rows]
+            longest, beyond = max(lengths), None
+            if min(lengths) < longest:
+                like = self.rows[rows[0]].k[0].kept
+                ends = torch.tensor(lengths, device=like.device)[:, None, None, None]
+                beyond = torch.arange(longest, device=like.device) >= ends
+            yield rows, period, longest, beyond
+
     def scores(self, q: torch.Tensor) -> torch.Tensor:
         """q [B, H, R, D] -> unscaled scores [B, H, R, longest]; columns after a row's end are zero."""
         out = q.new_zeros(*q.shape[:3], max(self.tokens))
-        for i, row in enumerate(self.rows):
-            if not row.length:
-                continue
+        for rows, period, longest, beyond in self._alike():
             parts = []
-            for group, (q_kept, q_comp) in zip(row.k, self.split_k.split(q[i : i + 1]), strict=True):
-                spectrum = (q_comp[0] * group.gain[:, None]) @ group.coef.to(q.dtype).mT  # [heads, R, S]
-                smooth = resynthesize(spectrum.mT, row.period, row.length).mT
-                offset = q_comp[0] @ group.shift.to(q.dtype)[..., None]
-                parts.append((smooth + offset + q_kept[0] @ group.kept.to(q.dtype).mT)[None])
-            out[i, ..., : row.length] = self.split_k.stack(parts)[0]
+            for groups, (q_kept, q_comp) in zip(
+                zip(*(self.rows[i].k for i in rows), strict=True), self.split_k.split(_pick(q, rows)), strict=True
+            ):
+                gain, shift = stack(groups, "gain"), stack(groups, "shift").to(q.dtype)
+                spectrum = (q_comp * gain[..., None, :]) @ stack(groups, "coef").to(q.dtype).mT  # [rows, heads, R, S]
+                smooth = resynthesize(spectrum.mT, period, longest).mT
+                part = smooth + q_comp @ shift[..., None] + q_kept @ stack(groups, "kept").to(q.dtype).mT
+                parts.append(part if beyond is None else part.masked_fill(beyond, 0))
+            out[rows, ..., :longest] = self.split_k.stack(parts)
         return out
 
     def mix(self, p: torch.Tensor) -> torch.Tensor:
         """Probabilities [B, H, R, longest] -> their share of the output [B, H, R, D]."""
         out = p.new_zeros(*p.shape[:3], self.split_v.dim)
-        for i, row in enumerate(self.rows):
-            if not row.length:
-                continue
+        for rows, period, longest, beyond in self._alike():
+            own = _pick(p, rows)[..., :longest]
+            own = own if beyond is None else own.masked_fill(beyond, 0)
             parts = []
-            for group, part in zip(row.v, self.split_v.select(p[i : i + 1, ..., : row.length]), strict=True):
-                spectrum = analyze(part[0].mT, self.states, row.period).mT  # [heads, R, S]
-                comp = spectrum @ group.coef.to(p.dtype) * group.gain[:, None]
-                comp = comp + part[0].sum(-1, keepdim=True) * group.shift.to(p.dtype)[:, None]
-                parts.append(((part[0] @ group.kept.to(p.dtype))[None], comp[None]))
-            out[i] = self.split_v.join(parts)[0]
+            for groups, part in zip(
+                zip(*(self.rows[i].v for i in rows), strict=True), self.split_v.select(own), strict=True
+            ):
+                spectrum = analyze(part.mT, self.states, period).mT  # [rows, heads, R, S]
+                comp = spectrum @ stack(groups, "coef").to(p.dtype) * stack(groups, "gain")[..., None, :]
+                comp = comp + part.sum(-1, keepdim=True) * stack(groups, "shift").to(p.dtype)[..., None, :]
+                parts.append((part @ stack(groups, "kept").to(p.dtype), comp))
+            out[rows] = self.split_v.join(parts)
         return out
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import longwave
-from longwave.evals.fork import fork, prefill
+from longwave.evals.fork import fork, pad_left, prefill, read
 from tests.conftest import random_profile, tokens
 
 METHODS = {
@@ -21,7 +21,7 @@ def make(request):
 
 
 @torch.no_grad()
-def read(model, ids, memory):
+def feed(model, ids, memory):
     return model(ids, past_key_values=memory, use_cache=True).logits
 
 
@@ -29,7 +29,7 @@ def read(model, ids, memory):
 def test_fork_equals_reading_the_prompt(llama, make, length):
     ids = tokens(2, length)
     forked, own = fork(prefill(llama, ids), make(llama)), make(llama)
-    read(llama, ids, own)
+    feed(llama, ids, own)
     assert forked.report() == own.report()
     assert forked.get_seq_length() == length
     for ours, theirs in zip(forked.layers, own.layers, strict=True):
@@ -41,8 +41,8 @@ def test_fork_equals_reading_the_prompt(llama, make, length):
 def test_fork_answers_like_its_twin(llama, make):
     ids, new = tokens(2, 141), tokens(2, 40, seed=3)
     forked, own = fork(prefill(llama, ids), make(llama)), make(llama)
-    read(llama, ids, own)
-    assert torch.equal(read(llama, new, forked), read(llama, new, own))
+    feed(llama, ids, own)
+    assert torch.equal(feed(llama, new, forked), feed(llama, new, own))
     assert forked.report() == own.report()
 
 
@@ -51,7 +51,7 @@ def test_forks_share_nothing(llama, make):
     dense = prefill(llama, ids)
     first, second = fork(dense, make(llama)), fork(dense, make(llama))
     before = [x.clone() for layer in [*dense.layers, *second.layers] for x in layer.materialize()]
-    read(llama, tokens(1, 40, seed=4), first)
+    feed(llama, tokens(1, 40, seed=4), first)
     after = [x for layer in [*dense.layers, *second.layers] for x in layer.materialize()]
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
@@ -61,7 +61,7 @@ def test_prefill_is_the_models_own_pass(llama, models):
 
     ids, stock = tokens(2, 50), models["llama"][1]
     expected = DynamicCache(config=stock.config)
-    read(stock, ids, expected)
+    feed(stock, ids, expected)
     for ours, theirs in zip(prefill(llama, ids).layers, expected.layers, strict=True):
         k, v = ours.materialize()
         torch.testing.assert_close(k, theirs.keys)
@@ -73,3 +73,34 @@ def test_sliding_layers_are_refused(models):
     dense = prefill(model, tokens(1, 40))
     with pytest.raises(NotImplementedError, match="without sliding layers"):
         fork(dense, longwave.cache(model, "dense"))
+
+
+def test_padding_comes_first():
+    ids, mask = pad_left([[5, 6, 7], [8]], pad=9)
+    assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def ragged(lengths=(141, 60, 100)):
+    return [tokens(1, length, seed=length)[0].tolist() for length in lengths]
+
+
+def test_ragged_rows_are_forked_as_if_read(llama, make):
+    ids, mask = pad_left(ragged(), 0)
+    forked, own = fork(prefill(llama, ids, mask), make(llama)), make(llama)
+    read(llama, own, ids, mask)
+    assert forked.report() == own.report()
+    for ours, theirs in zip(forked.layers, own.layers, strict=True):
+        assert ours.rows == theirs.rows == [141, 60, 100]
+        for x, y in zip(ours.materialize(), theirs.materialize(), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_a_ragged_row_is_what_it_is_alone(llama, make):
+    rows = ragged()
+    forked = fork(prefill(llama, *pad_left(rows, 0)), make(llama))
+    for number, row in enumerate(rows):
+        alone = fork(prefill(llama, torch.tensor([row])), make(llama))
+        for ours, theirs in zip(forked.layers, alone.layers, strict=True):
+            for x, y in zip(ours.materialize(), theirs.materialize(), strict=True):
+                torch.testing.assert_close(x[number, :, : len(row)], y[0], rtol=1e-3, atol=1e-4)

@@ -150,3 +150,23 @@ def test_compresses_only_when_it_saves():
     store.append(None, signal(30), signal(30))
     assert store.due(0, 63) == 0
     assert store.due(0, 64) == 64
+
+
+@pytest.mark.parametrize("lengths", [(50, 50, 50), (50, 71, 55)], ids=["equal", "ragged"])
+def test_a_batch_is_its_rows(lengths):
+    table = torch.tensor(KEPT)
+    batch = PeriodStore(3, ChannelSplit(table), ChannelSplit(~table), S, 40, "max")
+    alone = [stores(KEPT) for _ in lengths]
+    for row, length in enumerate(lengths):
+        x = signal(length, seed=row)
+        batch.append(row, x, x.flip(2))
+        alone[row].append(None, x, x.flip(2))
+    q = torch.randn(3, 2, 4, 6, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    scores = batch.scores(q)
+    p = torch.softmax(scores, -1)
+    mixed = batch.mix(p)
+    for row, length in enumerate(lengths):
+        own = alone[row].scores(q[row : row + 1])
+        torch.testing.assert_close(scores[row : row + 1, ..., :length], own)
+        assert not scores[row, ..., length:].any()
+        torch.testing.assert_close(mixed[row : row + 1], alone[row].mix(p[row : row + 1, ..., :length]))

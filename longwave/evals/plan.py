@@ -1,0 +1,253 @@
+"""From a command or a recipe to a run: everything a user can get wrong is found before the first minute has passed."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from longwave.evals.data import data_folder
+from longwave.evals.results import FORMAT, VERSION, Results
+from longwave.evals.spec import as_spec, nearest, parse_spec
+from longwave.evals.task import Sample, Setting, Task
+from longwave.evals.tasks import parse_task
+
+QUESTION = ("after", "with")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure. A recipe (YAML) has these names as keys.
+
+    methods, tasks: specs, see `longwave.evals.spec`. out: folder of results. limit: samples per set of a task.
+    max_tokens: where prompts of tasks with a truncation rule are cut. question: "after" compresses the context before
+    the question is seen, "with" reads both in one exact pass. batch: prompts per pass. batch_tokens: rows x longest.
+    """
+
+    out: Path
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    model: str = "smollm2"
+    limit: int | None = None
+    seed: int = 42
+    max_tokens: int | None = None
+    question: str = "after"
+    chat: bool = True
+    data: Path | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    batch: int = 8
+    batch_tokens: int = 16384
+    profile: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("out", "data", "profile"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (str, Path)):
+                raise ValueError(f"{name} is a path, got {value!r}")
+            object.__setattr__(self, name, None if value is None else Path(value))
+        for name in ("methods", "tasks"):
+            value = getattr(self, name)
+            items = [value] if isinstance(value, (str, Mapping)) else value or ()
+            if not isinstance(items, (list, tuple)):
+                raise ValueError(f"{name} is a list, got {value!r}")
+            if not items:
+                raise ValueError(f"there are no {name} to measure: give at least one --{name.removesuffix('s')}")
+            specs = tuple(as_spec(item) for item in items)
+            twice = {spec for spec in specs if specs.count(spec) > 1}
+            if twice:
+                raise ValueError(f"{', '.join(sorted(twice))} is given twice")
+            object.__setattr__(self, name, specs)
+        for name in ("model", "device", "dtype"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is a text, got {getattr(self, name)!r}")
+        if not isinstance(self.chat, bool):
+            raise ValueError(f"chat is true or false, got {self.chat!r}")
+        for name in ("limit", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} is a whole number, at least 1; got {value!r}")
+        for name in ("seed", "batch", "batch_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or (name != "seed" and value < 1):
+                raise ValueError(f"{name} is a whole number{', at least 1' if name != 'seed' else ''}; got {value!r}")
+        if self.question not in QUESTION:
+            raise ValueError(f"question is one of {', '.join(QUESTION)}; got {self.question!r}")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A YAML file whose keys are the fields of `Plan`; paths in it are relative to where the command runs."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} is not a recipe: it has to be a mapping with keys such as model, methods, tasks")
+    known = [f.name for f in fields(Plan)]
+    for key in recipe:
+        if key not in known:
+            raise ValueError(f"{path} has no key {key!r} to set; {nearest(str(key), known)}")
+    return recipe
+
+
+def make_plan(recipe: Path | None, **given: Any) -> Plan:
+    """A recipe's values, replaced by those that are given. None, and null in a recipe, is not given."""
+    values = read_recipe(recipe) if recipe is not None else {}
+    given = {name: value for name, value in given.items() if value is not None}
+    values = {name: value for name, value in {**values, **given}.items() if value is not None}
+    if "out" not in values:
+        raise ValueError("name a folder for the results: --out DIR")
+    return Plan(**{"methods": (), "tasks": (), **values})
+
+
+def check_names(plan: Plan) -> dict[str, Task]:
+    """The tasks, with unknown names and options refused before a model is loaded. Methods are checked as far as that
+    is possible without one."""
+    from longwave.budget import parse_budget
+    from longwave.methods import get_method
+
+    for spec in plan.methods:
+        name, options = parse_spec(spec)
+        budget = options.pop("budget", None)
+        get_method(name, **options)
+        if budget is not None:
+            parse_budget(budget)
+    return {spec: parse_task(spec) for spec in plan.tasks}
+
+
+def make_methods(model: Any, plan: Plan) -> tuple[dict[str, Callable[[int], Any]], dict[str, str], int]:
+    """label -> function from rows to an empty cache, label -> its settings in words, and the rows a batch may have.
+
+    A budget given as a size bounds a whole cache, so what one prompt gets would depend on its batch: such methods are
+    measured one prompt at a time.
+    """
+    import longwave
+    from longwave.budget import parse_budget
+
+    makers: dict[str, Callable[[int], Any]] = {}
+    words: dict[str, str] = {}
+    rows = plan.batch
+    for spec in plan.methods:
+        name, options = parse_spec(spec)
+        budget = options.get("budget")
+        if budget is not None and parse_budget(budget)[1] is not None:
+            rows = 1
+        profile = None if name == "dense" else plan.profile
+
+        def make(count: int, name: str = name, options: dict[str, Any] = options, profile: Any = profile) -> Any:
+            return longwave.cache(model, name, profile=profile, **options)
+
+        makers[spec] = make
+        words[spec] = in_words(make(1).method)
+    return makers, words, rows
+
+
+def in_words(method: Any) -> str:
+    """A method's settings. Which channels fourier keeps is the profile's say, so a hash of them belongs to these."""
+    from longwave.methods import Fourier
+
+    if not isinstance(method, Fourier):
+        return str(method)
+    kept = b"".join(table.numpy().tobytes() for pair in method.kept for table in pair)
+    return f"{method}, channels {hashlib.sha256(kept).hexdigest()[:16]}"
+
+
+def prepare(tasks: Mapping[str, Task], setting: Setting) -> dict[str, tuple[Task, Sequence[Sample]]]:
+    """Every task's samples; errors name the task."""
+    prepared: dict[str, tuple[Task, Sequence[Sample]]] = {}
+    for label, task in tasks.items():
+        try:
+            samples = task.samples(setting)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from None
+        if not samples:
+            raise ValueError(f"{label} has no samples")
+        ids = [sample.id for sample in samples]
+        if len(set(ids)) != len(ids):
+            raise RuntimeError(f"{label} names two samples alike")
+        prepared[label] = (task, samples)
+    return prepared
+
+
+def make_header(
+    plan: Plan, model: Any, tokenizer: Any, tasks: Mapping[str, Task], words: Mapping[str, str], command: str
+) -> dict[str, Any]:
+    """What run.json says about a run."""
+    import torch
+    import transformers
+
+    import longwave
+    from longwave.profile import signature
+
+    template = getattr(tokenizer, "chat_template", None)
+    weights = {name: float(f"{value:.4g}") for name, value in signature(model).items()}
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": plan.model,
+        "signature": hashlib.sha256(repr(sorted(weights.items())).encode()).hexdigest()[:16],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "window": window_of(model),
+        "seed": plan.seed,
+        "question": plan.question,
+        "chat": plan.chat,
+        "chat_template": hashlib.sha256(str(template).encode()).hexdigest()[:16] if template else None,
+        "max_tokens": plan.max_tokens,
+        "methods": dict(words),
+        "tasks": {
+            label: {"name": task.name, "version": task.version, "options": task.options()}
+            for label, task in tasks.items()
+        },
+        "runs": [
+            {
+                "command": command,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "device": device,
+                "threads": torch.get_num_threads(),
+                "batch": plan.batch,
+                "batch_tokens": plan.batch_tokens,
+                "limit": plan.limit,
+                "longwave": longwave.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            }
+        ],
+    }
+
+
+def window_of(model: Any) -> int | None:
+    """Tokens a model reads at most, prompt and answer together."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else None
+
+
+def evaluate(
+    plan: Plan,
+    load: Callable[[str, str, str], tuple[Any, Any]],
+    command: str = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Results:
+    """Run a plan: check it, load the model, build all prompts, measure what the folder does not hold yet."""
+    from longwave.evals.runner import Batch, run
+
+    tasks = check_names(plan)
+    plan = replace(plan, data=data_folder(plan.data))
+    model, tokenizer = load(plan.model, plan.device, plan.dtype)
+    makers, words, rows = make_methods(model, plan)
+    setting = Setting(tokenizer, window_of(model), plan.seed, plan.limit, plan.data, plan.max_tokens, plan.chat)
+    prepared = prepare(tasks, setting)
+    header = make_header(replace(plan, batch=rows), model, tokenizer, tasks, words, command)
+    prompts = {(label, s.id): s.prompt_sha256 for label, (_, samples) in prepared.items() for s in samples}
+    results = Results.open(plan.out, header, prompts)
+    run(model, tokenizer, prepared, makers, results, Batch(rows, plan.batch_tokens), plan.question, progress)
+    return results

@@ -1,0 +1,271 @@
+"""A folder of results: run.json says what was measured and how, samples.jsonl has one line a sample and method.
+
+Lines are only ever appended, whole, under a lock, so a killed run loses at most what it was computing and two processes
+can share a folder. A line that cannot be read is reported and its sample measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+FORMAT, VERSION = "longwave-eval", 1
+Key = tuple[str, str, str]  # task, method, sample id
+
+# What every line has.
+COLUMNS = {
+    **{"task": str, "method": str, "id": str, "prompt": str},
+    **{"meta": dict, "metrics": dict, "bytes": int, "dense_bytes": int},
+}
+
+# What must not differ between runs that share a folder: their rows could not be compared.
+FIXED = ("model", "signature", "dtype", "seed", "question", "chat", "chat_template", "max_tokens")
+
+
+@dataclass
+class Loaded:
+    """What a folder holds. problems: one sentence a line that could not be read."""
+
+    header: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def key_of(row: Mapping[str, Any]) -> Key:
+    return row["task"], row["method"], row["id"]
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no results: there is no run.json in it")
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is not readable ({error}): nothing was changed; restore it or use another folder"
+        ) from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(f"{path} is not of longwave eval: nothing was changed; use another folder")
+    if header.get("version") != VERSION:
+        raise ValueError(f"{path} has format version {header.get('version')}; this longwave reads {VERSION}")
+    for name, kind in (("methods", dict), ("tasks", dict), ("runs", list)):
+        if not isinstance(header.get(name), kind):
+            raise ValueError(
+                f"{path} is damaged, it has no {name}: nothing was changed; restore it or use another folder"
+            )
+    return header
+
+
+def read_rows(path: Path, start: int = 0, lines: int = 0) -> Iterator[tuple[dict[str, Any] | None, str]]:
+    """(row, "") or (None, what is wrong) for every line from byte `start` on, which follows `lines` others."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(start)
+        for number, raw in enumerate(file, lines + 1):
+            if not raw.strip():
+                continue
+            try:
+                row = json.loads(raw)
+            except ValueError:  # half a line, or not UTF-8
+                row = None
+            if is_result(row):
+                yield row, ""
+            else:
+                yield None, f"{path}, line {number}: not a result, ignored (its sample will be measured again)"
+
+
+def is_result(row: Any) -> bool:
+    """Whether a line has what the summary reads. Score null stands for a loss that is not finite."""
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in COLUMNS.items()):
+        return False
+    score = row.get("score", "")
+    return score is None or (isinstance(score, (int, float)) and math.isfinite(score))
+
+
+def load(folder: Path) -> Loaded:
+    """Everything in a folder; of rows with the same key the first one counts."""
+    loaded = Loaded(read_header(folder))
+    seen: set[Key] = set()
+    for row, problem in read_rows(folder / "samples.jsonl"):
+        if row is None:
+            loaded.problems.append(problem)
+        elif key_of(row) not in seen:
+            seen.add(key_of(row))
+            loaded.rows.append(row)
+    return loaded
+
+
+class Results:
+    """An open folder. `done` maps the keys of measured samples to their prompt hashes, which methods share."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.path = folder / "samples.jsonl"
+        self.done: dict[Key, str] = {}
+        self._prompts: dict[tuple[str, str], str] = {}  # of a task's sample, for whichever method came first
+        self.problems: list[str] = []
+        self._read_to = self._lines = 0
+        self._lock = FileLock(str(folder / ".lock"))
+
+    @classmethod
+    def open(
+        cls, folder: Path, header: Mapping[str, Any], prompts: Mapping[tuple[str, str], str] | None = None
+    ) -> Results:
+        """Create a folder, or continue one whose header agrees. Raises, changing nothing, where it does not.
+
+        prompts: (task, sample id) -> prompt hash of what is going to be measured, to agree with what was.
+        """
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file: name a folder for the results")
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if "run.json" not in names and names - {".lock", "run.tmp"}:  # those two: another process begins, or was killed
+            raise ValueError(f"{folder} is not empty and holds no results of longwave eval: name another folder")
+        new = json.loads(json.dumps(header))  # tuples become lists, as they will be read
+        if "run.json" in names:
+            _continued(folder, new)  # refused before even the lock is touched
+        folder.mkdir(parents=True, exist_ok=True)
+        results = cls(folder)
+        with results._lock:
+            joined = _continued(folder, new) if (folder / "run.json").exists() else new
+            results.refresh()
+            for (task, sample), prompt in (prompts or {}).items():
+                results._same_prompt(task, sample, prompt)
+            _write(folder / "run.json", joined)
+        return results
+
+    def refresh(self) -> None:
+        """Read what was appended since the last time, by this process or another."""
+        with self._lock:  # nobody is in the middle of a line
+            if not self.path.exists() or self.path.stat().st_size == self._read_to:
+                return
+            for row, problem in read_rows(self.path, self._read_to, self._lines):
+                if row is None:
+                    self.problems.append(problem)
+                else:
+                    self.done.setdefault(key_of(row), row["prompt"])
+                    self._prompts.setdefault((row["task"], row["id"]), row["prompt"])
+            with self.path.open("rb") as file:
+                file.seek(self._read_to)
+                self._lines += file.read().count(b"\n")
+            self._read_to = self.path.stat().st_size
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> int:
+        """Write rows that are not there yet; returns how many. One write, flushed to disk before the lock is freed."""
+        with self._lock:
+            self.refresh()
+            new = [row for row in rows if key_of(row) not in self.done]
+            if not new:
+                return 0
+            text = "".join(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in new)
+            with self.path.open("ab") as file:
+                if self._ends_inside_a_line():
+                    file.write(b"\n")  # a killed process left half a line
+                file.write(text.encode("utf-8"))
+                file.flush()
+                os.fsync(file.fileno())
+            self.refresh()
+        return len(new)
+
+    def _ends_inside_a_line(self) -> bool:
+        with self.path.open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            if file.tell() == 0:
+                return False
+            file.seek(-1, os.SEEK_END)
+            return file.read(1) != b"\n"
+
+    def check_prompt(self, key: Key, prompt: str) -> bool:
+        """Whether a sample is measured already. Raises where it was measured, with any method, on another prompt."""
+        self._same_prompt(key[0], key[2], prompt)
+        return key in self.done
+
+    def _same_prompt(self, task: str, sample: str, prompt: str) -> None:
+        if self._prompts.get((task, sample), prompt) != prompt:
+            raise ValueError(
+                f"{self.folder} holds sample {sample} of {task} measured on another prompt: data or tokenizer "
+                "changed since. Use a new folder"
+            )
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, Mapping):
+            return {key: clean(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [clean(item) for item in value]
+        return value
+
+    return {key: clean(value) for key, value in row.items()}
+
+
+def _continued(folder: Path, new: Mapping[str, Any]) -> dict[str, Any]:
+    """The header of a folder with a run added to it."""
+    old = read_header(folder)
+    if said := _difference(old, new):
+        raise ValueError(f"{folder} holds results of {said}: name another folder, nothing was overwritten")
+    return _joined(old, new)
+
+
+def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What `old` has results of that keeps `new` from joining it, "" where nothing does."""
+    for name in FIXED:
+        if old.get(name) != new.get(name):
+            if name == "signature":
+                return f"other weights under the same name {old['model']}"
+            return f"{name} {old.get(name)!r}, not {new.get(name)!r}"
+    for kind in ("methods", "tasks"):
+        for label, value in new[kind].items():
+            if label in old[kind] and old[kind][label] != value:
+                return f"{label!r} with other settings or another version ({old[kind][label]}, not {value})"
+    return ""
+
+
+def _joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **old,
+        "methods": {**old["methods"], **new["methods"]},
+        "tasks": {**old["tasks"], **new["tasks"]},
+        "runs": [*old["runs"], *new["runs"]],
+    }
+
+
+def _write(path: Path, header: Mapping[str, Any]) -> None:
+    """Through a second file: a killed process leaves the old header or the new one, never half of one."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(header, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def merge(folders: Iterable[Path]) -> Loaded:
+    """Several folders as one, for a report: their headers and prompts must agree in what makes rows comparable."""
+    wanted = list(folders)
+    first = load(wanted[0])
+    seen = {key_of(row) for row in first.rows}
+    prompts = {(row["task"], row["id"]): row["prompt"] for row in first.rows}
+    for folder in wanted[1:]:
+        other = load(folder)
+        if said := _difference(first.header, other.header):
+            raise ValueError(f"{folder} does not go with {wanted[0]}, which holds results of {said}")
+        first.header = _joined(first.header, other.header)
+        for row in other.rows:
+            if prompts.setdefault((row["task"], row["id"]), row["prompt"]) != row["prompt"]:
+                raise ValueError(
+                    f"{folder} does not go with {wanted[0]}: sample {row['id']} of {row['task']} has another prompt"
+                )
+        first.rows += [row for row in other.rows if key_of(row) not in seen]
+        seen |= {key_of(row) for row in other.rows}
+        first.problems += other.problems
+    return first

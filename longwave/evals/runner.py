@@ -1,0 +1,297 @@
+"""Runs tasks: every method gets the same prompts, each context is read once and forked to all of them.
+
+A context is read and compressed before the question that follows it is seen ("after"), so every answer token comes
+from the compressed cache; "with" reads prompt and question in one exact pass first, as plain `generate` does.
+Samples that share a context share its pass, and samples of one setting are batched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from longwave.cache import LongCache, Report
+from longwave.evals.fork import can_fork, fork, pad_left, prefill, read
+from longwave.evals.loss import Scored, score
+from longwave.evals.results import Results
+from longwave.evals.task import LossTask, Sample, Task, TextTask
+
+Make = Callable[[int], LongCache]  # rows -> an empty cache
+EVEN = 0.9  # rows of a pass are at least this share of the longest: little padding, and bytes can be shared out
+BIN = 64  # scored positions averaged to one point of a curve
+
+
+@dataclass(frozen=True)
+class Batch:
+    """How many prompts share a pass: at most `rows`, and at most `tokens` of rows x the longest prompt."""
+
+    rows: int = 8
+    tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        if self.rows < 1 or self.tokens < 1:
+            raise ValueError(f"a batch has at least one row and one token, got {self.rows} and {self.tokens}")
+
+
+def batches(samples: Sequence[Sample], batch: Batch, equal: bool = False) -> Iterator[list[Sample]]:
+    """Samples that can share a pass, longest first; those with the same context lie together.
+
+    equal: only samples of the same lengths share one. Loss tasks need it, and models with sliding layers: those count
+    the padding between a context and its question as tokens of their window.
+    """
+    alike: dict[tuple[Any, ...], list[Sample]] = {}
+    for sample in samples:
+        lengths = (len(sample.ids), sample.context) if equal else ()
+        alike.setdefault((sample.max_new_tokens, sample.stop_at_newline, lengths), []).append(sample)
+    for same in alike.values():
+        families: dict[bytes, list[Sample]] = {}
+        for sample in same:
+            families.setdefault(_context(sample), []).append(sample)
+        ordered = sorted(families.values(), key=lambda family: -max(len(s.ids) for s in family))
+        group: list[Sample] = []
+        for sample in (sample for family in ordered for sample in family):
+            longest = max(len(s.ids) for s in [*group, sample])
+            uneven = len(sample.ids) < EVEN * longest
+            if group and (uneven or len(group) == batch.rows or longest * (len(group) + 1) > batch.tokens):
+                yield group
+                group = []
+            group.append(sample)
+        if group:
+            yield group
+
+
+def _context(sample: Sample) -> bytes:
+    return sample.ids[: sample.context].tobytes()
+
+
+class Clock:
+    """Seconds since the last look, work on the device included."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.look()
+
+    def look(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        passed = now - getattr(self, "_last", now)
+        self._last = now
+        return passed
+
+
+class Contexts:
+    """The contexts of some samples, read once and handed to each method."""
+
+    def __init__(self, model: Any, samples: Sequence[Sample], pad: int, question: str = "after"):
+        self.model = model
+        self.rows: list[int] = []  # which context each sample has
+        self.ids, self.mask = torch.zeros(len(samples), 0, dtype=torch.long), None
+        self.seconds = 0.0
+        self._dense: LongCache | None = None
+        if question == "with":
+            return
+        unique: dict[bytes, int] = {}
+        contexts = []
+        for sample in samples:
+            if _context(sample) not in unique:
+                unique[_context(sample)] = len(unique)
+                contexts.append(sample.ids[: sample.context])
+            self.rows.append(unique[_context(sample)])
+        self.count = len(unique)
+        self.ids, self.mask = pad_left(contexts, pad)
+
+    def give(self, make: Make) -> tuple[LongCache, float]:
+        """A method's cache that has read them, a row a sample, and the seconds that reading takes."""
+        if not self.rows:  # the whole prompt is read by `generate`
+            return make(len(self.ids)), 0.0
+        clock = Clock(self.model.device)
+        memory = make(max(len(self.rows), self.count))
+        if can_fork(memory):
+            shared = self._read_once(clock)
+            fork(self._dense, memory)  # type: ignore[arg-type]
+        else:
+            shared = 0.0
+            read(self.model, memory, self.ids, self.mask)
+        if self.rows != list(range(self.count)):
+            memory.batch_select_indices(torch.tensor(self.rows))
+        return memory, shared + clock.look()
+
+    def _read_once(self, clock: Clock) -> float:
+        if self._dense is None:
+            self._dense = prefill(self.model, self.ids, self.mask)
+            self.seconds = clock.look()
+        return self.seconds
+
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Their ids and mask as the first columns of a batch, a row a sample."""
+        if not self.rows:
+            return self.ids, torch.zeros_like(self.ids)
+        assert self.mask is not None
+        index = torch.tensor(self.rows)
+        return self.ids[index], self.mask[index]
+
+
+@torch.no_grad()
+def answer(
+    model: Any, tokenizer: Any, samples: Sequence[Sample], contexts: Contexts, make: Make
+) -> Iterator[tuple[Sample, str, dict[str, Any]]]:
+    """Greedy answers of one method: (sample, output text, what it cost)."""
+    memory, seconds = contexts.give(make)
+    first, first_mask = contexts.tokens()
+    skip = [s.context if contexts.rows else 0 for s in samples]
+    rest, rest_mask = pad_left([s.ids[n:] for s, n in zip(samples, skip, strict=True)], tokenizer.pad_token_id)
+    ids, mask = (torch.cat(pair, dim=1).to(model.device) for pair in ((first, rest), (first_mask, rest_mask)))
+    ends = end_tokens(model, tokenizer)
+    extra: dict[str, Any] = {}
+    if samples[0].stop_at_newline:
+        ends = [*ends, tokenizer("\n", add_special_tokens=False).input_ids[-1]]
+        extra["min_new_tokens"] = 1
+    clock = Clock(model.device)
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        past_key_values=memory,
+        max_new_tokens=samples[0].max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=ends or None,
+        pad_token_id=tokenizer.pad_token_id,
+        **extra,
+    )
+    cost = {"prefill_seconds": seconds, "decode_seconds": clock.look()}
+    steps = out.shape[1] - ids.shape[1] - 1  # the last new token is never fed
+    shares = _bytes(memory.report(), [len(s.ids) + steps for s in samples])
+    for sample, row, share in zip(samples, out[:, ids.shape[1] :].tolist(), shares, strict=True):
+        length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        text = str(tokenizer.decode(row[:length], skip_special_tokens=True))
+        yield sample, text, {**cost, **share, "new_tokens": length}
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The token ids that end an answer: the model's own, and the tokenizer's."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = own if isinstance(own, list) else [own]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def _bytes(report: Report, tokens: Sequence[int]) -> list[dict[str, Any]]:
+    """Each row's share, by its tokens, of the bytes that its pass holds, and of those of a dense cache."""
+    each = report.dense_nbytes / (report.batch * report.tokens)  # a token of a dense cache
+    whole = report.nbytes / sum(tokens)
+    return [
+        {"bytes": round(whole * count), "dense_bytes": round(each * count), "rows": report.batch} for count in tokens
+    ]
+
+
+def run_text(
+    model: Any, tokenizer: Any, task: TextTask, samples: Sequence[Sample], methods: Mapping[str, Make], question: str
+) -> Iterator[list[dict[str, Any]]]:
+    """Result rows of samples that share a pass, one list a method."""
+    contexts = Contexts(model, samples, tokenizer.pad_token_id, question)
+    for label, make in methods.items():
+        rows = []
+        for sample, output, cost in answer(model, tokenizer, samples, contexts, make):
+            judged = task.judge(sample, output)
+            row = {"method": label, **_about(sample), "output": output, "parsed": judged.parsed}
+            rows.append({**row, "score": judged.score, "metrics": dict(judged.metrics), **cost})
+        yield rows
+
+
+def run_loss(
+    model: Any, tokenizer: Any, task: LossTask, samples: Sequence[Sample], methods: Mapping[str, Make]
+) -> Iterator[list[dict[str, Any]]]:
+    """The same for tokens that are scored, not written. Samples of a pass have equal lengths."""
+    from longwave.build import cache
+
+    contexts = Contexts(model, samples, tokenizer.pad_token_id)
+    last = torch.tensor([list(s.ids[s.context :]) for s in samples])
+    exact: Scored | None = None
+    if task.compares:
+        memory, _ = contexts.give(lambda rows: cache(model, "dense"))
+        exact = score(model, memory, last, task.feed)
+    for label, make in methods.items():
+        memory, seconds = contexts.give(make)
+        shares = _bytes(memory.report(), [s.context for s in samples])  # what the scored pass reads
+        clock = Clock(model.device)
+        scored = score(model, memory, last, task.feed, keep=task.compares)
+        decode = clock.look()
+        if task.feed is not None:
+            shares = _bytes(memory.report(), [len(s.ids) - 1 for s in samples])
+        values = {"loss": scored.losses}
+        if exact is not None:
+            values["kl"], values["top1"] = scored.divergence(exact)
+        cost = {"prefill_seconds": seconds, "decode_seconds": decode}
+        rows = []
+        for number, sample in enumerate(samples):
+            mine = {name: value[number] for name, value in values.items()}
+            metrics: dict[str, Any] = {name: float(value.mean()) for name, value in mine.items()}
+            if exact is not None:
+                metrics["dense_loss"] = float(exact.losses[number].mean())
+            curve = {name: [round(float(x.mean()), 5) for x in value.split(BIN)] for name, value in mine.items()}
+            row = {"method": label, **_about(sample), "scored": last.shape[1] - 1, "score": metrics[task.metric]}
+            rows.append({**row, "metrics": metrics, "curve": curve, **cost, **shares[number]})
+        yield rows
+
+
+def _about(sample: Sample) -> dict[str, Any]:
+    about = {
+        "id": sample.id,
+        "prompt": sample.prompt_sha256,
+        "tokens": len(sample.ids),
+        "context": sample.context,
+        "meta": dict(sample.meta),
+    }
+    if sample.answers:
+        about["answers"] = list(sample.answers)
+    if sample.cut_from is not None:
+        about["cut_from"] = sample.cut_from
+    return about
+
+
+def run(
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, tuple[Task, Sequence[Sample]]],
+    methods: Mapping[str, Make],
+    results: Results,
+    batch: Batch = Batch(),
+    question: str = "after",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Measure what `results` does not hold yet. Samples and methods are done in a fixed order, written pass by pass."""
+    total = sum(len(samples) for _, samples in tasks.values()) * len(methods)
+    done = 0
+    equal = not all(can_fork(make(1)) for make in methods.values())
+    progress(0, total)
+    for name, (task, samples) in tasks.items():
+        missing = []
+        for sample in samples:
+            left = [m for m in methods if not results.check_prompt((name, m, sample.id), sample.prompt_sha256)]
+            done += len(methods) - len(left)
+            if left:
+                missing.append(sample)
+        progress(done, total)
+        for group in batches(missing, batch, equal or isinstance(task, LossTask)):
+            results.refresh()
+            left = [m for m in methods if any((name, m, s.id) not in results.done for s in group)]
+            wanted = {m: methods[m] for m in left}
+            if isinstance(task, TextTask):
+                made = run_text(model, tokenizer, task, group, wanted, question)
+            else:
+                assert isinstance(task, LossTask)
+                made = run_loss(model, tokenizer, task, group, wanted)
+            try:
+                for rows in made:
+                    done += results.append([{"task": name, **row} for row in rows])
+                    progress(min(done, total), total)
+            except torch.OutOfMemoryError as error:
+                longest = max(len(s.ids) for s in group)
+                raise ValueError(
+                    f"{model.device} has too little memory for {len(group)} prompts of up to {longest} tokens: lower "
+                    f"--batch or --batch-tokens and run again, what was measured is kept ({error})"
+                ) from None

@@ -1,0 +1,56 @@
+"""The tasks, by name. A task is one file and one line here."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from longwave.evals.spec import nearest, parse_spec
+from longwave.evals.task import Task
+from longwave.evals.tasks.divergence import Divergence
+from longwave.evals.tasks.infinitebench import InfiniteBench
+from longwave.evals.tasks.keyvalue import KeyValue, Lines
+from longwave.evals.tasks.leval import LEval
+from longwave.evals.tasks.longbench import LongBench
+from longwave.evals.tasks.loogle import LooGLE
+from longwave.evals.tasks.needle import Needle
+from longwave.evals.tasks.passkey import Passkey
+from longwave.evals.tasks.perplexity import Perplexity
+from longwave.evals.tasks.ruler import Ruler
+
+TASKS: dict[str, type[Task]] = {
+    task.name: task
+    for task in (
+        Needle,
+        Perplexity,
+        Divergence,
+        LongBench,
+        LEval,
+        InfiniteBench,
+        LooGLE,
+        Ruler,
+        Passkey,
+        KeyValue,
+        Lines,
+    )
+}
+
+
+def get_task(name: str, /, **options: Any) -> Task:
+    """A task by name with its options, or an error that suggests the nearest name or option."""
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; {nearest(name, TASKS)}")
+    known = [field.name for field in fields(TASKS[name])]
+    for key in options:
+        if key not in known:
+            raise ValueError(f"{name} has no option {key!r}; {nearest(key, known)}")
+    return TASKS[name](**options)
+
+
+def parse_task(spec: str) -> Task:
+    """ "needle:lengths=1000,2000" -> the task."""
+    name, options = parse_spec(spec)
+    return get_task(name, **options)
+
+
+__all__ = ["TASKS", "get_task", "parse_task"]

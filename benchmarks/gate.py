@@ -17,7 +17,7 @@ from longwave.cli import load_model
 from longwave.console import show_table
 from longwave.evals.plan import evaluate, make_plan
 from longwave.evals.results import load
-from longwave.evals.summary import line, task_of
+from longwave.evals.summary import finite, line, task_of
 
 HERE = Path(__file__).parent
 RELATIVE, NEEDLES, RATIO = 0.10, 17.0, 0.005  # of a divergence; of 100, one needle of six; of a bytes ratio
@@ -36,6 +36,9 @@ def measure(recipe):
     for label in plan.tasks:
         for method in plan.methods:
             rows = [row for row in loaded.rows if (row["task"], row["method"]) == (label, method)]
+            bad = sum(not finite(row) for row in rows)
+            if bad:
+                raise ValueError(f"{method} on {label}: {bad} of {len(rows)} scores are not finite")
             all_of_it = line(task_of(loaded, label), label, method, "", rows, [])
             now = {"value": round(all_of_it.value, 5), "ratio": round(all_of_it.ratio, 4)}
             found.setdefault(label, {})[method] = now
@@ -62,6 +65,10 @@ def check(bands, found):
                     verdict = "ok" if abs(now[what] - recorded[what]) <= width + 1e-4 else "OUTSIDE"
                 well &= verdict == "ok"
                 rows.append([task, method, what, recorded[what], now[what] if now else "-", verdict])
+    for task, methods in found.items():
+        for method in methods.keys() - bands.get(task, {}).keys():
+            rows.append([task, method, "value", "-", methods[method]["value"], "NOT RECORDED"])
+            well = False
     return rows, well
 
 
@@ -79,7 +86,11 @@ def main():
         args.bands.write_text(json.dumps(found, indent=1) + "\n")
         print(f"recorded {args.bands}")
         return
-    rows, well = check(json.loads(args.bands.read_text()), found)
+    try:
+        bands = json.loads(args.bands.read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"gate: cannot read {args.bands} ({error}); --record writes it")
+    rows, well = check(bands, found)
     show_table("quality gate", ["task", "method", "what", "recorded", "now", "verdict"], rows)
     if not well:
         sys.exit("gate: a number left its band")

@@ -53,3 +53,11 @@ def test_the_command_fails(monkeypatch):
     monkeypatch.setattr("sys.argv", ["gate"])
     with pytest.raises(SystemExit, match="left its band"):
         gate.main()
+
+
+def test_what_was_never_recorded_is_not_passed_over():
+    found = copy.deepcopy(RECORDED)
+    found["new task"] = {"dense": {"value": 1.0, "ratio": 1.0}}
+    rows, well = gate.check(RECORDED, found)
+    assert not well
+    assert [row[0] for row in rows if row[-1] == "NOT RECORDED"] == ["new task"]

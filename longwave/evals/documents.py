@@ -50,7 +50,7 @@ def ask(
         allowed = room + overhead
         encoded = setting.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         offsets = encoded.offset_mapping
-        size = min(len(offsets), allowed - len(encode("", longest)[0]))
+        size = min(len(offsets), allowed - len(encode("a", longest)[0]) + 1)
         while size > 0:
             if size < len(offsets):
                 if keep == "start":

@@ -25,7 +25,7 @@ from longwave.budget import parse_budget
 from longwave.cache import LongCache
 from longwave.evals.fork import pad_left, read
 from longwave.evals.plan import window_of
-from longwave.evals.runner import EVEN, end_tokens
+from longwave.evals.runner import EVEN, end_tokens, plain_generation
 from longwave.evals.spec import nearest
 from longwave.methods import METHODS, get_method
 
@@ -452,17 +452,18 @@ class LongwaveLM(TemplateLM):
             rest, rest_mask = pad_left([piece.fed for piece in part], pad)
             ids, mask = (torch.cat(pair, dim=1).to(self.device) for pair in ((first, rest), (first_mask, rest_mask)))
             criteria = [StopTexts(self.tokenizer, wish.until, ids.shape[1])] if wish.until else []
-            out = self.model.generate(
-                ids,
-                attention_mask=mask,
-                past_key_values=memory,
-                max_new_tokens=wish.new_tokens,
-                num_beams=1,
-                eos_token_id=stops or None,
-                pad_token_id=pad,
-                stopping_criteria=StoppingCriteriaList(criteria),
-                **dict(wish.options),
-            )
+            with plain_generation(self.model):
+                out = self.model.generate(
+                    ids,
+                    attention_mask=mask,
+                    past_key_values=memory,
+                    max_new_tokens=wish.new_tokens,
+                    num_beams=1,
+                    eos_token_id=stops or None,
+                    pad_token_id=pad,
+                    stopping_criteria=StoppingCriteriaList(criteria),
+                    **dict(wish.options),
+                )
             for piece, row in zip(part, out[:, ids.shape[1] :].tolist(), strict=True):
                 length = next((i for i, token in enumerate(row) if token in stops), len(row))
                 text = str(self.tokenizer.decode(row[:length], skip_special_tokens=True))

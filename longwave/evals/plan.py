@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 from longwave.evals.data import data_folder
 from longwave.evals.results import FORMAT, VERSION, Results
 from longwave.evals.spec import as_spec, nearest, parse_spec
-from longwave.evals.task import Sample, Setting, Task
+from longwave.evals.task import LossTask, Sample, Setting, Task
 from longwave.evals.tasks import parse_task
 
 QUESTION = ("after", "with")
@@ -225,6 +226,11 @@ def make_header(
     }
 
 
+def _counts(task: Task, samples: Sequence[Sample]) -> dict[str, int]:
+    """How many samples each set has."""
+    return dict(Counter(str(sample.meta.get(task.columns, "")) if task.columns else "" for sample in samples))
+
+
 def window_of(model: Any) -> int | None:
     """Tokens a model reads at most, prompt and answer together."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -241,12 +247,16 @@ def evaluate(
     from longwave.evals.runner import Batch, run
 
     tasks = check_names(plan)
+    losses = [label for label, task in tasks.items() if isinstance(task, LossTask)]
+    if plan.question == "with" and losses:
+        raise ValueError(f"question=with is for tasks that ask: {', '.join(losses)} has none. Run it in another folder")
     plan = replace(plan, data=data_folder(plan.data))
     model, tokenizer = load(plan.model, plan.device, plan.dtype)
     makers, words, rows = make_methods(model, plan)
     setting = Setting(tokenizer, window_of(model), plan.seed, plan.limit, plan.data, plan.max_tokens, plan.chat)
     prepared = prepare(tasks, setting)
     header = make_header(replace(plan, batch=rows), model, tokenizer, tasks, words, command)
+    header["samples"] = {label: _counts(task, samples) for label, (task, samples) in prepared.items()}
     prompts = {(label, s.id): s.prompt_sha256 for label, (_, samples) in prepared.items() for s in samples}
     results = Results.open(plan.out, header, prompts)
     run(model, tokenizer, prepared, makers, results, Batch(rows, plan.batch_tokens), plan.question, progress)

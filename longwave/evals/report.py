@@ -30,6 +30,7 @@ from longwave.evals.summary import (
     heat,
     in_column,
     losses,
+    planned,
     show,
     sorted_columns,
     summarise,
@@ -60,6 +61,9 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
         raise ValueError(f"{out} is a file: name a folder for the report")
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / "report.html", out / "report.md"]
+    for path in paths:
+        if path.exists() and "longwave eval" not in path.read_text(encoding="utf-8", errors="replace"):
+            raise ValueError(f"{path} is not a report of longwave eval: name another folder, nothing was overwritten")
     for path, text in zip(paths, (html, markdown), strict=True):
         path.write_text(text, encoding="utf-8")
     return paths
@@ -156,7 +160,7 @@ class Report:
             rows = [row for row in self.rows if row["task"] == label]
             if label not in self.tasks:
                 self.notes.append(f"{self.titles[label]}: no scores yet, it is not shown.")
-            expected = len({row["id"] for row in rows})
+            expected = max(len({row["id"] for row in rows}), planned(self.header, label, ""))
             for method in self.methods:
                 mine = [row for row in rows if row["method"] == method]
                 bad = [row["id"] for row in mine if not finite(row)]

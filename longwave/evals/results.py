@@ -234,8 +234,13 @@ def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 
 def _joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    samples = dict(old.get("samples", {}))
+    for label, counts in new.get("samples", {}).items():
+        known = samples.get(label, {})
+        samples[label] = {**known, **{column: max(count, known.get(column, 0)) for column, count in counts.items()}}
     return {
         **old,
+        "samples": samples,
         "methods": {**old["methods"], **new["methods"]},
         "tasks": {**old["tasks"], **new["tasks"]},
         "runs": [*old["runs"], *new["runs"]],

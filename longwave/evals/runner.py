@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from longwave.cache import LongCache, Report
 from longwave.evals.fork import can_fork, fork, pad_left, prefill, read
@@ -55,7 +57,8 @@ def batches(samples: Sequence[Sample], batch: Batch, equal: bool = False) -> Ite
         group: list[Sample] = []
         for sample in (sample for family in ordered for sample in family):
             longest = max(len(s.ids) for s in [*group, sample])
-            uneven = len(sample.ids) < EVEN * longest
+            deepest = max(s.context for s in [*group, sample])  # what is stored before the questions come
+            uneven = len(sample.ids) < EVEN * longest or sample.context < EVEN * deepest
             if group and (uneven or len(group) == batch.rows or longest * (len(group) + 1) > batch.tokens):
                 yield group
                 group = []
@@ -152,17 +155,18 @@ def answer(
         ends = [*ends, tokenizer("\n", add_special_tokens=False).input_ids[-1]]
         extra["min_new_tokens"] = 1
     clock = Clock(model.device)
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        past_key_values=memory,
-        max_new_tokens=samples[0].max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=ends or None,
-        pad_token_id=tokenizer.pad_token_id,
-        **extra,
-    )
+    with plain_generation(model):
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            past_key_values=memory,
+            max_new_tokens=samples[0].max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=ends or None,
+            pad_token_id=tokenizer.pad_token_id,
+            **extra,
+        )
     cost = {"prefill_seconds": seconds, "decode_seconds": clock.look()}
     steps = out.shape[1] - ids.shape[1] - 1  # the last new token is never fed
     shares = _bytes(memory.report(), [len(s.ids) + steps for s in samples])
@@ -170,6 +174,20 @@ def answer(
         length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
         text = str(tokenizer.decode(row[:length], skip_special_tokens=True))
         yield sample, text, {**cost, **share, "new_tokens": length}
+
+
+@contextmanager
+def plain_generation(model: Any) -> Iterator[None]:
+    """Leave the model's own generation settings out: a repetition penalty, say, forbids copying from the prompt, which
+    `do_sample=False` does not switch off."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=own.bos_token_id, eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

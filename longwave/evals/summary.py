@@ -72,11 +72,16 @@ def finite(row: Row) -> bool:
     return row["score"] is not None and math.isfinite(row["score"])
 
 
-def bootstrap(rows: Sequence[Row], total: Callable[[Sequence[Row]], float], seed: str) -> tuple[float, float]:
-    """Percentile interval (2.5 %, 97.5 %) of `total` over resampled rows. Deterministic in `seed`."""
+def bootstrap(
+    rows: Sequence[Any], total: Callable[[Sequence[Any]], float], seed: str, sets: Sequence[Any] | None = None
+) -> tuple[float, float]:
+    """Percentile interval (2.5 %, 97.5 %) of `total` over resampled rows. Deterministic in `seed`.
+
+    sets: the set of each row where `total` is a mean over sets: rows are then drawn within theirs, so none is lost.
+    """
     if len(rows) < 2:
         return total(rows), total(rows)
-    return _interval([total([rows[i] for i in pick]) for pick in _picks(len(rows), seed)])
+    return _interval([total([rows[i] for i in pick]) for pick in _picks(sets or [None] * len(rows), seed)])
 
 
 def bootstrap_mean(values: Sequence[float], seed: str) -> tuple[float, float]:
@@ -84,12 +89,14 @@ def bootstrap_mean(values: Sequence[float], seed: str) -> tuple[float, float]:
     if len(values) < 2:
         return float(np.mean(values)), float(np.mean(values))
     array = np.asarray(values)
-    return _interval([float(array[pick].mean()) for pick in _picks(len(values), seed)])
+    return _interval([float(array[pick].mean()) for pick in _picks([None] * len(values), seed)])
 
 
-def _picks(count: int, seed: str) -> np.ndarray:
+def _picks(sets: Sequence[Any], seed: str) -> np.ndarray:
+    """Row numbers of every resample: [RESAMPLES, rows], as many of each set as there are."""
     draw = np.random.default_rng(int(hashlib.sha256(seed.encode()).hexdigest()[:8], 16))
-    return draw.integers(0, count, size=(RESAMPLES, count))
+    members = [np.flatnonzero([value == name for value in sets]) for name in dict.fromkeys(sets)]
+    return np.hstack([rows[draw.integers(0, len(rows), size=(RESAMPLES, len(rows)))] for rows in members])
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:
@@ -99,6 +106,16 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 
 def column_of(task: Task, row: Row) -> str:
     return str(row["meta"].get(task.columns, "")) if task.columns else ""
+
+
+def sets_of(task: Task, rows: Sequence[Row]) -> list[str] | None:
+    return [column_of(task, row) for row in rows] if task.equal_sets else None
+
+
+def planned(header: Mapping[str, Any], label: str, column: str) -> int:
+    """Samples that the runs set out to measure, so that a killed one does not look complete."""
+    counts = header.get("samples", {}).get(label, {})
+    return int(counts.get(column, 0) if column else sum(counts.values()))
 
 
 def in_column(task: Task, rows: Sequence[Row], column: str) -> list[Row]:
@@ -120,6 +137,7 @@ def summarise(loaded: Loaded) -> list[Line]:
             here = in_column(task, rows, column)
             dense = [row for row in here if row["method"] == "dense"]
             expected = len({row["id"] for row in in_column(task, given, column)})
+            expected = max(expected, planned(loaded.header, label, column))
             for method in loaded.header["methods"]:
                 mine = [row for row in here if row["method"] == method]
                 if mine:
@@ -147,7 +165,11 @@ def line(task: Task, label: str, method: str, column: str, mine: Sequence[Row], 
     scale = MEANS.get(type(task).total)
 
     def interval(rows: Sequence[Row]) -> tuple[float, float]:
-        return bootstrap_mean([scale * r["score"] for r in rows], seed) if scale else bootstrap(rows, task.total, seed)
+        return (
+            bootstrap_mean([scale * r["score"] for r in rows], seed)
+            if scale
+            else bootstrap(rows, task.total, seed, sets_of(task, rows))
+        )
 
     low, high = interval(mine)
     made = Line(label, method, column, task.total(mine), low, high, len(mine), bytes_ratio(mine))
@@ -161,7 +183,7 @@ def line(task: Task, label: str, method: str, column: str, mine: Sequence[Row], 
     if scale:
         over_low, over_high = bootstrap_mean([scale * (a["score"] - b["score"]) for a, b in pairs], seed)
     else:
-        over_low, over_high = bootstrap(pairs, difference, seed)  # type: ignore[arg-type]
+        over_low, over_high = bootstrap(pairs, difference, seed, sets_of(task, [a for a, _ in pairs]))
     verdict = judge(over_low, over_high, len(pairs), task.lower)
     over = difference(pairs)
     return replace(made, over=over, over_low=over_low, over_high=over_high, pairs=len(pairs), verdict=verdict)

@@ -14,7 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from jinja2 import TemplateError
+
 from longwave.evals.spec import nearest
+
+# for chat templates that print today's date: prompts must not change with the day
+NO_CLOCK = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}"
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,22 @@ class Setting:
         """The text a model reads: the chat template around `prompt`, then `prefix`, which opens the model's turn."""
         if not (chat and self._wraps):
             return (f"{system}\n\n" if system else "") + prompt + prefix
+        try:
+            return self._fill(prompt, system) + prefix
+        except TemplateError:  # no place for a system message: it opens the user's turn
+            return self._fill(f"{system}\n\n{prompt}" if system else prompt, None) + prefix
+
+    def _fill(self, prompt: str, system: str | None) -> str:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": prompt})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return str(text) + prefix
+        template = self.tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = NO_CLOCK + template
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        )
 
     def encode(
         self, prompt: str, question: str, prefix: str = "", system: str | None = None, chat: bool = True
@@ -109,8 +126,10 @@ class Setting:
         ids = array("i", encoded.input_ids)
         if len(ids) < 2:
             raise ValueError(f"a prompt needs at least two tokens, got {len(ids)} from {prompt!r}")
-        start = text.rfind(question.rstrip() or question) if question else -1
-        if question and start < 0:
+        start = text.rfind(question.rstrip()) if question.strip() else -1
+        if start < 0 and question.strip():
+            start = text.rfind(question.strip())  # a template that trims a prompt which is all question
+        if question.strip() and start < 0:
             raise ValueError(f"the chat template changes the question {question[:40]!r}: use --no-chat")
         before = len(ids) - 1
         if start >= 0:
@@ -163,6 +182,7 @@ class Task(ABC):
     columns: the meta key that splits scores into columns of a table ("" for none), in the order samples come.
     heat: (meta key of rows, meta key of columns) of a heat map.
     groups: names of groups of columns that are averaged together, as the literature prints them.
+    equal_sets: whether `total` is a mean over the sets in `columns`, whatever their sizes.
     unit: what the score is. lower: whether less is better.
     """
 
@@ -171,6 +191,7 @@ class Task(ABC):
     columns: ClassVar[str] = ""
     heat: ClassVar[tuple[str, str] | None] = None
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    equal_sets: ClassVar[bool] = False
     unit: ClassVar[str] = "score, 0 to 100"
     lower: ClassVar[bool] = False
 

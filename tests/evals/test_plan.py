@@ -351,3 +351,10 @@ def test_a_seed_makes_other_prompts(loader, hay, tmp_path, suffix):
         evaluate(wanted, loader)
         prompts.append([row["prompt"] for row in load(tmp_path / str(number)).rows])
     assert prompts[0] == prompts[1] != prompts[2]
+
+
+def test_reading_with_the_question_is_for_tasks_that_ask(folder, tmp_path):
+    plan = make_plan(None, out=tmp_path / "out", methods=("dense",), tasks=("divergence",), question="with")
+    with pytest.raises(ValueError, match="question=with is for tasks that ask: divergence has none"):
+        evaluate(plan, lambda *given: pytest.fail("the model was loaded"))
+    assert not (tmp_path / "out").exists()

@@ -388,3 +388,21 @@ def test_charts_draw_what_they_are_given():
     assert chart.count(plots.COLOURS[0]) >= 3
     assert not re.search(r'id="(?!one-)|font-family|<style|<metadata', chart)
     assert chart == plots.quality_chart(points, looks, "score, 0 to 100", 'a "chart"', "one")
+
+
+def test_a_file_that_is_no_report_is_not_overwritten(tmp_path):
+    folder = made_up.write(tmp_path / "run", grid())
+    (folder / "report.md").write_text("my own notes")
+    with pytest.raises(ValueError, match="not a report of longwave eval"):
+        write_report([folder], folder)
+    assert (folder / "report.md").read_text() == "my own notes"
+    assert not (folder / "report.html").exists()
+    (folder / "report.md").unlink()
+    write_report([folder], folder)
+    write_report([folder], folder)
+
+
+def test_a_killed_run_says_what_is_missing(tmp_path):
+    folder = made_up.write(tmp_path, grid(), samples={"grid": {"500": 100}})
+    html, _ = report(folder)
+    assert "of 100 samples" in html

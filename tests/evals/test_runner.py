@@ -301,3 +301,15 @@ def test_too_little_memory_keeps_what_was_measured(llama, tokenizer, makers, mix
     with pytest.raises(ValueError, match=r"too little memory for 1 prompts of up to 150 tokens: lower --batch"):
         run(llama, tokenizer, {"echo": (Echo(), mixed[:1])}, {"dense": makers["dense"], "fourier": full}, results)
     assert list(results.done) == [("echo", "dense", "alone150")]
+
+
+def test_the_models_own_generation_settings_stay_out(llama, models, tokenizer, makers, mixed, monkeypatch):
+    plain = outputs(llama, tokenizer, mixed[:1], makers["dense"])
+    own = copy.deepcopy(llama.generation_config)
+    own.repetition_penalty, own.no_repeat_ngram_size = 3.0, 1
+    monkeypatch.setattr(llama, "generation_config", own)
+    assert outputs(llama, tokenizer, mixed[:1], makers["dense"])["alone150"][0] == plain["alone150"][0]
+    assert llama.generation_config is own
+    ids = torch.tensor([list(mixed[0].ids)])
+    penalised = llama.generate(ids, past_key_values=makers["dense"](1), max_new_tokens=6, do_sample=False)
+    assert tokenizer.decode(penalised[0, 150:]) != plain["alone150"][0]  # they would have mattered

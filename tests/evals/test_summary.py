@@ -177,3 +177,22 @@ def test_other_versions_and_unknown_tasks_are_refused(tmp_path, monkeypatch):
     monkeypatch.delitem(tasks.TASKS, "grid")
     with pytest.raises(ValueError, match="'grid' that this longwave does not have"):
         summary.summarise(dataclasses.replace(loaded))
+
+
+def test_sets_of_equal_weight_are_resampled_within_themselves():
+    from longwave.evals.documents import mean_over_sets, mean_score
+
+    rows = [{"score": 1.0, "meta": {"set": "a"}}] * 20 + [{"score": 0.0, "meta": {"set": "b"}}] * 2
+
+    def total(some):
+        return mean_over_sets(some, mean_score)
+
+    assert summary.bootstrap(rows, total, "seed", [row["meta"]["set"] for row in rows]) == (50.0, 50.0)
+    assert summary.bootstrap(rows, total, "seed")[1] == 100.0  # a draw without b
+
+
+def test_a_killed_run_is_not_complete(tmp_path):
+    rows = [grid_row("dense", str(n), 1.0) for n in range(3)]
+    folder = made_up.write(tmp_path, rows, methods=("dense",), samples={"grid": {"500": 50, "900": 10}})
+    (made,) = summary.summarise(load(folder))
+    assert (made.column, made.count, made.expected, made.complete) == ("500", 3, 50, False)

@@ -68,6 +68,7 @@ class InfiniteBench(TextTask):
     name: ClassVar[str] = "infinitebench"
     version: ClassVar[int] = 1
     columns: ClassVar[str] = "set"
+    equal_sets: ClassVar[bool] = True
 
     sets: Any = "synthetic"  # passkey, number_string, kv_retrieval, math_find; or "all"; or names
     source: str = "data"  # infinitebench/ in the data folder; or a folder with files SET.jsonl

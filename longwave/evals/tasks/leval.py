@@ -53,6 +53,7 @@ class LEval(TextTask):
     name: ClassVar[str] = "leval"
     version: ClassVar[int] = 1
     columns: ClassVar[str] = "set"
+    equal_sets: ClassVar[bool] = True
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {"Closed": CLOSED, "Open": OPEN}
 
     sets: Any = "closed"  # or "open", "all": those of them that are found; or names

@@ -22,10 +22,10 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, ClassVar
 
 from longwave.evals import data
+from longwave.evals.documents import mean_over_sets, mean_score
 from longwave.evals.metrics import first_line, rouge_l, rouge_l_zh, token_f1, token_f1_zh
 from longwave.evals.task import Judged, Sample, Setting, TextTask, chosen
 
@@ -71,6 +71,7 @@ class LongBench(TextTask):
     name: ClassVar[str] = "longbench"
     version: ClassVar[int] = 1
     columns: ClassVar[str] = "set"
+    equal_sets: ClassVar[bool] = True
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = GROUPS
 
     sets: Any = "all"  # "all", or "en" for English and code: those of them that the source has; or names
@@ -136,11 +137,7 @@ class LongBench(TextTask):
         return Judged(score, parsed, metrics)
 
     def total(self, rows: Sequence[Mapping[str, Any]]) -> float:
-        """The plain mean of the sets' scores."""
-        scores: dict[str, list[float]] = {}
-        for row in rows:
-            scores.setdefault(row["meta"]["set"], []).append(row["score"])
-        return 100 * fmean(fmean(values) for values in scores.values())
+        return mean_over_sets(rows, mean_score)
 
     def _config(self, setting: Setting, file: str) -> dict[str, Any]:
         path = data.require(setting.data, f"longbench/config/{file}", "longbench")

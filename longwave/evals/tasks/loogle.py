@@ -40,6 +40,7 @@ class LooGLE(TextTask):
     name: ClassVar[str] = "loogle"
     version: ClassVar[int] = 1
     columns: ClassVar[str] = "set"
+    equal_sets: ClassVar[bool] = True
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "Short dependency": ("shortdep_qa", CLOZE),
         "Long dependency": ("longdep_qa", "longdep_summarization"),

@@ -87,11 +87,6 @@ class Perplexity(LossTask):
         return math.exp(sum(row["score"] * row["scored"] for row in rows) / sum(row["scored"] for row in rows))
 
 
-def bits_per_byte(rows: Sequence[Mapping[str, Any]]) -> float:
-    nats = sum(row["score"] * row["scored"] for row in rows)
-    return nats / math.log(2) / sum(row["meta"]["utf8_bytes"] for row in rows)
-
-
 def first_token(tokenizer: Any) -> list[int]:
     """The token that the tokenizer puts before every text, if it does."""
     bos = tokenizer.bos_token_id

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from longwave.evals.task import Setting
-from longwave.evals.tasks.perplexity import Perplexity, bits_per_byte
+from longwave.evals.tasks.perplexity import Perplexity
 
 BOOKS = {"one.txt": "abcdefghij" * 60, "two.txt": "klmnopqrst" * 50, "short.txt": "too short"}
 
@@ -93,4 +93,3 @@ def test_total_is_the_exponential_of_the_mean_loss():
         {"score": 3.0, "scored": 30, "meta": {"utf8_bytes": 60}},
     ]
     assert Perplexity().total(rows) == pytest.approx(math.exp(110 / 40))
-    assert bits_per_byte(rows) == pytest.approx(110 / math.log(2) / 100)

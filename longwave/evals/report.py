@@ -256,7 +256,7 @@ class Report:
             )
         text.append(
             "Bytes ratio: live bytes of the whole cache, metadata included, over those a dense cache of the same "
-            "tokens holds. † marks cells with fewer samples than another method has, or scores that are not finite."
+            "tokens holds. † marks cells with fewer samples than were to be measured, or scores that are not finite."
         )
         counts = [line.count for line in self.overall.values()]
         block = Block([Table(head, table)], counted(counts, "a cell"), self.commands())

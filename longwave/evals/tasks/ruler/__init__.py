@@ -1,4 +1,4 @@
-"""RULER, made offline: thirteen synthetic tasks at exact lengths.
+"""RULER, made offline: thirteen synthetic tasks of set lengths.
 
 A length holds the chat template, the answer's opening and the tokens to generate. The number of haystack units is
 found once for a task and length, by bisection with the model's own tokenizer; a prompt that turns out longer is drawn
@@ -48,7 +48,7 @@ THRESHOLD = 85.6  # Llama-2-7B at 4k: what RULER calls effective
 
 @dataclass(frozen=True)
 class Ruler(TextTask):
-    """RULER-like: needles, variable chains, word counts and questions at exact lengths."""
+    """RULER-like: needles, variable chains, word counts and questions of up to a set length."""
 
     name: ClassVar[str] = "ruler"
     version: ClassVar[int] = 1

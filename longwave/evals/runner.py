@@ -40,7 +40,7 @@ class Batch:
 
 
 def batches(samples: Sequence[Sample], batch: Batch, equal: bool = False) -> Iterator[list[Sample]]:
-    """Samples that can share a pass, longest first; those with the same context lie together.
+    """Samples that can share a pass, short answers and long prompts first; those with the same context lie together.
 
     equal: only samples of the same lengths share one. Loss tasks need it, and models with sliding layers: those count
     the padding between a context and its question as tokens of their window.
@@ -49,7 +49,7 @@ def batches(samples: Sequence[Sample], batch: Batch, equal: bool = False) -> Ite
     for sample in samples:
         lengths = (len(sample.ids), sample.context) if equal else ()
         alike.setdefault((sample.max_new_tokens, sample.stop_at_newline, lengths), []).append(sample)
-    for same in alike.values():
+    for same in sorted(alike.values(), key=lambda same: same[0].max_new_tokens):
         families: dict[bytes, list[Sample]] = {}
         for sample in same:
             families.setdefault(_context(sample), []).append(sample)

@@ -244,12 +244,18 @@ class Fourier(Method):
 class FourierLayer(MemoryLayer):
     """Sinks, window and open segment dense, the middle in a `SegmentStore` or a `PeriodStore`."""
 
-    is_croppable = False  # what crossed the window cannot come back
-
     def __init__(self, index: int, options: Fourier, kept_k: torch.Tensor, kept_v: torch.Tensor):
         super().__init__(index)
         self.options = options
         self.kept_k, self.kept_v = kept_k, kept_v
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """What crossed the window cannot come back, but while the past is recorded the last pass has not crossed yet.
+
+        Assisted decoding asks for it since transformers 5.24, after it has switched recording on.
+        """
+        return self.record_past
 
     def _clear(self) -> None:
         super()._clear()

@@ -191,7 +191,7 @@ def test_batches_keep_alike_together():
         longest = max(len(s.ids) for s in group)
         assert longest * len(group) <= 250
         assert min(len(s.ids) for s in group) >= 0.75 * longest
-    assert [len(group) for group in made] == [2, 1, 4, 1, 2, 1]
+    assert [len(group) for group in made] == [2, 1, 4, 1, 1, 2]
 
 
 def test_equal_batches():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,6 +52,8 @@ def load_model(model: str, device: str, dtype: str) -> tuple[Any, Any]:
 
     from longwave.models import load
 
+    # transformers 5.24 renames the argument to `cache`, which earlier ones do not know; the old name works until 5.40
+    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     choices = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,16 +76,17 @@ class Setting:
     chat: bool = True
 
     @property
-    def _wraps(self) -> bool:
+    def wraps(self) -> bool:
         return self.chat and bool(getattr(self.tokenizer, "chat_template", None))
 
     def count(self, text: str) -> int:
         return len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
-    @cached_property
-    def overhead(self) -> int:
-        """Tokens that the chat template or the tokenizer adds around a prompt."""
-        return self.added(chat=True)
+    @property
+    def opening(self) -> list[int]:
+        """The token that the tokenizer puts before every text, if it does."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("a").input_ids[:1] == [bos] else []
 
     def added(self, chat: bool) -> int:
         """The same for a prompt whose protocol wants a chat template or not."""
@@ -94,7 +94,7 @@ class Setting:
 
     def render(self, prompt: str, prefix: str = "", system: str | None = None, chat: bool = True) -> str:
         """The text a model reads: the chat template around `prompt`, then `prefix`, which opens the model's turn."""
-        if not (chat and self._wraps):
+        if not (chat and self.wraps):
             return (f"{system}\n\n" if system else "") + prompt + prefix
         try:
             return self._fill(prompt, system) + prefix
@@ -120,7 +120,7 @@ class Setting:
 
         With question "" only the last token is left for after the compression.
         """
-        wraps = chat and self._wraps
+        wraps = chat and self.wraps
         text = self.render(prompt, prefix, system, chat)
         encoded = self.tokenizer(text, add_special_tokens=not wraps, return_offsets_mapping=True, verbose=False)
         ids = array("i", encoded.input_ids)

@@ -60,7 +60,7 @@ def test_both_ends_are_halves_of_the_prompt(tokenizer):
 
 
 def test_max_tokens_does_not_count_the_template(chatty):
-    assert len(asked(chatty, "ends", max_tokens=100)[0].ids) == 100 + Setting(chatty).overhead
+    assert len(asked(chatty, "ends", max_tokens=100)[0].ids) == 100 + Setting(chatty).added(True)
 
 
 @pytest.mark.parametrize("window", [None, 5000])

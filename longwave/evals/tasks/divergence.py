@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 from longwave.evals import data
 from longwave.evals.task import LossTask, Sample, Setting, listed
-from longwave.evals.tasks.perplexity import first_token
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Divergence(LossTask):
         ids = {
             name: setting.tokenizer(t, add_special_tokens=False, verbose=False).input_ids for name, t in texts.items()
         }
-        opening = first_token(setting.tokenizer)
+        opening = setting.opening
         made: list[Sample] = []
         for context in self.contexts:
             need = context + self.scored

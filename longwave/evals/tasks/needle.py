@@ -142,11 +142,9 @@ class Needle(TextTask):
         """Token ids before and after the text."""
         chat = self.kind != "number"
         first, last = setting.render(hidden.before + MARK + hidden.question, chat=chat).split(MARK)
-        wraps = chat and setting.chat and bool(setting.tokenizer.chat_template)
         head = setting.tokenizer(first, add_special_tokens=False).input_ids if first else []
-        bos = setting.tokenizer.bos_token_id
-        if not wraps and bos is not None and setting.tokenizer("a").input_ids[:1] == [bos]:
-            head = [bos, *head]
+        if not (chat and setting.wraps):
+            head = [*setting.opening, *head]
         return head, setting.tokenizer(last, add_special_tokens=False).input_ids
 
 

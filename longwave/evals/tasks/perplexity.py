@@ -57,7 +57,7 @@ class Perplexity(LossTask):
     def samples(self, setting: Setting) -> list[Sample]:
         longest = max(self.lengths)
         setting.check_fits(longest, 0, f"perplexity at {longest}")
-        opening = first_token(setting.tokenizer)
+        opening = setting.opening
         scored = self.scored if self.mode == "strided" else longest
         ids = {}
         for name, text in data.texts(self.text, setting.data).items():
@@ -85,9 +85,3 @@ class Perplexity(LossTask):
 
     def total(self, rows: Sequence[Mapping[str, Any]]) -> float:
         return math.exp(sum(row["score"] * row["scored"] for row in rows) / sum(row["scored"] for row in rows))
-
-
-def first_token(tokenizer: Any) -> list[int]:
-    """The token that the tokenizer puts before every text, if it does."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a").input_ids[:1] == [bos] else []

@@ -1,6 +1,12 @@
-"""Measure the profiles that ship with the package: python -m benchmarks.profiles [--device cuda] [--out FOLDER]"""
+"""Measure the profiles that ship with the package.
+
+    python -m benchmarks.profiles [--device cuda] [--out FOLDER] [--windows 30] [--scored 256]
+
+A killed run goes on from the part file it left in FOLDER.
+"""
 
 import argparse
+import time
 from pathlib import Path
 
 import longwave
@@ -8,14 +14,32 @@ from benchmarks.texts import calibration_texts
 from longwave.calibrate import calibrate
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(longwave.__file__).parent / "profiles")
+    parser.add_argument("--windows", type=int, default=30)
+    parser.add_argument("--scored", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=15)
+    parser.add_argument("--only", choices=["smollm2", "smollm2-paper"])
     args = parser.parse_args()
     model, tokenizer = longwave.load("smollm2")
     model.to(args.device)
     texts = list(calibration_texts().values())
     for name, method in {"smollm2": longwave.Fourier(), "smollm2-paper": longwave.Fourier.paper()}.items():
-        profile = calibrate(model, tokenizer, texts, method, tokens=4096, windows=12, model_id="smollm2")
+        if args.only not in (None, name):
+            continue
+        began = time.perf_counter()
+        profile = calibrate(
+            model,
+            tokenizer,
+            texts,
+            method,
+            tokens=3072 if method.keep is None else 4096,
+            windows=args.windows if method.keep is None else 12,
+            scored=args.scored,
+            batch=args.batch,
+            partial=args.out / f"{name}.json.part",
+            model_id="smollm2",
+        )
         profile.save(args.out / f"{name}.json")
-        print(f"{args.out / name}.json: {profile.text}")
+        print(f"{args.out / name}.json: {profile.text}, {time.perf_counter() - began:.0f} s")

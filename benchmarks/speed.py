@@ -20,7 +20,7 @@ import longwave
 from longwave.evals.data import pydoc_haystack
 from longwave.evals.spec import parse_spec
 
-DEFAULT = ["dense", "fourier:budget=0.25", "fourier-paper"]
+DEFAULT = ["dense", "fourier:budget=0.125", "fourier:budget=0.078", "fourier:budget=0.03", "fourier-paper"]
 
 
 def maker(text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -45,13 +46,14 @@ def cache(
 ) -> LongCache:
     """An empty cache for `model.generate(past_key_values=...)`, holding its memory as `method` does.
 
-    method: a name ("dense", "fourier", "fourier-paper") with its `options` as keywords, or an instance.
+    method: a name ("dense", "fourier", "fourier-paper", "kivi") with its `options` as keywords, or an instance.
     budget: a fraction such as 0.25 of the dense bytes of the middle of the context, or a size such as "512MiB" for
         the whole cache of `batch` rows of `max_tokens` (default: the model's context length); longer input is then
         refused. None leaves it to the method.
     profile: a `Profile` or its path; None takes the one that ships with the package, if the model has one.
 
     Selects longwave's attention function on the model (`model.set_attn_implementation`); its other caches keep working.
+    Warns where "fourier" has to plan without a measurement of the model.
     Raises ValueError for options, budgets or profiles that do not fit, NotImplementedError for unsupported models.
     """
     config = check_supported(model)
@@ -88,6 +90,8 @@ def cache(
     else:
         method = bind_to_size(method, shape, profile, size, longest, batch)
 
+    if isinstance(method, Fourier) and method.warning:
+        warnings.warn(method.warning, stacklevel=2)
     use_longwave_attention(model)
     layers = [method.layer(index, shape) if layer is None else layer for index, layer in enumerate(others)]
     built = LongCache(layers, method)

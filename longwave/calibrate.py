@@ -1,16 +1,18 @@
-"""Measuring a profile: how much of every channel its smooth approximation misses, on the very signal that inference
-compresses (rotated keys and values of the middle, the method's own segments or period, its own gain)."""
+"""Measuring a profile: what channels and heads tolerate, on the very signal that inference compresses (rotated keys and
+values of the middle, the method's own segments or period, its own gain)."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longwave import recall, sensitivity
 from longwave.build import cache, check_supported
 from longwave.methods import Fourier
 from longwave.methods.base import CacheShape
@@ -45,9 +47,8 @@ def channel_errors(layers: Sequence[Any], method: Fourier) -> tuple[torch.Tensor
     errors: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
     for layer in layers:
         k, v = layer.materialize()
-        none = torch.zeros(k.shape[1], k.shape[3], dtype=torch.bool)
-        bound = replace(method, keep=0.0, _kept=((none, none),))
         shape = CacheShape((0,), (), k.shape[1], k.shape[3], k.dtype)
+        bound = replace(method, plan=None, keep=0.0, keep_bits=None).bind(shape, None, None)
         memory = bound.layer(0, shape)
         memory.write(k, v)
         memory.settle()
@@ -66,14 +67,28 @@ def calibrate(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     method: Fourier | None = None,
-    tokens: int = 4096,
-    windows: int = 8,
+    tokens: int = 3072,
+    windows: int = 9,
+    scored: int = 128,
+    plan: bool | None = None,
+    batch: int = 8,
+    partial: Path | None = None,
     model_id: str = "",
+    seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
-    """Measure `method`'s channel errors on `windows` windows of `tokens` tokens of `texts`."""
+    """Measure `method` on windows of `tokens` tokens of `texts`: channel errors, and what a plan needs.
+
+    A plan is measured on `windows` windows, two thirds of them running text and one third with facts hidden in it; the
+    last `scored` tokens of each are what is scored. plan: None measures it where the method plans, that is, unless it
+    has `keep`. batch: windows held at once. partial: where finished parts are kept until the end, so that a killed run
+    goes on. progress gets parts done and in all.
+    """
     method = method or Fourier()
     config = check_supported(model)
+    plan = method.keep is None if plan is None else plan
+    if plan and method.segment is None:
+        raise ValueError("one period has no plan: measure its channels alone (plan=False)")
     if not texts or not any(text.strip() for text in texts):
         raise ValueError("there is no text to measure on")
     limit = getattr(config, "max_position_embeddings", None)
@@ -81,16 +96,30 @@ def calibrate(
         raise ValueError(f"windows of {tokens} tokens exceed the model's context of {limit}")
     if windows < len(texts):
         raise ValueError(f"{len(texts)} texts need at least as many windows, got {windows}")
+    if plan and (scored < 1 or tokens - scored < 1):
+        raise ValueError(f"of {tokens} tokens a window cannot have {scored} scored: some must be left to compress")
+    if batch < 1:
+        raise ValueError(f"batch is a whole number of windows, at least 1; got {batch}")
     about = {"id": model_id or getattr(model.config, "_name_or_path", ""), "signature": signature(model)}
     batches = windows_of(tokenizer, texts, tokens, windows)
+    rows = None
+    if plan:
+        asked = windows // 3
+        rows = recall.windows(tokenizer, texts, tokens - scored - 1, scored, windows - asked, asked, seed)
+    parts = len(batches) + (sensitivity.parts(model, rows, batch) if rows is not None else 0)
     sums: list[torch.Tensor] = []
     for done, ids in enumerate(batches):
-        progress(done, len(batches))
+        progress(done, parts)
         memory = cache(model, "dense")
         model(ids.to(model.device), past_key_values=memory, use_cache=True, logits_to_keep=1)
         errors = channel_errors(list(memory.memory_layers()), method)
         sums = [total + error for total, error in zip(sums, errors, strict=True)] if sums else list(errors)
-    progress(len(batches), len(batches))
+    found = None
+    if rows is not None:
+        found = sensitivity.measure(
+            model, rows, method, batch, partial, lambda done, _: progress(len(batches) + done, parts)
+        )
+    progress(parts, parts)
     options = {
         name: getattr(method, name) for name in ("basis", "states", "segment", "sinks", "window", "gain", "reserve")
     }
@@ -104,4 +133,5 @@ def calibrate(
         },
         k_error=sums[0] / len(batches),
         v_error=sums[1] / len(batches),
+        sensitivity=found,
     )

@@ -18,7 +18,7 @@ app.add_typer(eval_commands, name="eval")
 
 Model = Annotated[str, typer.Option(help='Hub id, local path, or "smollm2" (a small model from PyPI).')]
 MethodName = Annotated[
-    str, typer.Option("--method", help='How to hold the cache: "fourier", "fourier-paper", "dense".')
+    str, typer.Option("--method", help='How to hold the cache: "fourier", "fourier-paper", "kivi", "dense".')
 ]
 Budget = Annotated[
     str | None,
@@ -46,6 +46,11 @@ def parse_options(items: list[str] | None) -> dict[str, Any]:
     return options
 
 
+def _show_warning(message: object, *_: object, **__: object) -> None:
+    """One line without the place in the code."""
+    stderr.print(f"longwave: {message}", highlight=False, soft_wrap=True, markup=False)
+
+
 def load_model(model: str, device: str, dtype: str) -> tuple[Any, Any]:
     import torch
     from transformers.utils import logging
@@ -54,6 +59,7 @@ def load_model(model: str, device: str, dtype: str) -> tuple[Any, Any]:
 
     # transformers 5.24 renames the argument to `cache`, which earlier ones do not know; the old name works until 5.40
     warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
+    warnings.showwarning = _show_warning
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     choices = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -163,13 +169,19 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Where to write the profile (JSON).")],
     method: MethodName = "fourier",
     option: OptionList = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 4096,
-    windows: Annotated[int, typer.Option(min=1, help="Windows in all, shared between the texts.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 3072,
+    windows: Annotated[int, typer.Option(min=1, help="Windows in all, shared between the texts.")] = 9,
+    scored: Annotated[int, typer.Option(min=1, help="Last tokens of a window, which are scored for the plan.")] = 128,
+    plan: Annotated[
+        bool | None,
+        typer.Option("--plan/--channels-only", help="Measure every head for the planner (the long part), or not."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows held in memory at once.")] = 8,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure which channels of a model the method may compress, and write a profile."""
+    """Measure what a model's channels and heads tolerate, and write a profile. A killed run goes on where it was."""
     with user_errors():
         from longwave.calibrate import calibrate as measure
         from longwave.methods import Fourier, get_method
@@ -183,19 +195,34 @@ def calibrate(
             raise ValueError(f"{out} is a folder: name the file to write the profile to")
         texts = [read_text(path) for path in text]
         loaded, tokenizer = load_model(model, device, dtype)
-        with progress("measuring channels") as advance:
-            profile = measure(loaded, tokenizer, texts, chosen, tokens, windows, model_id=model, progress=advance)
+        with progress("measuring") as advance:
+            profile = measure(
+                loaded,
+                tokenizer,
+                texts,
+                chosen,
+                tokens,
+                windows,
+                scored=scored,
+                plan=plan,
+                batch=batch,
+                partial=out.with_name(out.name + ".part"),
+                model_id=model,
+                progress=advance,
+            )
         profile.save(out)
         summary = {
             "profile": str(out),
             "model": model,
             "windows": profile.text["windows"],
             "tokens": profile.text["tokens"],
+            "plan": profile.sensitivity is not None,
         }
         if as_json:
             show_json(summary)
         else:
-            print(f"wrote {out}: {summary['windows']} windows, {summary['tokens']:,} tokens")
+            what = "channels and heads" if summary["plan"] else "channels alone"
+            print(f"wrote {out}: {what}, {summary['windows']} windows, {summary['tokens']:,} tokens")
 
 
 @app.command()
@@ -292,7 +319,7 @@ def demo(
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Document to measure on; Python's help topics otherwise.")
     ] = None,
-    budget: Annotated[list[str], typer.Option(help="Budget of fourier; repeats.")] = ["0.5", "0.25"],  # noqa: B006
+    budget: Annotated[list[str], typer.Option(help="Budget of fourier; repeats.")] = ["0.125", "0.04"],  # noqa: B006
     seed: int = 42,
 ) -> None:
     """Dense and fourier side by side on SmolLM2: needles, loss, bytes, speed, a summary. A few minutes on two cores."""

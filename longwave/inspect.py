@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 
 from longwave.cache import LongCache
 from longwave.methods import Fourier
-from longwave.methods.fourier import FourierLayer
+from longwave.methods.segmented import SegmentedLayer
 
 
 def kept_by_pair(method: Fourier) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,21 +49,21 @@ def plot_channel(exact: LongCache, held: LongCache, layer: int, side: str, head:
     `exact` is a dense cache of the same tokens. Returns the numbers behind the picture.
     """
     memory = held.layers[layer]
-    if not isinstance(memory, FourierLayer) or memory.store is None:
+    method: Any = held.method
+    if not isinstance(memory, SegmentedLayer) or not isinstance(method, Fourier) or memory.store is None:
         raise ValueError(f"layer {layer} has compressed nothing: give more tokens")
     k, _ = exact.layers[layer].materialize()
     if not (0 <= head < k.shape[1] and 0 <= channel < k.shape[3]):
         raise ValueError(f"layer {layer} has heads 0 to {k.shape[1] - 1} of channels 0 to {k.shape[3] - 1}")
     which = "kv".index(side)
-    options = memory.options
-    start, count = options.sinks, memory.store.tokens[0]
+    start, count = method.sinks, memory.store.tokens[0]
     true = exact.layers[layer].materialize()[which][0, head, start : start + count, channel].cpu().double()
     made = memory.materialize()[which][0, head, start : start + count, channel].cpu().double()
-    kept = bool((memory.kept_k, memory.kept_v)[which][head, channel])
+    kept = bool(method.kept[memory.position][which][head, channel])
     power = torch.fft.rfft(true - true.mean()).abs().square()
     frequency = torch.arange(len(power)) / count  # periods per token
-    period = options.segment or count
-    cutoff = options.states / 2 / period
+    period = method.segment or count
+    cutoff = method.states / 2 / period
     missed = float((true - made).square().mean() / (true - true.mean()).square().mean())
 
     figure = Figure(figsize=(10, 6), layout="constrained")
@@ -70,13 +71,13 @@ def plot_channel(exact: LongCache, held: LongCache, layer: int, side: str, head:
     above, below = figure.subplots(2, 1)
     tokens = range(start, start + count)
     above.plot(tokens, true.numpy(), lw=0.6, color="0.6", label="exact")
-    above.plot(tokens, made.numpy(), lw=1.2, color="C3", label="kept as it is" if kept else "from its coefficients")
+    above.plot(tokens, made.numpy(), lw=1.2, color="C3", label="as it is stored" if kept else "from its coefficients")
     above.set_xlabel("token")
     above.set_ylabel("value")
     above.legend(loc="upper right")
     above.set_title(
         f"layer {layer}, {'key' if side == 'k' else 'value'} head {head}, channel {channel}: "
-        + ("kept" if kept else f"{options.states} states per {period} tokens, {missed:.0%} of the variance missed")
+        + ("kept" if kept else f"{method.states} states per {period} tokens, {missed:.0%} of the variance missed")
     )
     below.loglog(frequency[1:].numpy(), power[1:].numpy() + 1e-12, lw=0.6, color="C0")
     below.axvspan(

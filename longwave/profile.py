@@ -1,4 +1,5 @@
-"""What a model's channels tolerate: how much of each one its smooth approximation misses, measured on real text.
+"""What a model's channels and heads tolerate, measured on real text: how much of each channel its smooth approximation
+misses, and what every way to store a head's K or V costs in quality.
 
 A profile is a JSON file with a version. It names the model it was measured on and is refused on another one.
 """
@@ -16,8 +17,9 @@ import torch
 from transformers import PreTrainedModel
 
 from longwave.methods.base import CacheShape
+from longwave.plan import KEY_OPTIONS, RECALL, VALUE_OPTIONS
 
-FORMAT, VERSION = "longwave-profile", 1
+FORMAT, VERSION = "longwave-profile", 2
 TOLERANCE = 1e-3  # of a signature value; rounding weights to bfloat16 moves one by less than 1e-4
 
 
@@ -48,11 +50,68 @@ def _layer_of(name: str) -> int:
 
 
 @dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """What storing one head's K or V in fewer bytes costs, all else exact: KL from the dense model in nats.
+
+    k_prose, k_recall [layers, kv_heads, len(plan.KEY_OPTIONS)] and v_prose, v_recall [.., len(plan.VALUE_OPTIONS)]:
+        mean over scored tokens of prose, and over answers to questions about the context.
+    key_weight [layers, kv_heads, head_dim]: a K channel's variance around its segment's mean times the mean square of
+        the query there. about: options measured, how pages were cut, windows, scored tokens.
+    """
+
+    about: dict[str, Any]
+    k_prose: torch.Tensor
+    k_recall: torch.Tensor
+    v_prose: torch.Tensor
+    v_recall: torch.Tensor
+    key_weight: torch.Tensor
+
+    def __post_init__(self) -> None:
+        for name in SENSITIVITY:
+            if not bool(torch.isfinite(getattr(self, name)).all() and (getattr(self, name) >= 0).all()):
+                raise ValueError(f"{name} must be finite and not negative")
+        for side, options in (("k", KEY_OPTIONS), ("v", VALUE_OPTIONS)):
+            if self.about.get(f"{side}_options") != list(options):
+                raise ValueError(
+                    f"its {side}_options are {self.about.get(f'{side}_options')}, this longwave plans with "
+                    f"{list(options)}: measure it again with `longwave calibrate`"
+                )
+            expected = (*self.key_weight.shape[:2], len(options))
+            for kind in ("prose", "recall"):
+                if tuple(getattr(self, f"{side}_{kind}").shape) != expected:
+                    raise ValueError(f"{side}_{kind} is {list(getattr(self, f'{side}_{kind}').shape)}, not {expected}")
+
+    def costs(self, side: str) -> torch.Tensor:
+        """Cost of every option, prose and recall together: [layers, kv_heads, options]."""
+        prose, recall = (getattr(self, f"{side}_{kind}") for kind in ("prose", "recall"))
+        return prose + RECALL * recall
+
+    def order(self, position: int) -> torch.Tensor:
+        """K's channels of memory layer number `position` by falling weight: int64 [kv_heads, head_dim]."""
+        return self.key_weight[position].argsort(dim=-1, descending=True, stable=True)
+
+    def weights(self, position: int, head: int) -> list[float]:
+        """K's channel weights of a head, falling."""
+        return self.key_weight[position, head].sort(descending=True, stable=True).values.tolist()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"about": self.about, **{name: _rounded(getattr(self, name)) for name in SENSITIVITY}}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Sensitivity:
+        return cls(data["about"], *(torch.tensor(data[name], dtype=torch.float32) for name in SENSITIVITY))
+
+
+SENSITIVITY = ("k_prose", "k_recall", "v_prose", "v_recall", "key_weight")
+
+
+@dataclass(frozen=True, eq=False)
 class Profile:
-    """Mean squared error of every channel's smooth approximation, per memory layer.
+    """Mean squared error of every channel's smooth approximation, per memory layer, and what the planner needs.
 
     k_error, v_error: float tensors [layers, kv_heads, head_dim], in squared units of the (rotated) keys and values.
     method: the options whose error it is. text: what it was measured on, with its sha256.
+    sensitivity: for plans; None where only channels were measured.
     """
 
     model: dict[str, Any]
@@ -60,6 +119,7 @@ class Profile:
     text: dict[str, Any]
     k_error: torch.Tensor
     v_error: torch.Tensor
+    sensitivity: Sensitivity | None = None
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -103,6 +163,8 @@ class Profile:
             "k_error": _rounded(self.k_error),
             "v_error": _rounded(self.v_error),
         }
+        if self.sensitivity is not None:
+            data["sensitivity"] = self.sensitivity.as_dict()
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
         try:
@@ -125,14 +187,17 @@ class Profile:
                 f"{path} is not a longwave profile. A compressed_dims_*.json file of the FourierAttention release is "
                 "read with Profile.from_published(path, model)"
             )
-        if data.get("version") != VERSION:
+        if data.get("version") not in (1, VERSION):  # version 1 had no sensitivities
             raise ValueError(f"{path} has profile version {data.get('version')}, this longwave reads {VERSION}")
         try:
             model, method, text = (data[key] for key in ("model", "method", "text"))
             if not all(isinstance(part, dict) for part in (model, method, text, model.get("signature", {}))):
                 raise TypeError("model, its signature, method and text are objects")
             k, v = (torch.tensor(data[key], dtype=torch.float32) for key in ("k_error", "v_error"))
-            return cls(model, method, text, k, v, source=str(path))
+            found = Sensitivity.from_dict(data["sensitivity"]) if "sensitivity" in data else None
+            if found is not None and found.key_weight.shape != k.shape:
+                raise ValueError(f"key_weight is {list(found.key_weight.shape)}, k_error {list(k.shape)}")
+            return cls(model, method, text, k, v, found, source=str(path))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
 

@@ -20,6 +20,7 @@ from transformers import (
 
 import longwave
 from longwave.methods.base import CacheShape
+from longwave.plan import KEY_OPTIONS, VALUE_OPTIONS
 
 DATA = Path(os.environ.get("LONGWAVE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 VOCABULARY = 97
@@ -72,11 +73,18 @@ def shape_of(model):
 
 
 def random_profile(model, seed=0):
-    """A profile whose errors are noise: any choice of channels must give a correct cache."""
+    """A profile whose errors and costs are noise: any choice of channels and bits must give a correct cache."""
     shape = shape_of(model)
     generator = torch.Generator().manual_seed(seed)
     size = (len(shape.memory_layers), shape.kv_heads, shape.head_dim)
-    return longwave.Profile({}, {}, {}, torch.rand(size, generator=generator), torch.rand(size, generator=generator))
+    errors = [torch.rand(size, generator=generator) for _ in range(2)]
+    costs = [
+        torch.rand(*size[:2], len(options), generator=generator).sort(descending=True).values
+        for options in (KEY_OPTIONS, KEY_OPTIONS, VALUE_OPTIONS, VALUE_OPTIONS)
+    ]
+    about = {"k_options": list(KEY_OPTIONS), "v_options": list(VALUE_OPTIONS)}
+    measured = longwave.profile.Sensitivity(about, *costs, torch.rand(size, generator=generator))
+    return longwave.Profile({}, {}, {}, *errors, measured)
 
 
 def tokens(batch, length, seed=1):

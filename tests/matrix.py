@@ -4,6 +4,7 @@ A new method adds a line: its name and a function from a model to an empty cache
 """
 
 import longwave
+from tests.conftest import random_profile
 
 IDENTITY = {
     "dense": lambda model: longwave.cache(model, "dense"),
@@ -15,4 +16,9 @@ IDENTITY = {
     "fourier-states": lambda model: longwave.cache(
         model, longwave.Fourier(keep=0.0, states=7, segment=7, sinks=3, window=5)
     ),
+    # a plan that can afford everything
+    "fourier-planned": lambda model: longwave.cache(
+        model, longwave.Fourier(segment=8, sinks=2, window=8), budget=1.0, profile=random_profile(model)
+    ),
+    "kivi": lambda model: longwave.cache(model, longwave.Kivi(group=8, sinks=2, window=8), budget=1.0),
 }

@@ -1,4 +1,5 @@
 import re
+import warnings
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from longwave.budget import human, parse_budget
 from tests.conftest import random_profile, shape_of
 
 SEGMENTS = longwave.Fourier(segment=16, states=2, sinks=2, window=16)
-PERIOD = longwave.Fourier(segment=None, basis="dft", gain="max", states=8, sinks=2, window=16, reserve=32)
+PERIOD = longwave.Fourier(keep=0.3, segment=None, basis="dft", gain="max", states=8, sinks=2, window=16, reserve=32)
 LONGEST = 300
 
 
@@ -34,6 +35,10 @@ def smallest(model, method, **options):
     with pytest.raises(ValueError, match="the smallest that fourier can do") as refused:
         build(model, method, "1B", **options)
     return int(re.search(r"\((\d+) bytes\)", str(refused.value))[1])
+
+
+def share_kept(memory):
+    return torch.stack([table for pair in memory.method.kept for table in pair]).float().mean()
 
 
 @pytest.mark.parametrize(
@@ -80,14 +85,22 @@ def test_sizes_for_people(size, text):
     assert human(size) == text
 
 
-@pytest.mark.parametrize("method", [SEGMENTS, PERIOD], ids=["segments", "period"])
-@pytest.mark.parametrize("step", [1, 7, LONGEST])
+STEPS = [1, 7, LONGEST]
+
+
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("over", [0, 9_000, 40_000])
-def test_size_is_never_exceeded(llama, method, step, over):
-    size = smallest(llama, method) + over
-    memory = build(llama, method, f"{size}B")
-    lengths = [*range(step, LONGEST, step), LONGEST]
-    assert max(fill(memory, lengths)) <= size
+def test_size_is_never_exceeded(llama, step, over):
+    size = smallest(llama, SEGMENTS) + over
+    memory = build(llama, SEGMENTS, f"{size}B")
+    assert max(fill(memory, [*range(step, LONGEST, step), LONGEST])) <= size
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_size_covers_one_period(llama, step):
+    size = PERIOD.bind(shape_of(llama), random_profile(llama), None).peak_bytes(shape_of(llama), LONGEST)
+    memory = build(llama, PERIOD, f"{size}B")
+    assert max(fill(memory, [*range(step, LONGEST, step), LONGEST])) <= size
 
 
 @pytest.mark.parametrize("longest", [5, 33, 34, 49, 50, 83, 84, 200])
@@ -119,27 +132,26 @@ def test_size_covers_sliding_layers(models):
 
 
 @pytest.mark.parametrize("over", [0, 5_000, 12_345, 25_000, 60_000, 10**9])
-def test_size_keeps_as_many_channels_as_fit(llama, over):
+def test_size_takes_the_most_that_fits(llama, over):
     size = smallest(llama, SEGMENTS) + over
     shape, profile = shape_of(llama), random_profile(llama)
-    fitting = []
-    for count in range(shape.head_dim + 1):
-        method = longwave.Fourier(keep=count / shape.head_dim, segment=16, states=2, sinks=2, window=16)
-        if method.bind(shape, profile, None).peak_bytes(shape, LONGEST) <= size:
-            fitting.append(count / shape.head_dim)
-    assert build(llama, SEGMENTS, f"{size}B").method.kept_share == fitting[-1]
+    plans = [SEGMENTS.bind(shape, profile, fraction / 64) for fraction in range(4, 65)]
+    fitting = [plan.page_fraction(shape) for plan in plans if plan.peak_bytes(shape, LONGEST) <= size]
+    assert build(llama, SEGMENTS, f"{size}B").method.page_fraction(shape) >= fitting[-1]
 
 
-@pytest.mark.parametrize("method", [SEGMENTS, PERIOD], ids=["segments", "period"])
-def test_smallest_size_named_is_the_smallest(llama, method):
-    size = smallest(llama, method)
-    assert build(llama, method, f"{size}B").method.kept_share == 0
+def test_smallest_size_named_is_the_smallest(llama):
+    size = smallest(llama, SEGMENTS)
+    assert share_kept(build(llama, SEGMENTS, f"{size}B")) == 0
     with pytest.raises(ValueError, match=f"{size} bytes"):
-        build(llama, method, f"{size - 1}B")
+        build(llama, SEGMENTS, f"{size - 1}B")
 
 
 def test_size_that_holds_everything_needs_no_profile(llama):
-    assert longwave.cache(llama, SEGMENTS, "10MB").method.kept_share == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memory = longwave.cache(llama, SEGMENTS, "10MB")
+    assert memory.method.page_fraction(shape_of(llama)) == 1
 
 
 def test_default_length_is_the_models_context(llama):
@@ -176,19 +188,20 @@ def test_length_belongs_to_a_size(llama, budget, longest):
         build(llama, SEGMENTS, budget, longest)
 
 
-@pytest.mark.parametrize("fraction", [0.125, 0.13, 0.3, 0.5, 0.77, 0.999, 1.0])
+@pytest.mark.parametrize("fraction", [0.0625, 0.13, 0.3, 0.5, 0.77, 0.999, 1.0])
 def test_fraction_bounds_what_more_context_costs(llama, fraction):
     memory = longwave.cache(llama, SEGMENTS, fraction, random_profile(llama))
     # at these lengths the same 18 tokens are dense, so the difference is the middle alone
     before, after = fill(memory, [2 + 16 + 16, 2 + 16 + 16 * 11])
     dense = 16 * 10 * shape_of(llama).token_bytes * len(memory.layers)
-    channel = (1 - SEGMENTS.rate) / shape_of(llama).head_dim
-    assert fraction - channel < (after - before) / dense <= fraction
+    head = 1 / (len(memory.layers) * 2)  # a plan decides head by head
+    assert fraction - head < (after - before) / dense <= fraction
 
 
-def test_fraction_below_the_coefficients_is_refused(llama):
-    with pytest.raises(ValueError, match=r"0.124 is less than the coefficients alone take.* 0.1250"):
-        longwave.cache(llama, SEGMENTS, 0.124, random_profile(llama))
+def test_fraction_below_the_smallest_plan_is_refused(llama):
+    # of 1,024 bytes a head and segment: two int8 coefficients of 8 channels, and their gains, for K and for V
+    with pytest.raises(ValueError, match=r"0.062 is less than fourier can do.* takes 0.0625"):
+        longwave.cache(llama, SEGMENTS, 0.062, random_profile(llama))
 
 
 @pytest.mark.parametrize("keep", [0.3, (0.2, 0.4), "paper"])
@@ -200,7 +213,7 @@ def test_fraction_and_keep_exclude_each_other(llama, keep):
 def test_size_only_checks_a_method_with_keep(llama):
     method = longwave.Fourier(keep=0.5, segment=16, states=2, sinks=2, window=16)
     peak = method.bind(shape_of(llama), random_profile(llama), None).peak_bytes(shape_of(llama), LONGEST)
-    assert build(llama, method, f"{peak}B").method.kept_share == 0.5
+    assert share_kept(build(llama, method, f"{peak}B")) == 0.5
     with pytest.raises(ValueError, match=r"more than the budget"):
         build(llama, method, f"{peak - 1}B")
 

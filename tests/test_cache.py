@@ -330,7 +330,7 @@ def test_sliding_layers_are_counted(models):
     memory = longwave.cache(model, FOURIER)
     model.generate(tokens(1, 300), past_key_values=memory, max_new_tokens=5, do_sample=False)
     kinds = [type(layer).__name__ for layer in memory.layers]
-    assert kinds.count("FourierLayer") == 1
+    assert kinds.count("SegmentedLayer") == 1
     assert kinds.count("DynamicSlidingWindowLayer") == 5
     parts = memory.report().parts
     assert parts["other layers"] >= 5 * 2 * 2 * 15 * 8 * 4

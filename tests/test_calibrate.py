@@ -13,7 +13,7 @@ from longwave.profile import signature
 from tests.conftest import random_profile, shape_of, tokens
 
 TEXT = "The quick brown fox jumps over the lazy dog, again and again. " * 12  # 744 characters, as many tokens
-SEGMENTS = longwave.Fourier(segment=16, states=3, sinks=2, window=16)
+SEGMENTS = longwave.Fourier(keep=0.5, segment=16, states=3, sinks=2, window=16)
 PAPER = longwave.Fourier(
     keep="paper", segment=None, states=8, sinks=2, window=16, basis="dft", gain="max", quota="layer", reserve=32
 )
@@ -44,10 +44,13 @@ def test_errors_are_what_the_projection_misses(llama, length):
 
 def test_errors_do_not_depend_on_what_the_method_keeps(llama):
     dense = prefill(llama, tokens(1, 100))
-    bound = longwave.Fourier(keep=0.5, segment=16, states=3, sinks=2, window=16)
-    bound = bound.bind(shape_of(llama), random_profile(llama), None)
-    for ours, theirs in zip(channel_errors(dense.layers, bound), channel_errors(dense.layers, SEGMENTS), strict=True):
-        assert torch.equal(ours, theirs)
+    expected = channel_errors(dense.layers, SEGMENTS)
+    bits = longwave.Fourier(keep=1.0, keep_bits=4, segment=16, states=3, sinks=2, window=16)
+    planned = longwave.Fourier(segment=16, states=3, sinks=2, window=16, coef_bits=16)
+    planned = planned.bind(shape_of(llama), random_profile(llama), 0.3)
+    for method in (bits, planned):
+        for ours, theirs in zip(channel_errors(dense.layers, method), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
 
 
 def test_errors_vanish_with_as_many_states_as_tokens(llama):
@@ -142,8 +145,41 @@ def test_profile_of_a_model(llama, tokenizer):
     json.dumps([profile.model, profile.method, profile.text])
     assert seen[0] == (0, 2)
     assert seen[-1] == (2, 2)
-    memory = longwave.cache(llama, SEGMENTS, 0.5, profile)
-    assert 0 < memory.method.kept_share < 0.5
+    assert profile.sensitivity is None
+    memory = longwave.cache(llama, SEGMENTS, profile=profile)
+    for position, (k, _) in enumerate(memory.method.kept):
+        errors = profile.error("k", position)
+        assert (errors[k].reshape(2, 4).amin(1) >= errors[~k].reshape(2, 4).amax(1)).all()
+
+
+def test_plan_of_a_model(llama, tokenizer):
+    seen = []
+    method = longwave.Fourier(segment=16, sinks=2, window=16)
+    options = dict(tokens=500, windows=3, scored=64, progress=lambda *n: seen.append(n))
+    profile = calibrate(llama, tokenizer, [TEXT * 3], method, **options)
+    assert seen[-1] == (6, 6)  # three windows, and a batch of three layers
+    found = profile.sensitivity
+    assert (found.about["prose_windows"], found.about["recall_windows"]) == (2, 1)
+    for side in "kv":
+        costs = found.costs(side)
+        assert (costs[..., 0] > costs[..., -1]).all()  # nothing but means is worse than 4 bits
+    memory = longwave.cache(llama, method, 0.3, profile)
+    assert str(memory.method).startswith("fourier(measured plan for 0.3,")
+    alone = calibrate(llama, tokenizer, [TEXT * 3], method, plan=False, **options)
+    assert alone.sensitivity is None
+    assert torch.equal(alone.k_error, profile.k_error)
+
+
+@pytest.mark.parametrize("scored", [0, 64])
+def test_windows_that_are_all_scored_are_refused(llama, tokenizer, scored):
+    method = longwave.Fourier(segment=16)
+    with pytest.raises(ValueError, match=f"of 64 tokens a window cannot have {scored} scored"):
+        calibrate(llama, tokenizer, [TEXT], method, tokens=64, windows=1, scored=scored)
+
+
+def test_one_period_has_no_plan(llama, tokenizer):
+    with pytest.raises(ValueError, match="one period has no plan"):
+        calibrate(llama, tokenizer, [TEXT], PAPER, tokens=64, windows=1, plan=True)
 
 
 def test_errors_are_the_mean_over_windows(llama, tokenizer):

@@ -42,7 +42,8 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def profile(folder, text, tmp_path_factory):
     path = tmp_path_factory.mktemp("profile") / "tiny.json"
-    succeeds("calibrate", folder, "--text", text, "--out", path, "--tokens", 128, "--windows", 2, *SEGMENTS)
+    sizes = ["--tokens", 500, "--windows", 3, "--scored", 64]
+    succeeds("calibrate", folder, "--text", text, "--out", path, *sizes, *SEGMENTS)
     return path
 
 
@@ -83,7 +84,7 @@ def test_unknown_method_suggests(generate, name):
 
 
 def test_unknown_method_without_a_near_name(generate):
-    assert "choose from dense, fourier, fourier-paper" in refused(*generate, "Hello", "--method", "xyz")
+    assert "choose from dense, fourier, kivi, fourier-paper" in refused(*generate, "Hello", "--method", "xyz")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_unknown_method_without_a_near_name(generate):
         ("segment", "a method option is NAME=VALUE, got 'segment'"),
         ("=3", "a method option is NAME=VALUE, got '=3'"),
         ("segmnt=3", "did you mean 'segment'?"),
-        ("states=300", "states (300) cannot exceed the segment's 256 tokens"),
+        ("states=300", "states (300) cannot exceed the segment's 128 tokens"),
         ("states=many", "states is a whole number of coefficients, at least 1; got 'many'"),
         ("basis=haar", "unknown basis 'haar'"),
         ("keep=1.5", "share of channels from 0 to 1"),
@@ -144,7 +145,8 @@ def test_prompt_longer_than_the_context(generate, text):
 
 
 def test_no_profile_for_the_model(generate):
-    assert "longwave calibrate" in refused(*generate, "Hello")
+    assert "longwave calibrate" in refused(*generate, "Hello", "-o", "keep=0.5")
+    assert "longwave: no measurement of this model" in succeeds(*generate, "Hello").stderr
 
 
 def test_missing_profile(generate, tmp_path):
@@ -167,8 +169,8 @@ def test_generate_json(generate, profile):
     assert len(answer["text"]) <= 8
     assert answer["nbytes"] == sum(answer["parts"].values())
     assert answer["ratio"] == answer["nbytes"] / answer["dense_nbytes"] < 0.75
-    assert answer["parts"]["coefficients"] > 0
-    assert answer["method"].startswith("fourier(keep=0.375")
+    assert answer["parts"]["pages"] > 0
+    assert answer["method"].startswith("fourier(measured plan for 0.5")
 
 
 def test_generate_prints_the_answer_and_reports_on_stderr(generate):
@@ -217,29 +219,35 @@ def calibrate(folder, text, tmp_path):
 
 
 def test_calibrate_writes_a_profile(calibrate, tmp_path):
-    result = succeeds(*calibrate, "--tokens", 128, *SEGMENTS, "--json")
+    result = succeeds(*calibrate, "--tokens", 128, "--channels-only", *SEGMENTS, "--json")
     summary = json.loads(result.stdout)
     assert summary["profile"] == str(tmp_path / "made.json")
     assert (summary["windows"], summary["tokens"]) == (2, 256)
     assert [path.name for path in tmp_path.iterdir()] == ["made.json"]
     data = json.loads((tmp_path / "made.json").read_text())
     assert data["method"]["segment"] == 16
+    assert ("sensitivity" in data) is summary["plan"] is False
 
 
 def test_calibrate_says_what_it_wrote(calibrate, tmp_path):
-    result = succeeds(*calibrate, "--tokens", 128, *SEGMENTS)
-    assert result.stdout == f"wrote {tmp_path / 'made.json'}: 2 windows, 256 tokens\n"
+    made = tmp_path / "made.json"
+    result = succeeds(*calibrate, "--tokens", 128, "--channels-only", *SEGMENTS)
+    assert result.stdout == f"wrote {made}: channels alone, 2 windows, 256 tokens\n"
+    result = succeeds(*calibrate, "--tokens", 128, "--scored", 32, *SEGMENTS)  # two windows: none with hidden facts
+    assert result.stdout == f"wrote {made}: channels and heads, 2 windows, 256 tokens\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["made.json"]
 
 
 def test_calibrate_with_too_short_a_text(calibrate, tmp_path):
     (tmp_path / "short.txt").write_text("Short.")
     short = [*calibrate[:3], tmp_path / "short.txt", *calibrate[4:]]
-    assert "fewer than one window of 128" in refused(*short, "--tokens", 128, *SEGMENTS)
+    assert "fewer than one window of 128" in refused(*short, "--tokens", 128, "--scored", 32, *SEGMENTS)
     assert not (tmp_path / "made.json").exists()
 
 
-def test_calibrate_with_windows_too_short_to_compress(calibrate, tmp_path):
-    assert "too short" in refused(*calibrate, "--tokens", 30, *SEGMENTS)
+@pytest.mark.parametrize("what", [["--channels-only"], ["--scored", 8]])
+def test_calibrate_with_windows_too_short_to_compress(calibrate, tmp_path, what):
+    assert "too short" in refused(*calibrate, "--tokens", 30, *what, *SEGMENTS)
     assert not (tmp_path / "made.json").exists()
 
 
@@ -274,12 +282,12 @@ def inspect(folder, text, profile, tmp_path):
 
 
 def test_inspect_json(inspect, tmp_path):
-    result = json.loads(succeeds(*inspect, "--budget", 0.5, "--json").stdout)
+    result = json.loads(succeeds(*inspect, "-o", "keep=0.375", "--json").stdout)
     assert result["tokens"] == 200
     assert result["nbytes"] == sum(result["parts"].values())
     assert [entry["layer"] for entry in result["kept"]] == [0, 1, 2]
     for entry in result["kept"]:
-        assert entry["k"] == entry["v"] == 0.375  # three of eight channels, and a rate of 1/8 for the rest: 0.453
+        assert entry["k"] == entry["v"] == 0.375  # three of eight channels
         for pairs in (entry["k_by_pair"], entry["v_by_pair"]):
             assert len(pairs) == 4
             assert sum(pairs) / 4 == pytest.approx(0.375)
@@ -296,8 +304,8 @@ def test_inspect_prints_plain_tables(inspect, tmp_path):
     lines = succeeds(*inspect, "--budget", 0.5, "--side", "v", "--layer", 2, "--head", 1).stdout.splitlines()
     cells = [line.split("\t") for line in lines]
     assert cells[0] == ["part", "bytes"]
-    sizes = {name: int(size) for name, size in cells[1:7]}
-    assert sizes["all"] == sizes["dense"] + sizes["kept"] + sizes["coefficients"] + sizes["channel index"]
+    sizes = {name: int(size) for name, size in cells[1:6]}
+    assert sizes["all"] == sizes["dense"] + sizes["pages"] + sizes["channel index"]
     assert sizes["all"] < sizes["dense cache"]
     assert any(line.startswith("ratio 0.") and line.endswith("after 200 tokens") for line in lines)
     assert cells[-6][0] == "layer"

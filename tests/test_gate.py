@@ -48,7 +48,7 @@ def test_a_missing_method_is_not_passed_over():
 
 def test_the_command_fails(monkeypatch):
     found = copy.deepcopy(RECORDED)
-    next(iter(found.values()))["fourier:budget=0.5"]["value"] *= 1.5
+    next(iter(found.values()))["fourier:budget=0.08"]["value"] *= 1.5
     monkeypatch.setattr(gate, "measure", lambda recipe: found)
     monkeypatch.setattr("sys.argv", ["gate"])
     with pytest.raises(SystemExit, match="left its band"):

@@ -289,4 +289,4 @@ def test_smollm2_knows_paris(smollm2, options, budget):
     out = model.generate(**encoded, past_key_values=memory, max_new_tokens=8, do_sample=False)
     answer = tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
     assert "Paris" in answer
-    assert (memory.report().parts.get("coefficients", 0) > 0) == bool(options)
+    assert (memory.report().parts.get("pages", 0) > 0) == bool(options)

@@ -1,5 +1,8 @@
 import copy
 import json
+import re
+import warnings
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -9,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import longwave
 from longwave.methods.fourier import paper_share
-from longwave.profile import signature
+from longwave.profile import SENSITIVITY, signature
 from tests.conftest import SMALL, build, random_profile, shape_of
 
 CHANNELS = SMALL["num_key_value_heads"] * SMALL["head_dim"]
@@ -20,7 +23,7 @@ def measured(llama):
     """A profile as `calibrate` would write it for the small llama."""
     noise = random_profile(llama)
     info = {"id": "small llama", "signature": signature(llama)}
-    return longwave.Profile(info, {"states": 8}, {"tokens": 128}, noise.k_error, noise.v_error)
+    return replace(noise, model=info, method={"states": 8}, text={"tokens": 128})
 
 
 @pytest.fixture
@@ -33,14 +36,37 @@ def change(path, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+def assert_same_codes(ours, theirs):
+    for position in range(len(theirs.kept)):
+        a, b = ours.codes(position), theirs.codes(position)
+        assert (a.k, a.v) == (b.k, b.v)
+        assert torch.equal(a.order_k, b.order_k)
+
+
 def test_round_trip(measured, file, llama):
     loaded = longwave.Profile.load(file)
     assert (loaded.model, loaded.method, loaded.text) == (measured.model, measured.method, measured.text)
     torch.testing.assert_close(loaded.k_error, measured.k_error, rtol=1e-3, atol=0)
     torch.testing.assert_close(loaded.v_error, measured.v_error, rtol=1e-3, atol=0)
+    assert loaded.sensitivity.about == measured.sensitivity.about
+    for name in SENSITIVITY:
+        ours, theirs = (getattr(profile.sensitivity, name) for profile in (loaded, measured))
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
     assert loaded.source == str(file)
     loaded.check(llama, shape_of(llama))
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_round_trip_of_channels_alone(measured, tmp_path):
+    replace(measured, sensitivity=None).save(tmp_path / "profile.json")
+    assert longwave.Profile.load(tmp_path / "profile.json").sensitivity is None
+
+
+def test_version_1_is_read(file):
+    data = json.loads(file.read_text())
+    del data["sensitivity"]
+    file.write_text(json.dumps({**data, "version": 1}))
+    assert longwave.Profile.load(file).sensitivity is None
 
 
 def test_errors_of_a_layer(measured):
@@ -69,10 +95,10 @@ def test_json_of_something_else_names_from_published(tmp_path, content):
         longwave.Profile.load(path)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", None])
 def test_other_version(file, version):
     change(file, version=version)
-    with pytest.raises(ValueError, match=f"profile version {version}, this longwave reads 1"):
+    with pytest.raises(ValueError, match=f"profile version {version}, this longwave reads 2"):
         longwave.Profile.load(file)
 
 
@@ -96,6 +122,8 @@ def test_missing_field(file, field):
         {"model": "small llama"},
         {"model": {"signature": [1.0]}},
         {"text": None},
+        {"sensitivity": {}},
+        {"sensitivity": None},
     ],
     ids=str,
 )
@@ -113,6 +141,26 @@ def test_errors_that_are_not_finite(file, measured, bad):
         longwave.Profile({}, {}, {}, torch.tensor(errors), measured.v_error)
     change(file, k_error=errors)
     with pytest.raises(ValueError, match="damaged: channel errors must be finite"):
+        longwave.Profile.load(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda found: found["k_prose"][1][0].__setitem__(3, -0.1), "k_prose must be finite and not negative"),
+        (lambda found: found["key_weight"][1][0].__setitem__(3, float("nan")), "key_weight must be finite"),
+        (lambda found: found["v_recall"].pop(), "v_recall is [2, 2, 5], not (3, 2, 5)"),
+        (lambda found: [found[name].pop() for name in SENSITIVITY], "key_weight is [2, 2, 8], k_error [3, 2, 8]"),
+        (lambda found: found["about"].update(v_options=[0, 2]), "its v_options are [0, 2]"),
+        (lambda found: found["about"].pop("k_options"), "its k_options are None"),
+    ],
+    ids=["negative", "nan", "too few", "other layers", "other options", "no options"],
+)
+def test_damaged_sensitivity(file, change, message):
+    data = json.loads(file.read_text())
+    change(data["sensitivity"])
+    file.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=f"is damaged: {re.escape(message)}"):
         longwave.Profile.load(file)
 
 
@@ -138,23 +186,25 @@ def test_another_dtype_of_the_same_weights_is_accepted(file, dtype):
     model = build("llama", dtype)
     loaded = longwave.Profile.load(file)
     loaded.check(model, shape_of(model))
-    kept = longwave.cache(model, "fourier", profile=str(file)).method.kept
-    expected = longwave.Fourier().bind(shape_of(model), loaded, None).kept
-    for ours, theirs in zip(kept, expected, strict=True):
-        assert torch.equal(ours[0], theirs[0])
-        assert torch.equal(ours[1], theirs[1])
+    method = longwave.cache(model, "fourier", profile=str(file)).method
+    assert_same_codes(method, longwave.Fourier().bind(shape_of(model), loaded, None))
 
 
 def test_no_profile_names_calibrate(llama):
-    with pytest.raises(ValueError, match="longwave calibrate MODEL --text FILE --out PROFILE"):
+    with pytest.warns(UserWarning, match="longwave calibrate"):
         longwave.cache(llama, "fourier")
-    with pytest.raises(ValueError, match="longwave calibrate"):
-        longwave.cache(llama, "fourier-paper")
+    for method, options in (("fourier", {"keep": 0.5}), ("fourier", {"plan": "measured"}), ("fourier-paper", {})):
+        with pytest.raises(ValueError, match="longwave calibrate MODEL --text FILE --out PROFILE"):
+            longwave.cache(llama, method, **options)
 
 
 def test_no_profile_is_needed_where_nothing_is_chosen(llama):
-    assert longwave.cache(llama, "fourier", budget=1.0).method.kept_share == 1
-    assert longwave.cache(llama, "fourier", keep=0.0).method.kept_share == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = longwave.cache(llama, "fourier", budget=1.0).method
+        none = longwave.cache(llama, "fourier", keep=0.0).method
+    assert whole.page_fraction(shape_of(llama)) == 1
+    assert not any(table.any() for pair in none.kept for table in pair)
 
 
 # a write that fails
@@ -210,19 +260,21 @@ def test_shipped_profile_is_of_smollm2_and_picked(smollm2, name, method):
     assert {key: profile.method[key] for key in ("states", "segment", "basis")} == {
         key: getattr(options, key) for key in ("states", "segment", "basis")
     }
-    expected = options.bind(shape_of(model), profile, None).kept
-    for ours, theirs in zip(memory.method.kept, expected, strict=True):
+    expected = options.bind(shape_of(model), profile, None)
+    if method == "fourier":
+        assert "measured plan" in str(memory.method)
+        assert_same_codes(memory.method, expected)
+    for ours, theirs in zip(memory.method.kept, expected.kept, strict=True):
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
-    assert 0 < memory.method.kept_share < 1
 
 
 def test_given_profile_goes_before_the_shipped_one(smollm2):
     model, _ = smollm2
     given = random_profile(model)
-    kept = longwave.cache(model, "fourier", profile=given).method.kept
-    assert torch.equal(kept[7][0], longwave.Fourier().bind(shape_of(model), given, None).kept[7][0])
-    assert not torch.equal(kept[7][0], longwave.cache(model, "fourier").method.kept[7][0])
+    method = longwave.cache(model, "fourier", profile=given).method
+    assert_same_codes(method, longwave.Fourier().bind(shape_of(model), given, None))
+    assert method.codes(7).k != longwave.cache(model, "fourier").method.codes(7).k
 
 
 # published files

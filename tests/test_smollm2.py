@@ -125,30 +125,32 @@ def test_not_causal(real, make):
 
 
 def test_quality_on_real_text_stays_in_its_band(smollm2, real_text):
-    """KL from dense: .065 at 0.75 and .071 at 0.5 when recorded. A broken projection or a wrong channel costs more."""
+    """KL from dense falls with the bytes: budgets of a float32 cache, 0.16 and 0.06 of a 16-bit one.
+
+    A plan that spends its bytes on the wrong heads, or a code that decodes wrongly, costs several times as much."""
     model, tokenizer = smollm2
     ids = tokenizer(real_text[200_000:215_000], return_tensors="pt", verbose=False).input_ids[:, :2201]
     dense = prefill(model, ids[:, :2000])
     exact = score(model, fork(dense, longwave.cache(model, "dense")), ids[:, 2000:])
     over = {}
-    for budget in (0.75, 0.5):
+    for budget in (0.08, 0.03):
         memory = fork(dense, longwave.cache(model, "fourier", budget=budget))
-        assert memory.report().ratio < budget + 0.15
+        assert memory.report().ratio < budget + 0.2
         over[budget] = score(model, memory, ids[:, 2000:]).divergence(exact)[0].mean()
-    assert 0.01 < over[0.75] < 0.1
-    assert 0.01 < over[0.5] < 0.12
+    assert 0.0005 < over[0.08] < 0.02
+    assert 2 * over[0.08] < over[0.03] < 0.15
 
 
-def test_needles_survive_half_of_the_bytes(smollm2, real_text):
+def test_needles_survive_a_plan(smollm2, real_text):
     model, tokenizer = smollm2
     task = Needle(lengths=1000, depths=(0.1, 0.5, 0.9))
     makers = {
         "dense": lambda rows: longwave.cache(model, "dense"),
-        "half": lambda rows: longwave.cache(model, "fourier", budget=0.5),
+        "planned": lambda rows: longwave.cache(model, "fourier", budget=0.08),
     }
-    dense, half = run_text(model, tokenizer, task, task.samples(Setting(tokenizer)), makers, "after")
+    dense, planned = run_text(model, tokenizer, task, task.samples(Setting(tokenizer)), makers, "after")
     assert [row["score"] for row in dense] == [1, 1, 1]
-    assert sum(row["score"] for row in half) >= 2
+    assert sum(row["score"] for row in planned) >= 2
 
 
 def test_baseline_direction_of_the_gain(smollm2, real_text):

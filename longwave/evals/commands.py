@@ -79,6 +79,7 @@ def run(
 @app.command()
 def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """The tasks and methods there are, with their options."""
+    from longwave.evals.stock import Quantized
     from longwave.evals.tasks import TASKS
     from longwave.methods import METHODS, PRESETS
 
@@ -95,7 +96,7 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
             "what": line(cls),
             "options": [f.name for f in fields(cls) if not f.name.startswith("_")],
         }
-        for name, cls in METHODS.items()
+        for name, cls in {**METHODS, Quantized.name: Quantized}.items()
     ]
     methods += [{"method": name, "what": line(make), "options": []} for name, make in PRESETS.items()]
     if as_json:

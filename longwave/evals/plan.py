@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,14 @@ def check_names(plan: Plan) -> dict[str, Task]:
     """The tasks, with unknown names and options refused before a model is loaded. Methods are checked as far as that
     is possible without one."""
     from longwave.budget import parse_budget
+    from longwave.evals.stock import Quantized
     from longwave.methods import get_method
 
     for spec in plan.methods:
         name, options = parse_spec(spec)
+        if name == Quantized.name:
+            Quantized.of(options).check_backend()
+            continue
         budget = options.pop("budget", None)
         get_method(name, **options)
         if budget is not None:
@@ -128,16 +133,21 @@ def make_methods(model: Any, plan: Plan) -> tuple[dict[str, Callable[[int], Any]
     """label -> function from rows to an empty cache, label -> its settings in words, and the rows a batch may have.
 
     A budget given as a size bounds a whole cache, so what one prompt gets would depend on its batch: such methods are
-    measured one prompt at a time.
+    measured one prompt at a time, and so is transformers' quantized cache.
     """
     import longwave
     from longwave.budget import parse_budget
+    from longwave.evals.stock import Quantized
 
     makers: dict[str, Callable[[int], Any]] = {}
     words: dict[str, str] = {}
     rows = plan.batch
     for spec in plan.methods:
         name, options = parse_spec(spec)
+        if name == Quantized.name:
+            makers[spec], rows = partial(Quantized.of(options).cache, model), 1
+            words[spec] = makers[spec](1).method
+            continue
         budget = options.get("budget")
         if budget is not None and parse_budget(budget)[1] is not None:
             rows = 1
@@ -152,13 +162,18 @@ def make_methods(model: Any, plan: Plan) -> tuple[dict[str, Callable[[int], Any]
 
 
 def in_words(method: Any) -> str:
-    """A method's settings. Which channels fourier keeps is the profile's say, so a hash of them belongs to these."""
+    """A method's settings. What fourier keeps of each head is the profile's say, so a hash of it belongs to these."""
     from longwave.methods import Fourier
 
     if not isinstance(method, Fourier):
         return str(method)
-    kept = b"".join(table.numpy().tobytes() for pair in method.kept for table in pair)
-    return f"{method}, channels {hashlib.sha256(kept).hexdigest()[:16]}"
+    if method.segment is None:
+        kept = b"".join(table.numpy().tobytes() for pair in method.kept for table in pair)
+        return f"{method}, channels {hashlib.sha256(kept).hexdigest()[:16]}"
+    layers = [method.codes(position) for position in range(len(method.kept))]
+    codes = repr([(x.k, x.v) for x in layers]).encode()
+    orders = b"".join(table.numpy().tobytes() for x in layers for table in (x.order_k, x.order_v))
+    return f"{method}, codes {hashlib.sha256(codes + orders).hexdigest()[:16]}"
 
 
 def prepare(tasks: Mapping[str, Task], setting: Setting) -> dict[str, tuple[Task, Sequence[Sample]]]:

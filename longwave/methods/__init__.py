@@ -6,8 +6,9 @@ from dataclasses import fields
 from longwave.methods.base import Method
 from longwave.methods.dense import Dense
 from longwave.methods.fourier import Fourier
+from longwave.methods.kivi import Kivi
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Fourier)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Fourier, Kivi)}
 PRESETS = {"fourier-paper": Fourier.paper}  # complete settings that have a name of their own
 
 
@@ -31,4 +32,4 @@ def get_method(name: str, /, **options: object) -> Method:
     return METHODS[name](**options)
 
 
-__all__ = ["METHODS", "PRESETS", "Dense", "Fourier", "Method", "get_method"]
+__all__ = ["METHODS", "PRESETS", "Dense", "Fourier", "Kivi", "Method", "get_method"]

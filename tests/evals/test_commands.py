@@ -45,13 +45,13 @@ def evaluate(folder, out):
     [
         (["--method", ""], 'a method or task is NAME or NAME:option=value,option=value; got ""'),
         (["--method", "furier"], "did you mean 'fourier'?"),
-        (["--method", "xyz"], "choose from dense, fourier, fourier-paper"),
+        (["--method", "xyz"], "choose from dense, fourier, kivi, fourier-paper"),
         (["--method", "fourier:segmnt=3"], "did you mean 'segment'?"),
         (["--method", "fourier:states=many"], "states is a whole number of coefficients, at least 1; got 'many'"),
         (["--method", "fourier:budget=lots"], "'lots'"),
         (["--method", "fourier:budget=1KB"], "smallest that fourier can do"),
-        (["--method", "fourier:budget=0.01"], "less than the coefficients alone take"),
-        (["--method", "fourier:budget=0.5"], "longwave calibrate"),
+        (["--method", "fourier:budget=0.001"], "less than fourier can do"),
+        (["--method", "fourier:keep=0.5"], "longwave calibrate"),
         (["--method", "fourier", "--profile", "absent.json"], "no profile at absent.json"),
         (["--method", "dense", "--method", "dense"], "dense is given twice"),
         (["--task", "nedle"], "did you mean 'needle'?"),
@@ -236,7 +236,7 @@ def test_ls_lists_every_task_and_method():
     assert plain[0] == ["task", "version", "what", "options"]
     tasks, methods = plain[1:split], plain[split + 1 :]
     assert [cells[0] for cells in tasks] == list(TASKS)
-    assert [cells[0] for cells in methods] == [*METHODS, *PRESETS]
+    assert [cells[0] for cells in methods] == [*METHODS, "transformers-quantized", *PRESETS]
     for name, version, what, options in tasks:
         assert int(version) == TASKS[name].version
         assert what == TASKS[name].__doc__.splitlines()[0]

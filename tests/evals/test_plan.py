@@ -17,6 +17,7 @@ from longwave.evals.plan import (
     window_of,
 )
 from longwave.evals.results import load
+from longwave.evals.spec import parse_spec
 from longwave.evals.task import Setting
 from longwave.evals.tasks import get_task
 from tests.conftest import random_profile
@@ -200,7 +201,7 @@ def test_a_negative_seed_is_a_seed():
         ({"methods": ["fourier:budget=lots"]}, "got 'lots'"),
         ({"methods": ["fourier:budget=0.25,0.5"]}, "got (0.25, 0.5)"),
         ({"methods": ["fourier:budget=0"]}, "a budget is a fraction"),
-        ({"methods": ["fourier:states=300"]}, "states (300) cannot exceed the segment's 256 tokens"),
+        ({"methods": ["fourier:states=300"]}, "states (300) cannot exceed the segment's 128 tokens"),
         ({"methods": ["fourier-paper:states=8"]}, "takes no options"),
         ({"tasks": ["nedle"]}, "unknown task 'nedle'; did you mean 'needle'?"),
         ({"tasks": ["needle:lenghts=180"]}, "needle has no option 'lenghts'; did you mean 'lengths'?"),
@@ -245,8 +246,9 @@ def test_methods_are_built_before_anything_is_measured(llama):
     ("method", "message"),
     [
         (f"fourier:budget=1KB,{SMALL}", "the smallest that fourier can do is"),
-        (f"fourier:budget=0.01,{SMALL}", "is less than the coefficients alone take"),
-        (f"fourier:budget=0.5,{SMALL}", "longwave calibrate"),
+        (f"fourier:budget=0.01,{SMALL}", "is less than fourier can do"),
+        (f"fourier:keep=0.5,{SMALL}", "longwave calibrate"),
+        (f"fourier:plan=measured,{SMALL}", "longwave calibrate"),
         ("dense:budget=1KB", "the smallest that dense can do is"),
     ],
 )
@@ -267,16 +269,18 @@ def test_a_size_makes_batches_of_one_row(llama, tmp_path, budget, rows):
     assert make_methods(llama, wanted)[2] == rows
 
 
-def test_words_tell_which_channels_are_kept(llama):
+@pytest.mark.parametrize("method", ["fourier:budget=0.5,segment=16,window=16", "fourier-paper"])
+def test_words_tell_what_is_kept(llama, method):
     def words(seed):
-        memory = longwave.cache(
-            llama, "fourier", budget=0.5, segment=16, states=2, window=16, profile=random_profile(llama, seed)
-        )
-        return in_words(memory.method)
+        name, options = parse_spec(method)
+        return in_words(longwave.cache(llama, name, profile=random_profile(llama, seed), **options).method)
 
     assert words(0) == words(0) != words(1)
-    assert words(0).startswith("fourier(keep=")
+
+
+def test_words_of_other_methods(llama):
     assert in_words(longwave.cache(llama, "dense").method) == "Dense()"
+    assert in_words(longwave.cache(llama, "kivi", bits=4).method).startswith("kivi(K 4 V 4 bits")
 
 
 # samples

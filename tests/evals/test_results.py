@@ -579,11 +579,24 @@ def test_another_version_of_a_task(evaluate, out, monkeypatch):
 def test_another_profile_under_the_same_label(evaluate, folder, hay, out, tmp_path):
     options = ["-o", "segment=16", "-o", "states=2", "-o", "window=16"]
     profiles = [tmp_path / "one.json", tmp_path / "two.json"]
-    succeeds("calibrate", folder, "--text", hay, "--out", profiles[0], "--tokens", 128, "--windows", 2, *options)
+    succeeds(
+        "calibrate",
+        folder,
+        "--text",
+        hay,
+        "--out",
+        profiles[0],
+        "--tokens",
+        128,
+        "--windows",
+        2,
+        "--channels-only",
+        *options,
+    )
     made = json.loads(profiles[0].read_text())
     made["k_error"] = [[head[::-1] for head in layer] for layer in made["k_error"]]
     profiles[1].write_text(json.dumps(made))
-    arguments = [*evaluate, "--method", "fourier:budget=0.5,segment=16,states=2,window=16", "--limit", 1]
+    arguments = [*evaluate, "--method", "fourier:keep=0.5,segment=16,states=2,window=16", "--limit", 1]
     succeeds(*arguments, "--profile", profiles[0])
     before = contents(out)
     assert "with other settings" in refused(*arguments, "--profile", profiles[1])

@@ -1,6 +1,8 @@
 """What fourier promises, on its layer and through small models."""
 
 import copy
+import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ OPTIONS = {
     "dft": longwave.Fourier(keep=(0.0, 0.5), states=4, segment=15, sinks=0, window=1, basis="dft"),
     "legendre": longwave.Fourier(keep=0.5, states=2, segment=7, sinks=2, window=9, basis="legendre"),
     "ragged": longwave.Fourier(keep=0.3, states=3, segment=16, sinks=3, window=10, quota="layer"),
+    "codes": longwave.Fourier(keep=1.0, keep_bits=(3, 4), states=2, coef_bits=8, segment=16, sinks=3, window=10),
     "period": longwave.Fourier(
         keep=0.3, states=12, segment=None, sinks=3, window=10, basis="dft", gain="max", quota="layer", reserve=20
     ),
@@ -34,6 +37,11 @@ def bound(options, seed=0, dtype=torch.float64):
 def new_layer(options, dtype=torch.float64):
     method, shape = bound(options, dtype=dtype)
     return method.layer(0, shape)
+
+
+def kept_by(options):
+    """Kept channels of K and V: bool [H, D] each."""
+    return bound(options)[0].kept[0]
 
 
 def draw(batch, count, seed=0, dtype=torch.float64):
@@ -100,7 +108,7 @@ def test_compressed_channels_are_projections_of_the_dense_ones():
     feed(layer, k, v, [103])
     t = torch.arange(16, dtype=torch.float64)
     basis = torch.stack([torch.cos(torch.pi * n * (t + 0.5) / 16) for n in range(3)], dim=1)
-    for exact, held, kept in zip((k, v), layer.materialize(), (layer.kept_k, layer.kept_v), strict=True):
+    for exact, held, kept in zip((k, v), layer.materialize(), kept_by(options), strict=True):
         expected = exact.clone()
         for segment in range(5):  # 103 - 3 - 10 = 90 waiting, 5 segments of 16
             at = slice(3 + 16 * segment, 3 + 16 * (segment + 1))
@@ -112,7 +120,7 @@ def test_compressed_channels_are_projections_of_the_dense_ones():
         torch.testing.assert_close(held, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["dct", "dft", "legendre", "ragged"])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "period"])
 def test_step_by_step_equals_all_at_once(name):
     k, v = draw(2, 97)
     layers = []
@@ -126,12 +134,14 @@ def test_step_by_step_equals_all_at_once(name):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_every_token_keeps_its_place(options):
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "codes"])
+def test_every_token_keeps_its_place(name):
     """Kept channels across every segment border, sinks and window are the dense ones, in order."""
+    options = OPTIONS[name]
     layer = new_layer(options)
     k, v = draw(1, 120)
     feed(layer, k, v, [60] + [1] * 60)
-    for exact, held, kept in zip((k, v), layer.materialize(), (layer.kept_k, layer.kept_v), strict=True):
+    for exact, held, kept in zip((k, v), layer.materialize(), kept_by(options), strict=True):
         assert held.shape == exact.shape
         for head in range(H):
             assert torch.equal(held[0, head][:, kept[head]], exact[0, head][:, kept[head]])
@@ -169,26 +179,49 @@ def test_rows_of_different_lengths(options):
 # bytes
 
 
+def padded(size):
+    """A field of a page begins at a multiple of 16 bytes."""
+    return (size + 15) // 16 * 16
+
+
+def page(options, kept_k, kept_v, itemsize):
+    """Bytes of a segment: heads that keep as many channels share a field [h, T, n] and one [h, S, c]."""
+    if options.keep_bits:
+        keys = H * D * 6 + H * 2 * D * 2  # 3 bits for 16 tokens are 6 bytes; a scale and a zero a channel
+        values = H * 16 * 4 + H * 16 * 2  # 4 bits for 8 channels are 4 bytes; a scale a token
+        return keys + values + H * 2 * D + padded(H * 2 * 2)  # two coefficients of 8 bits a channel, a gain each
+    total = 0
+    for kept in (kept_k, kept_v):
+        counts = kept.sum(-1).tolist()
+        for n in set(counts):
+            heads = counts.count(n)
+            total += padded(heads * options.segment * n * itemsize) + padded(
+                heads * options.states * (D - n) * itemsize
+            )
+    return total
+
+
 def formula(options, length, kept_k, kept_v, itemsize):
-    """Bytes of one row, from the text of docs/fourier.md: [S, c] coefficients and [T, n] values per segment,
-    everything else dense in blocks of 64 tokens."""
+    """Bytes of one row, from the text of docs/fourier.md: pages, everything else dense in blocks of 64 tokens."""
     waiting = max(0, length - options.sinks - options.window)
     if options.segment is None:
         middle = waiting if waiting > options.states else 0
-        pages = 1 if middle else 0
     else:
-        pages = waiting // options.segment
-        middle = pages * options.segment
+        middle = waiting // options.segment * options.segment
     dense = (length - middle + 63) // 64 * 64
     total = dense * 2 * H * D * itemsize
-    if middle:  # the index, int64: for K and V, each channel's place there and back, and the heads
-        total += 2 * (2 * H * D + H) * 8
+    if not middle:
+        return total
+    if options.segment is not None:  # the index: for K and V, each head (int64) and the order of its channels (int16)
+        pages = middle // options.segment
+        return total + pages * page(options, kept_k, kept_v, itemsize) + 2 * (H * 8 + H * D * 2)
+    total += (
+        2 * (2 * H * D + H) * 8
+    )  # the index, int64: for K and V, each channel's place there and back, and the heads
     for kept in (kept_k, kept_v):
         n = int(kept.sum())
         c = H * D - n
-        total += (middle * n + pages * options.states * c) * itemsize
-        if options.segment is None and middle:
-            total += 4 * c * max(4, itemsize)
+        total += (middle * n + options.states * c) * itemsize + 4 * c * max(4, itemsize)
     return total
 
 
@@ -200,12 +233,12 @@ def test_bytes_equal_the_formula(options, dtype, length):
     layer.write(k, v)
     layer.settle()
     method, shape = bound(options, dtype=dtype)
-    expected = formula(options, length, layer.kept_k, layer.kept_v, k.element_size())
+    expected = formula(options, length, *kept_by(options), k.element_size())
     assert layer.nbytes == expected
     assert method.layer_bytes(0, shape, length) == expected
 
 
-@pytest.mark.parametrize("name", ["dct", "dft", "legendre", "ragged"])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "period"])
 def test_bytes_while_growing(name):
     """A token at a time: never more than the formula, and never above the peak that a size budget is computed with."""
     options = OPTIONS[name]
@@ -240,7 +273,7 @@ def test_the_store_is_not_copied_for_every_token():
         layer.write(k[:, :, t : t + 1], v[:, :, t : t + 1])
         layer.settle()
         if layer.store is not None:
-            seen.add(layer.store.k.kept[0].data_ptr())
+            seen.add(layer.store.pages.data_ptr())
     assert len(seen) <= (130 - 13) // 16
 
 
@@ -264,6 +297,7 @@ def test_nothing_lost_equals_dense(dtype, options):
 LOSSY = {
     "segments": dict(keep=0.25, states=2, segment=16, sinks=2, window=8),
     "ragged": dict(keep=0.25, states=2, segment=16, sinks=2, window=8, quota="layer"),
+    "planned": dict(segment=16, sinks=2, window=8),
     "period": dict(
         keep="paper", states=16, segment=None, sinks=2, window=8, basis="dft", gain="max", quota="layer", reserve=16
     ),
@@ -451,7 +485,8 @@ def test_half_precision_stays_close_to_float32():
         with torch.no_grad():
             m(ids, past_key_values=memory)
         made.append(memory.layers[0].materialize()[0].float())
-        assert memory.layers[0].store.k.coef[0].dtype == m.dtype
+        layout = memory.layers[0].store.layout
+        assert layout.dtype == layout.k[0].states.dtype == m.dtype
     assert (made[0] - made[1]).abs().max() < 0.02 * made[0].abs().max()
 
 
@@ -493,6 +528,14 @@ def test_paper_preset(llama):
         (dict(quota="model"), 'quota is "head" or "layer"'),
         (dict(segment=None), 'needs basis="dft"'),
         (dict(segment=None, basis="dft", gain="max", states=7), "must be even; got 7"),
+        (dict(segment=None, basis="dft", states=8), "one period keeps values .* give keep alone"),
+        (dict(segment=100), "segment is a multiple of 8, got 100"),
+        (dict(plan="best"), "plan is measured, uniform or bits, got 'best'"),
+        (dict(plan="bits", keep=0.5), "a plan decides what is kept"),
+        (dict(keep_bits=4), "keep_bits goes with keep"),
+        (dict(keep=0.5, keep_bits=5), "bits are 16, 8, 4, 3, 2 or 1.*got 5"),
+        (dict(keep=0.5, keep_bits=(4, 2, 2)), r"a pair \(K, V\)"),
+        (dict(coef_bits=4), "coef_bits is 16 or 8, got 4"),
     ],
 )
 def test_wrong_options(options, message):
@@ -500,14 +543,78 @@ def test_wrong_options(options, message):
         longwave.Fourier(**options)
 
 
-def test_budget_decides_the_kept_share(llama):
-    shape = shape_of(llama)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(dict(keep_bits=4, segment=12), "segments of 12 tokens"), (dict(keep_bits=(8, 4)), "4 channels")],
+)
+def test_bits_that_do_not_fill_bytes_are_refused_before_any_token(llama, options, message):
+    with pytest.raises(ValueError, match=f"packed by eights: {message} do not fit"):
+        longwave.cache(llama, longwave.Fourier(keep=0.5, **options), profile=random_profile(llama))
+
+
+# the plan
+
+
+@pytest.mark.parametrize("plan", ["measured", "uniform", "bits"])
+def test_budget_bounds_the_pages(llama, plan):
+    shape, options = shape_of(llama), longwave.Fourier(plan=plan, segment=16)
+    biggest = 1 / 6  # of the pages: three layers of two heads, and a plan decides a head at a time
     for budget in (1.0, 0.75, 0.5, 0.25):
-        method = longwave.Fourier(states=1, segment=16).bind(shape, random_profile(llama), budget)
-        n, c = method.kept_share, 1 - method.kept_share
-        assert budget - 1 / 8 < n + c / 16 <= budget + 1e-9
-    with pytest.raises(ValueError, match=r"less than the coefficients alone take.*0\.0625"):
-        longwave.Fourier(states=1, segment=16).bind(shape, None, 0.05)
+        method = options.bind(shape, random_profile(llama), budget)
+        assert budget - biggest < method.page_fraction(shape) <= budget
+
+
+def test_smallest_plan_is_named(llama):
+    shape, options = shape_of(llama), longwave.Fourier(segment=16, plan="uniform")
+    # of 1,024 bytes a head: an int8 mean of 8 channels and its gain, for K and V, each in 16 bytes
+    assert options.least_budget(shape) == 64 / 1024
+    assert not any(table.any() for pair in options.bind(shape, None, 0.0625).kept for table in pair)
+    with pytest.raises(ValueError, match=r"0\.062 is less than fourier can do.*smallest plan takes 0\.0625"):
+        options.bind(shape, None, 0.062)
+
+
+def test_bits_compress_no_channel(llama):
+    method = longwave.Fourier(plan="bits", segment=16).bind(shape_of(llama), random_profile(llama), 0.4)
+    assert all(table.all() for pair in method.kept for table in pair)
+
+
+def test_a_head_that_costs_more_gets_more(llama):
+    profile = random_profile(llama)
+    found = profile.sensitivity
+    costs = [torch.linspace(1, 0.1, x.shape[-1]).expand_as(x).clone() for x in (found.k_prose, found.v_prose)]
+    for x in costs:
+        x[1, 0] *= 100
+    none = [torch.zeros_like(x) for x in costs]
+    measured = longwave.profile.Sensitivity(found.about, costs[0], none[0], costs[1], none[1], found.key_weight)
+    method = longwave.Fourier(segment=16).bind(shape_of(llama), replace(profile, sensitivity=measured), 0.15)
+    bits = [
+        sum(b * n for code in (x.k[head], x.v[head]) for b, n in code.runs)
+        for x in map(method.codes, range(3))
+        for head in range(2)
+    ]
+    assert bits[2] == max(bits) > min(bits)
+
+
+def test_everything_is_kept_where_the_budget_allows_it_and_nothing_costs_anything(llama):
+    profile = random_profile(llama)
+    found = profile.sensitivity
+    free = [torch.zeros_like(getattr(found, name)) for name in ("k_prose", "k_recall", "v_prose", "v_recall")]
+    measured = longwave.profile.Sensitivity(found.about, *free, found.key_weight)
+    method = longwave.Fourier(segment=16).bind(shape_of(llama), replace(profile, sensitivity=measured), 1.0)
+    assert method.page_fraction(shape_of(llama)) == 1
+
+
+def test_nothing_measured_says_so(llama):
+    profile = replace(random_profile(llama), sensitivity=None)
+    with pytest.warns(UserWarning, match="no measurement of this model"):
+        memory = longwave.cache(llama, "fourier", profile=profile)
+    assert "nothing measured" in str(memory.method)
+    for kind in ("measured", "bits"):
+        with pytest.raises(ValueError, match=f'plan="{kind}" needs a profile with a measurement.*longwave calibrate'):
+            longwave.cache(llama, "fourier", plan=kind, profile=profile)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        longwave.cache(llama, "fourier", plan="uniform", profile=profile)
 
 
 def test_unbound_options_say_so():

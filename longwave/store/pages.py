@@ -1,0 +1,100 @@
+"""Compressed segments as fixed-size pages (store/layout.py).
+
+A page is made once from dense values and never touched again, so the order in which tokens arrived cannot matter.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from longwave.ops.spectral import cpu, reference
+from longwave.ops.spectral.basis import table
+from longwave.store.layout import Layout
+from longwave.store.tokens import writable
+
+
+class PageStore:
+    """The middle of a batch: pages uint8 [batch, segments, page bytes]; row b fills its first `counts[b]` pages."""
+
+    def __init__(self, batch: int, layout: Layout, basis: str, states: int, device: torch.device):
+        self.layout, self.basis, self.states = layout, basis, states
+        self.counts = [0] * batch
+        self.pages = torch.zeros(batch, 0, layout.page_bytes, dtype=torch.uint8, device=device)
+        self._plan: cpu.Plan | None = None  # where the CPU kernel finds what: like basis tables, not counted as held
+        self.move(device)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Middle tokens held, per row."""
+        return [count * self.layout.segment for count in self.counts]
+
+    def due(self, row: int, waiting: int) -> int:
+        """How many of `waiting` tokens behind the window would be compressed now."""
+        return waiting // self.layout.segment * self.layout.segment
+
+    def _table(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        kind = torch.float64 if dtype == torch.float64 else torch.float32
+        return table(self.basis, self.states, self.layout.segment, kind, device)
+
+    def append(self, row: int | None, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Compress tokens [b, H, m * segment, D] of one row (b = 1), or of all rows at once (row is None)."""
+        fresh = reference.encode(self.layout, k, v, self._table(k.dtype, k.device))
+        new = fresh.shape[1]
+        if row is None and len(set(self.counts)) == 1:
+            self.pages = torch.cat([self.pages, fresh], dim=1)
+        else:
+            rows = range(len(self.counts)) if row is None else [row]
+            need = max(self.counts[r] + new for r in rows)
+            held = self.pages if writable(self.pages) else self.pages.clone()
+            if held.shape[1] < need:
+                held = torch.cat([held, held.new_zeros(held.shape[0], need - held.shape[1], held.shape[2])], dim=1)
+            for i, r in enumerate(rows):
+                held[r, self.counts[r] : self.counts[r] + new] = fresh[i]
+            self.pages = held
+        if row is None:
+            self.counts = [count + new for count in self.counts]
+        else:
+            self.counts[row] += new
+
+    def _kernel(self, q: torch.Tensor) -> cpu.Plan | None:
+        """The CPU kernel's plan, if it answers for such q."""
+        if not cpu.usable(self.layout, q):
+            return None
+        if self._plan is None:
+            self._plan = cpu.plan(self.layout)
+        return self._plan
+
+    def scores(self, q: torch.Tensor) -> torch.Tensor:
+        """q [B, H, R, D] -> unscaled scores [B, H, R, M], M the longest row's middle."""
+        rows, plan = self._table(q.dtype, q.device), self._kernel(q)
+        if plan is not None:
+            return cpu.scores(plan, self.pages, q, rows)
+        return reference.scores(self.layout, self.pages, q, rows)
+
+    def mix(self, p: torch.Tensor) -> torch.Tensor:
+        """Probabilities [B, H, R, M] -> their share of the output [B, H, R, D]."""
+        rows, plan = self._table(p.dtype, p.device), self._kernel(p)
+        if plan is not None:
+            return cpu.mix(plan, self.pages, p, rows)
+        return reference.mix(self.layout, self.pages, p, rows)
+
+    def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The K and V that the store stands for: [B, H, M, D] each."""
+        k, v = reference.decode(self.layout, self.pages, self._table(self.layout.dtype, self.pages.device))
+        return k.to(self.layout.dtype), v.to(self.layout.dtype)
+
+    def index(self) -> Iterator[torch.Tensor]:
+        for group in (*self.layout.k, *self.layout.v):
+            yield from (group.heads, group.order)
+
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        return {"pages": [self.pages]}
+
+    def move(self, device: torch.device | str) -> None:
+        self.pages = self.pages.to(device)
+        for group in (*self.layout.k, *self.layout.v):
+            group.heads, group.order = group.heads.to(device), group.order.to(device)
+
+    def select(self, rows: torch.Tensor) -> None:
+        self.counts = [self.counts[row] for row in rows.tolist()]
+        self.pages = self.pages.index_select(0, rows.to(self.pages.device))[:, : max(self.counts)].clone()

@@ -49,12 +49,12 @@ def middle_ratio(spec, context):
 
 
 def read(paths):
-    """(method, context) -> rows, each with the file it is from."""
+    """(method, context) -> rows."""
     found = {}
     for path in paths:
         rows = {}
         for line in path.read_text().splitlines():
-            row = json.loads(line) | {"from": path.stem}
+            row = json.loads(line)
             if row["method"] != "dense":
                 rows.setdefault((row["method"], row["meta"]["context"]), []).append(row)
         found |= {key: new for key, new in rows.items() if len(new) >= len(found.get(key, []))}
@@ -75,7 +75,7 @@ def summary(rows):
                 "family": family(spec),
                 "method": spec,
                 "context": context,
-                "windows": f"{len(group)}, {group[0]['from']}",
+                "windows": len(group),
                 "middle": middle_ratio(spec, context),
                 "whole": sum(r["bytes"] for r in group) / sum(r["dense_bytes"] for r in group),
                 "over": statistics.mean(over),
@@ -127,7 +127,7 @@ def plot(found, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("samples", nargs="*", type=Path, default=[HERE / "divergence.jsonl", HERE / "joined.jsonl"])
+    parser.add_argument("samples", nargs="*", type=Path, default=[HERE / "divergence.jsonl"])
     parser.add_argument("--plot", type=Path, default=HERE / "frontier.png")
     args = parser.parse_args()
     found = summary(read(args.samples))

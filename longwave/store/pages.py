@@ -4,9 +4,11 @@ A page is made once from dense values and never touched again, so the order in w
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from longwave.ops.kernels import choice
 from longwave.ops.spectral import cpu, reference
 from longwave.ops.spectral.basis import table
 from longwave.store.layout import Layout
@@ -20,7 +22,10 @@ class PageStore:
         self.layout, self.basis, self.states = layout, basis, states
         self.counts = [0] * batch
         self.pages = torch.zeros(batch, 0, layout.page_bytes, dtype=torch.uint8, device=device)
-        self._plan: cpu.Plan | None = None  # where the CPU kernel finds what: like basis tables, not counted as held
+        # where the kernels find what: like basis tables, not counted as held
+        self._plan: cpu.Plan | None = None
+        self._fused: Any = None
+        self._ends: torch.Tensor | None = None  # `counts` where the GPU kernel reads them
         self.move(device)
 
     @property
@@ -55,10 +60,44 @@ class PageStore:
             self.counts = [count + new for count in self.counts]
         else:
             self.counts[row] += new
+        self._ends = None
+
+    def attend(
+        self, q: torch.Tensor, scaling: float, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Attention over pages and dense tokens in one pass, or None where the Triton kernel does not answer.
+
+        q [B, Hq, Q, D]; k, v [B, H, L, D] dense, of which query i of row b sees the first visible[b, i] (None: all).
+        """
+        kernels = choice()
+        if kernels == "reference" or (kernels == "auto" and q.device.type != "cuda"):
+            return None
+        try:
+            from longwave.ops.spectral import triton as fused
+        except ImportError:
+            why: str | None = "Triton is not installed"
+        else:
+            why = fused.fits(self.layout)
+            if q.shape[1] // self.layout.heads * q.shape[2] > fused.ROWS:
+                return None  # a block of a prompt: made of products that torch does well
+        if why is not None:
+            if kernels == "triton":
+                raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the kernel cannot be used: {why}")
+            return None
+        if self._fused is None:
+            self._fused = fused.plan(self.layout)
+        if self._ends is None:
+            self._ends = torch.tensor(self.counts, dtype=torch.int32, device=q.device)
+        if visible is None:
+            seen = torch.full((q.shape[0], q.shape[2]), k.shape[2], dtype=torch.int32, device=q.device)
+        else:
+            seen = visible.to(q.device, torch.int32).expand(q.shape[0], q.shape[2]).contiguous()
+        rows = self._table(q.dtype, q.device)
+        return fused.attend(self._fused, self.pages, self._ends, rows, q, scaling, k, v, seen)
 
     def _kernel(self, q: torch.Tensor) -> cpu.Plan | None:
         """The CPU kernel's plan, if it answers for such q."""
-        if not cpu.usable(self.layout, q):
+        if choice() == "reference" or not cpu.usable(self.layout, q):
             return None
         if self._plan is None:
             self._plan = cpu.plan(self.layout)
@@ -92,9 +131,11 @@ class PageStore:
 
     def move(self, device: torch.device | str) -> None:
         self.pages = self.pages.to(device)
+        self._fused = self._ends = None
         for group in (*self.layout.k, *self.layout.v):
             group.heads, group.order = group.heads.to(device), group.order.to(device)
 
     def select(self, rows: torch.Tensor) -> None:
         self.counts = [self.counts[row] for row in rows.tolist()]
+        self._ends = None
         self.pages = self.pages.index_select(0, rows.to(self.pages.device))[:, : max(self.counts)].clone()

@@ -2,11 +2,11 @@
 
     python -m benchmarks.kernels [--cases 1x8192,1x32768,...] [--rebuild] [--out out/kernels.json]
 
-Llama-3.1-8B shapes (8 KV heads, 4 query heads each, 128 channels), bfloat16, random data. Layout "a": 32 of 128 channels
-kept at 16 bits, the rest 4 states a segment of 128 (the paper's rate). Layout "b": the plan that ships for SmolLM2 at
-0.156 of the bytes, its channels doubled and its heads repeated, all 30 layers; the figure is their mean. Every case is
-compared with the float32 reference before it is timed. Times are medians of replays of a CUDA graph, read by events;
-a graph goes through enough copies of its inputs to exceed the second-level cache three times.
+Llama-3.1-8B shapes (8 KV heads, 4 query heads each, 128 channels), bfloat16, random data. Layout "a": 32 of 128
+channels kept at 16 bits, the rest 4 states a segment of 128 (the paper's rate). Layout "b": the plan that ships for
+SmolLM2 at 0.156 of the bytes, its channels doubled and its heads repeated, all 30 layers; the figure is their mean.
+Every case is compared with the float32 reference before it is timed. Times are medians of replays of a CUDA graph, read
+by events; a graph goes through enough copies of its inputs to exceed the second-level cache three times.
 """
 
 import argparse

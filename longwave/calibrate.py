@@ -68,7 +68,7 @@ def calibrate(
     texts: Sequence[str],
     method: Fourier | None = None,
     tokens: int = 3072,
-    windows: int = 9,
+    windows: int = 8,
     scored: int = 128,
     plan: bool | None = None,
     batch: int = 8,

@@ -170,7 +170,7 @@ def calibrate(
     method: MethodName = "fourier",
     option: OptionList = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 3072,
-    windows: Annotated[int, typer.Option(min=1, help="Windows in all, shared between the texts.")] = 9,
+    windows: Annotated[int, typer.Option(min=1, help="Windows in all, shared between the texts.")] = 8,
     scored: Annotated[int, typer.Option(min=1, help="Last tokens of a window, which are scored for the plan.")] = 128,
     plan: Annotated[
         bool | None,

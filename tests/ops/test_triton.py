@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Lin
 kernel = pytest.importorskip("longwave.ops.spectral.triton")
 NEAR = {
     torch.float16: 3e-3,
-    torch.bfloat16: 3e-3 if torch.cuda.is_available() else 6e-3,
+    torch.bfloat16: 3e-3 if torch.cuda.is_available() else 1e-2,
 }  # the interpreter cuts bits off
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -128,8 +128,9 @@ def plan(layout: Layout) -> Plan:
         GAINS_V=any(g.gains is not None for g in layout.v),
     )
     device = layout.k[0].heads.device
-    tables = (x.to(device) for x in (keys, values, order_k, order_v, rotation(layout.dim).float()))
-    return Plan(layout, *tables, traits=traits)
+    turn = rotation(layout.dim).float()
+    keys, values, order_k, order_v, turn = (x.to(device) for x in (keys, values, order_k, order_v, turn))
+    return Plan(layout, keys, values, order_k, order_v, turn, traits)
 
 
 def _at(group: Group, field: Field | None, i: int) -> int:

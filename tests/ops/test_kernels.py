@@ -1,0 +1,71 @@
+"""LONGWAVE_KERNELS decides who answers, and every answer is the same attention."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import longwave
+from longwave.store.pages import PageStore
+
+pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here is none")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+    )
+    return LlamaForCausalLM(config).half().eval()
+
+
+def logits(model, monkeypatch, kernels, method="fourier", steps=(100, 3, 1, 1), **options):
+    """Logits of chunks read one after the other, from a batch of two rows, and how often the fused kernel answered."""
+    monkeypatch.setenv("LONGWAVE_KERNELS", kernels)
+    answers, fused = [], PageStore.attend
+
+    def counted(self, *args):
+        out = fused(self, *args)
+        answers.append(out is not None)
+        return out
+
+    monkeypatch.setattr(PageStore, "attend", counted)
+    ids = torch.randint(97, (2, sum(steps)), generator=torch.Generator().manual_seed(1))
+    cache = longwave.cache(model, method, sinks=2, window=8, **options)
+    found, start = [], 0
+    with torch.no_grad():
+        for n in steps:
+            found.append(model(ids[:, start : start + n], past_key_values=cache).logits[:, -1])
+            start += n
+    return torch.stack(found).float(), sum(answers)
+
+
+@pytest.mark.filterwarnings("ignore:no measurement of this model")
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("fourier", dict(budget=0.3, segment=16)), ("kivi", dict(bits=2, group=16))],
+    ids=["fourier", "kivi"],
+)
+def test_triton_answers_as_the_reference_does(model, monkeypatch, method, options):
+    plain, none = logits(model, monkeypatch, "reference", method, **options)
+    fused, some = logits(model, monkeypatch, "triton", method, **options)
+    assert none == 0
+    assert some == 2 * 3  # two layers, three chunks after the prompt
+    torch.testing.assert_close(fused, plain, rtol=0, atol=4e-3)
+
+
+def test_an_unknown_name_is_refused(model, monkeypatch):
+    with pytest.raises(ValueError, match="auto, reference, triton"):
+        logits(model, monkeypatch, "cuda", "kivi", bits=2, group=16)
+
+
+def test_triton_says_why_it_cannot(model, monkeypatch):
+    with pytest.raises(RuntimeError, match="powers of two"):
+        logits(model, monkeypatch, "triton", keep=0.0, segment=24)

@@ -2,8 +2,8 @@
 
 A program takes one row of the batch, one KV head and a few pages, or a stretch of the dense tokens, as flash-decoding
 does: scores of a page, online softmax, its share of the output. Nothing is rebuilt: scales of K go into q, scales of V
-into p, states meet q and p as sums. A second kernel adds the parts up, undoes V's rotation once and brings channels
-home.
+into p. States meet q before and p after, in kernels of their own that take many pages at once; the last one adds the
+parts up, undoes V's rotation once and brings channels home. docs/kernels.md has the figures.
 
 What a head stores is read from a table, so one compiled kernel serves all layers of a model whatever their plan.
 """

@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-all lint quality speed profiles frontier clean
+.PHONY: demo test test-all lint quality speed bench profiles frontier clean
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "longwave needs Python 3.11 or newer; try make PYTHON=python3.12"; exit 1; }
@@ -35,6 +35,10 @@ quality: $(VENV)/ready
 
 speed: $(VENV)/ready
 	$(BIN)/python -m benchmarks.speed --out out/speed.json
+
+# decode attention on an NVIDIA GPU, against full attention
+bench: $(VENV)/ready
+	$(BIN)/python -m benchmarks.kernels --rebuild --out out/kernels.json
 
 # tables and plot of docs/results/frontier from its committed samples
 frontier: $(VENV)/ready

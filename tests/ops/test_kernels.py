@@ -20,7 +20,7 @@ def model():
         num_hidden_layers=2,
         num_attention_heads=8,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=32,
         max_position_embeddings=512,
     )
     return LlamaForCausalLM(config).half().eval()

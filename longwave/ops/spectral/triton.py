@@ -24,9 +24,8 @@ ROWS = 64  # query rows (group x queries) up to which this is used: beyond, prod
 VALUES = 16  # kind of a run of 16-bit values; codes are their number of bits
 # Columns of the tables. K: its states, how many runs, and the runs. A run: kind, channels, byte of the values, bytes a
 # row, byte of the scales, first channel.
-RUN, K_RUNS, K_TABLE = 6, 5, 6
+RUN, K_TABLE = 6, 6  # numbers of a run, and before the runs
 # V: its states; kind of its one run, channels, bytes of the values, scales and zeros (-1: none), whether it is turned.
-V_KIND = 5
 VALUE_FIELDS = tl.constexpr(11)
 # the interpreter multiplies the bits of bfloat16, not the numbers
 _INTERPRETED = triton.knobs.runtime.interpret
@@ -67,8 +66,8 @@ def fits(layout: Layout) -> str | None:
     """Why the kernel cannot read this layout, or None if it can."""
     if layout.dtype not in (torch.float16, torch.bfloat16):
         return f"the model computes in {layout.dtype}, not in 16 bits"
-    if not (_power(layout.dim) and layout.dim <= 256 and _power(layout.segment) and layout.segment <= 256):
-        return "head_dim and segment must be powers of two, 16 to 256"
+    if not (_power(layout.dim) and 32 <= layout.dim <= 256 and _power(layout.segment) and layout.segment <= 256):
+        return "head_dim (32 to 256) and segment (16 to 256) must be powers of two"
     for group in layout.k:
         code = group.code
         if code.residual or any(b in BITS and code.axis != "time" for b, _ in code.runs):

@@ -165,15 +165,15 @@ class SegmentedLayer(MemoryLayer):
         if mask is not None:
             raise NotImplementedError("a 4D attention mask over compressed tokens is not supported")
         k, v = self.dense.view()
+        visible = self.visible(q.shape[2], causal)
         if isinstance(self.store, PageStore):
-            answer = self.store.attend(q, scaling, k, v, self.visible(q.shape[2], causal))
+            answer = self.store.attend(q, scaling, k, v, visible)
             if answer is not None:
                 return answer
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
         k, v = k.to(compute), v.to(compute)
         batch, heads, queries, _ = q.shape
         middle = self.store.tokens
-        visible = self.visible(queries, causal)
         ragged = len(set(middle)) > 1
         columns = k.shape[2] + max(middle)
         step = query_block(batch * heads, columns)

@@ -24,7 +24,7 @@ class PageStore:
         self.pages = torch.zeros(batch, 0, layout.page_bytes, dtype=torch.uint8, device=device)
         # where the kernels find what: like basis tables, not counted as held
         self._plan: cpu.Plan | None = None
-        self._fused: Any = None
+        self._fused: Any = None  # the GPU kernel's plan, or why it cannot read these pages
         self._ends: torch.Tensor | None = None  # `counts` where the GPU kernel reads them
         self.move(device)
 
@@ -75,17 +75,16 @@ class PageStore:
         try:
             from longwave.ops.spectral import triton as fused
         except ImportError:
-            why: str | None = "Triton is not installed"
+            self._fused = "Triton is not installed"
         else:
-            why = fused.fits(self.layout)
             if q.shape[1] // self.layout.heads * q.shape[2] > fused.ROWS:
                 return None  # a block of a prompt: made of products that torch does well
-        if why is not None:
+            if self._fused is None:
+                self._fused = fused.fits(self.layout) or fused.plan(self.layout)
+        if isinstance(self._fused, str):
             if kernels == "triton":
-                raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the kernel cannot be used: {why}")
+                raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the kernel cannot be used: {self._fused}")
             return None
-        if self._fused is None:
-            self._fused = fused.plan(self.layout)
         if self._ends is None:
             self._ends = torch.tensor(self.counts, dtype=torch.int32, device=q.device)
         if visible is None:

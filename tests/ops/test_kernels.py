@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import longwave
 from longwave.store.pages import PageStore
+from tests.conftest import SMALL
 
 pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here is none")
 
@@ -13,16 +14,7 @@ pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-    )
+    config = LlamaConfig(**SMALL | dict(hidden_size=64, num_attention_heads=8, head_dim=32), num_hidden_layers=2)
     return LlamaForCausalLM(config).half().eval()
 
 

@@ -24,14 +24,19 @@ ROWS = 64  # query rows (group x queries) up to which this is used: beyond, prod
 VALUES = 16  # kind of a run of 16-bit values; codes are their number of bits
 WIDTHS = (8, 4, 2, 1)  # bits of a plane
 # K's table of a head: see `plan`; CHUNK channels of one plane a chunk, of PIECE numbers each
-CHUNK, K_TABLE, PIECE = tl.constexpr(16), tl.constexpr(12), tl.constexpr(7)
+CHUNK, K_TABLE, PIECE = tl.constexpr(32), tl.constexpr(12), tl.constexpr(4)
 VALUE_FIELDS = tl.constexpr(11)
 # the interpreter multiplies the bits of bfloat16, not the numbers
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _OWN = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _DOT = {kind: tl.float32 if INTERPRETED.value else own for kind, own in _OWN.items()}
-STRETCH, DENSE_STEP = 64, 32  # dense tokens of a program, and of a step
-STAGES = 1
+BLOCK = 64  # tokens of a step where there are no codes
+MIX_STEP = 32  # tokens of V's codes of a step
+LEAST = 4  # pages of a program that mixes
+MERGE = 16  # splits made one
+STRETCH, DENSE_STEP = 64, 16  # dense tokens of a program, and of a step
+STAGES, SCORE_STAGES, MIX_STAGES = 3, 1, 1
+EXTRA = {}
 TARGET = 16  # programs a multiprocessor that splitting aims at
 
 
@@ -39,7 +44,8 @@ TARGET = 16  # programs a multiprocessor that splitting aims at
 class Plan:
     """Where the kernel finds what.
 
-    keys int32 [H, numbers], values int32 [H, 11], order_k and order_v int32 [H, D], turn float32 [D, D].
+    keys int32 [H, numbers], values int32 [H, 11], order_k and order_v int32 [H, D], turn int8 [D, D]:
+        V's rotation times the square root of D, 1 and -1.
     traits: compile-time facts of the layer. K_WIDE, V_WIDE: the most channels of a 16-bit run, rounded up to a power of
         two; ALIGN: a divisor of all 16-bit runs' channels; GROUPS: scales of a token of V; whether there are
         codes of K, codes of V; K_MOST, V_MOST: the most states; K_EIGHT, V_EIGHT: whether they are int8.
@@ -92,8 +98,9 @@ def plan(layout: Layout) -> Plan:
     """The tables of a layout that `fits`, on its device.
 
     A row of `keys`: states, channels that have them, the first of these, byte of the states and of the gains; channels,
-    byte and first of the run of 16-bit values; how many chunks of 8, 4, 2 and 1 bits; the chunks. A chunk: channels,
-    byte of the codes, bytes a channel, byte of the scales, channels of the run, first channel, what a code counts.
+    byte and first of the run of 16-bit values; how many chunks of 8, 4, 2 and 1 bits; the chunks. A chunk: byte
+    of the codes, byte of the scales, channels of the run, and together its channels (6 bits), what a code counts (3), its
+    first channel (9), words a channel.
     A row of `values`: the same five; kind of its one run, channels, bytes of the values, scales and zeros (-1: none),
     whether it is turned.
     """
@@ -139,9 +146,8 @@ def plan(layout: Layout) -> Plan:
         V_EIGHT=any(g.gains is not None for g in layout.v),
     )
     device = layout.k[0].heads.device
-    turn = rotation(layout.dim).float()
-    keys, values, order_k, order_v, turn = (x.to(device) for x in (keys, values, order_k, order_v, turn))
-    return Plan(layout, keys, values, order_k, order_v, turn, traits)
+    tables = (keys, values, order_k, order_v, (rotation(layout.dim) * layout.dim**0.5).round().to(torch.int8))
+    return Plan(layout, *(x.to(device) for x in tables), traits)
 
 
 def _at(group: Group, field: Field | None, i: int) -> int:
@@ -162,8 +168,8 @@ def _keys(layout: Layout, group: Group, i: int) -> list[int]:
             for width in PLANES[bits]:
                 for j in range(0, n, step):
                     scale_at = _at(group, scales, i) + 2 * j
-                    piece = [min(step, n - j), plane + j * stride, stride, scale_at, n, first + j, 1 << below]
-                    chunks[width] += piece
+                    rest = min(step, n - j) | 1 << below + 6 | first + j << 9 | stride // 2 << 18
+                    chunks[width] += [plane + j * stride, scale_at, n, rest]
                 plane += layout.segment * width // 8
                 below += width
         first += n
@@ -212,259 +218,62 @@ def _pick(w, SHIFT: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def _fields(
-    w, x, SHIFT: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr
+    w, x, out, SHIFT: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr
 ):
-    """Products of COUNT codes of each word's byte with x, one below the other."""
+    """out plus the products of COUNT codes of each word's byte with x, one below the other."""
     if COUNT == 1:
-        return tl.dot(_pick(w, SHIFT, ((1 << BITS) - 1) << (FIRST * STEP)), x)
+        return tl.dot(_pick(w, SHIFT, ((1 << BITS) - 1) << (FIRST * STEP)), x, out)
     else:
-        low = _fields(w, x, SHIFT, BITS, STEP, FIRST, COUNT // 2)
-        return _stack(low, _fields(w, x, SHIFT, BITS, STEP, FIRST + COUNT // 2, COUNT // 2))
+        low, high = _halves(out)
+        low = _fields(w, x, low, SHIFT, BITS, STEP, FIRST, COUNT // 2)
+        return _stack(low, _fields(w, x, high, SHIFT, BITS, STEP, FIRST + COUNT // 2, COUNT // 2))
 
 
 @triton.jit
-def _product(base, at, ok, x, BITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Packed rows of COLUMNS codes, transposed, times x float16 [rows, BR]: [COLUMNS, BR], each row still to be
-    multiplied by `_lift`, since a code is taken where it lies.
-
-    base points to int16 words, `at` [rows] says where a row starts. Packing (ops/codes.py) puts code c into byte
-    c mod (COLUMNS * BITS / 8), above the codes before it; a word is two bytes. Output row i is column 2 i of the row
-    while i < COLUMNS / 2, and column 2 i + 1 - COLUMNS from there on: the same for every width.
-    """
+def _words(base, at, ok, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Words int16 [words of a row, rows] of packed rows of COLUMNS codes; `at` [rows] says where a row starts."""
     WORDS: tl.constexpr = COLUMNS * BITS // 16
     AGAIN: tl.constexpr = 16 // WORDS if WORDS < 16 else 1  # a product has 16 rows at least
     i = tl.arange(0, WORDS * AGAIN)
-    w = tl.load(base + (i % WORDS)[:, None] + at[None, :], mask=(i >= 0)[:, None] & ok[None, :], other=0)
-    if AGAIN > 1:
-        w = w >> (i // WORDS * BITS).to(tl.int16)[:, None]
-    COUNT: tl.constexpr = COLUMNS // (2 * WORDS * AGAIN)
-    low = _fields(w, x, 0, BITS, BITS * AGAIN, 0, COUNT)
-    return _stack(low, _fields(w, x, 8, BITS, BITS * AGAIN, 0, COUNT))
+    return tl.load(base + (i % WORDS)[:, None] + at[None, :], mask=(i >= 0)[:, None] & ok[None, :], other=0)
 
 
 @triton.jit
-def _lift(BITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """float32 [COLUMNS]: 2^24 over the weight of the bits where a code lies."""
+def _product(w, x, out, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out [COLUMNS, BR] plus packed rows of COLUMNS codes, transposed, times x float16 [rows, BR]; `out` counts as `_place`
+    says, since a code is taken where it lies.
+
+    w: their `_words`. Packing (ops/codes.py) puts code c into byte c mod (COLUMNS * BITS / 8), above the codes before
+    it; a word is two bytes. Row i of out is column 2 i of the codes while i < COLUMNS / 2, and column 2 i + 1 - COLUMNS
+    from there on: the same for every width.
+    """
     WORDS: tl.constexpr = COLUMNS * BITS // 16
     AGAIN: tl.constexpr = 16 // WORDS if WORDS < 16 else 1
+    if AGAIN > 1:
+        w = w >> (tl.arange(0, WORDS * AGAIN) // WORDS * BITS).to(tl.int16)[:, None]
+    COUNT: tl.constexpr = COLUMNS // (2 * WORDS * AGAIN)
+    low, high = _halves(out)
+    low = _fields(w, x, low, 0, BITS, BITS * AGAIN, 0, COUNT)
+    return _stack(low, _fields(w, x, high, 8, BITS, BITS * AGAIN, 0, COUNT))
+
+
+@triton.jit
+def _place(BITS: tl.constexpr, COLUMNS: tl.constexpr):
+    """int32 [COLUMNS]: log2 of what `_product` has too little in a row, because of where a code lies; 0 bits: none."""
     i = tl.arange(0, COLUMNS) % (COLUMNS // 2)
-    return ((151 - i // (WORDS * AGAIN) * (BITS * AGAIN)) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _score(
-    s, level, piece, count, page, q_row, live, order, BITS: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """Scores s [T, BR] plus those of `count` chunks of K's codes; level [CHUNK, BR] plus their zeros' part."""
-    i = tl.arange(0, CHUNK)
-    for _ in range(count):
-        n, data, stride = tl.load(piece), tl.multiple_of(tl.load(piece + 1), T // 8), tl.load(piece + 2)
-        scale_at, span, first, weight = (
-            tl.load(piece + 3), tl.load(piece + 4), tl.load(piece + 5), tl.load(piece + 6),
-        )  # fmt: skip
-        ok = i < n
-        at = i * tl.multiple_of(stride // 2, T // 16)
-        which = tl.load(order + first + i, mask=ok, other=0)
-        scales = (page + scale_at).to(tl.pointer_type(tl.float16))
-        step = tl.load(scales + i, mask=ok, other=0.0).to(tl.float32) * weight
-        zero = tl.load(scales + span + i, mask=(i < n) & (i * 0 + weight == 1), other=0.0).to(tl.float32)
-        q = tl.load(q_row[None, :] + which[:, None], mask=ok[:, None] & live[None, :], other=0.0).to(tl.float32)
-        level += q * zero[:, None]
-        words = (page + data).to(tl.pointer_type(tl.int16))
-        product = _product(words, at, ok, (q * step[:, None]).to(tl.float16), BITS, T)
-        s += product * _lift(BITS, T)[:, None]
-        piece += PIECE
-    return s, level, piece
-
-
-@triton.jit
-def _mixed(data, stride, even, odd, BITS: tl.constexpr, T: tl.constexpr, D: tl.constexpr):
-    """V's codes [T, D] of one plane, transposed, times p: [D, BR], rows as `_product` orders them. even, odd
-    [T / 2, BR]: p of the tokens of these numbers. stride: words a token."""
-    i = tl.arange(0, T // 2)
-    out = _product(data, 2 * i * stride, i >= 0, even, BITS, D)
-    out += _product(data, (2 * i + 1) * stride, i >= 0, odd, BITS, D)
-    return out * _lift(BITS, D)[:, None]
-
-
-@triton.jit
-def _mix(data, stride, bits, mass, T: tl.constexpr, D: tl.constexpr):
-    """The same for any number of bits; mass float16 [T, BR] in the order of `_product`."""
-    even, odd = _halves(mass)
-    if bits == 8:
-        out = _mixed(data, stride, even, odd, 8, T, D)
-    elif bits == 4:
-        out = _mixed(data, stride, even, odd, 4, T, D)
+    if BITS == 0:
+        return i * 0
     else:
-        out = tl.zeros([D, mass.shape[1]], tl.float32)
-        above = 1.0
-        if bits >= 2:
-            out = _mixed(data, stride, even, odd, 2, T, D)
-            data += D // 8
-            above = 4.0
-        if bits != 2:
-            out += _mixed(data, stride, even, odd, 1, T, D) * above
-    return out
+        WORDS: tl.constexpr = COLUMNS * BITS // 16
+        AGAIN: tl.constexpr = 16 // WORDS if WORDS < 16 else 1
+        return 24 - i // (WORDS * AGAIN) * (BITS * AGAIN)
 
 
 @triton.jit
-def _spectral_kernel(
-    q_ptr, pages_ptr, counts_ptr, basis_ptr, keys_ptr, values_ptr, order_k_ptr,
-    dense_k_ptr, dense_v_ptr, seen_ptr, near_ptr, part_ptr, stat_ptr,
-    queries, scale, page_bytes, row_bytes, dense_tokens, per_split, page_splits, splits, key_fields,
-    stride_qb, stride_qh, stride_qq, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
-    STRETCH: tl.constexpr, K_WIDE: tl.constexpr, V_WIDE: tl.constexpr, ALIGN: tl.constexpr, GROUPS: tl.constexpr,
-    K_CODES: tl.constexpr, V_CODES: tl.constexpr, K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr,
-    V_EIGHT: tl.constexpr, SETS: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """One split of one row and KV head. part float32 [B, H, splits, BR, SETS], stat float32 [B, H, splits, 2, BR]:
-    unnormalised outputs (codes D, values V_WIDE, states D; of dense tokens D), their maximum and sum.
-    near float32 [B, H, page splits, pages a split, K_MOST, BR]: q times K's states, written and read here alone."""
-    pid, split = tl.program_id(0), tl.program_id(1)
-    b, h = pid // H, pid % H
-    r, d = tl.arange(0, BR), tl.arange(0, D)
-    live = r < G * queries
-    q_row = q_ptr + b.to(tl.int64) * stride_qb + (h * G + r // queries) * stride_qh + r % queries * stride_qq
-    top = tl.full([BR], float("-inf"), tl.float32)
-    total = tl.zeros([BR], tl.float32)
-    part = part_ptr + ((pid.to(tl.int64) * splits + split) * BR + r[None, :]) * SETS
-    if split >= page_splits:
-        q = tl.load(q_row[None, :] + d[:, None], mask=live[None, :] & (d >= 0)[:, None], other=0.0).to(DOT)
-        seen = tl.load(seen_ptr + b * queries + r % queries, mask=live, other=0)
-        out = tl.zeros([D, BR], tl.float32)
-        first = (split - page_splits) * STRETCH
-        k_row = dense_k_ptr + b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
-        v_row = dense_v_ptr + b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh
-        end = tl.minimum(tl.minimum(first + STRETCH, dense_tokens), tl.max(seen, 0))
-        for start in range(first, end, BD):
-            i = start + tl.arange(0, BD)
-            held = (i < end)[:, None] & (d >= 0)[None, :]
-            k = tl.load(k_row + i[:, None] * stride_kt + d[None, :], mask=held, other=0.0).to(DOT)
-            v = tl.load(v_row + i[:, None] * stride_vt + d[None, :], mask=held, other=0.0).to(DOT)
-            s = tl.dot(k, q) * scale
-            s = tl.where(i[:, None] < seen[None, :], s, float("-inf"))
-            new = tl.maximum(top, tl.max(s, 0))
-            safe = tl.where(new == float("-inf"), 0.0, new)
-            p = tl.exp2(s - safe[None, :])
-            old = tl.exp2(top - safe)
-            out = tl.dot(tl.trans(v), p.to(OWN).to(DOT), out * old[None, :])
-            total = total * old + tl.sum(p, 0)
-            top = new
-        tl.store(part + d[:, None], out, mask=live[None, :] & (d >= 0)[:, None])
-    else:
-        # token i of a page where `_product` puts it
-        token = tl.arange(0, T) % (T // 2) * 2 + tl.arange(0, T) // (T // 2)
-        keys, values, order = keys_ptr + h * key_fields, values_ptr + h * VALUE_FIELDS, order_k_ptr + h * D
-        base = pages_ptr + b.to(tl.int64) * row_bytes
-        first_page = split * per_split
-        end_page = tl.minimum(first_page + per_split, tl.load(counts_ptr + b))
-        near = near_ptr + ((pid.to(tl.int64) * page_splits + split) * per_split) * (K_MOST * BR) + r
-        k_states, v_states = tl.load(keys), tl.load(values)
-        if K_MOST > 0:
-            if k_states > 0:
-                width, smooth = tl.load(keys + 1), tl.load(keys + 2)
-                data, gain_at = tl.load(keys + 3), tl.load(keys + 4)
-                ok = d < width
-                which = tl.load(order + smooth + d, mask=ok, other=0)
-                q = tl.load(q_row[None, :] + which[:, None], mask=live[None, :] & ok[:, None], other=0.0).to(DOT)
-                for start in range(0, (end_page - first_page) * K_MOST, 16):
-                    i = start + tl.arange(0, 16)
-                    page_at = base + (first_page + i // K_MOST).to(tl.int64) * page_bytes
-                    m = i % K_MOST
-                    held = (first_page + i // K_MOST < end_page) & (m < k_states)
-                    number, gain = _states(page_at, data, gain_at, m, width, held, D, K_EIGHT, OWN)
-                    a = tl.dot(number.to(DOT), q) * gain[:, None]
-                    tl.store(near[None, :] + i[:, None] * BR, a, mask=held[:, None] & (r >= 0)[None, :])
-                tl.debug_barrier()
-        if K_WIDE > 0:
-            k_wide, k_data = tl.multiple_of(tl.load(keys + 5), ALIGN), tl.multiple_of(tl.load(keys + 6), 16)
-            cell = tl.arange(0, K_WIDE)
-            cells = tl.load(order + tl.load(keys + 7) + cell, mask=cell < k_wide, other=0)
-            ours = (cell < k_wide)[:, None] & live[None, :]
-            q_wide = tl.load(q_row[None, :] + cells[:, None], mask=ours, other=0.0).to(DOT)
-        kind, channels, v_data = tl.load(values + 5), tl.load(values + 6), tl.load(values + 7)
-        v_scales, v_zeros = tl.load(values + 8), tl.load(values + 9)
-        if V_CODES:
-            code_out = tl.zeros([D, BR], tl.float32)
-        if V_WIDE > 0:
-            v_wide = tl.multiple_of(tl.where(kind == 16, channels, 0), ALIGN)
-            wide_out = tl.zeros([V_WIDE, BR], tl.float32)
-        if V_MOST > 0:
-            smooth_out = tl.zeros([D, BR], tl.float32)
-            v_width = tl.load(values + 1)
-            state_at, state_gain = tl.load(values + 3), tl.load(values + 4)
-        page = base + first_page.to(tl.int64) * page_bytes
-        for _ in range(first_page, end_page):
-            s = tl.zeros([T, BR], tl.float32)
-            if V_WIDE > 0:  # on their way while the scores are made
-                own = (page + tl.multiple_of(v_data, 16)).to(tl.pointer_type(OWN))
-                c = tl.arange(0, V_WIDE)
-                v_held = (c < v_wide)[None, :] & (token >= 0)[:, None]
-                v_own = tl.load(own + token[:, None] * v_wide + c[None, :], mask=v_held, other=0.0)
-            if K_WIDE > 0:
-                own = (page + k_data).to(tl.pointer_type(OWN))
-                k_held = (cell < k_wide)[None, :] & (token >= 0)[:, None]
-                k_own = tl.load(own + token[:, None] * k_wide + cell[None, :], mask=k_held, other=0.0)
-                s = tl.dot(k_own.to(DOT), q_wide, s)
-            if K_MOST > 0:
-                for m in range(k_states):
-                    a = tl.load(near + m * BR)
-                    s += tl.load(basis_ptr + m * T + token)[:, None] * a[None, :]
-            if K_CODES:
-                level = tl.zeros([CHUNK, BR], tl.float32)
-                piece = keys + K_TABLE
-                s, level, piece = _score(s, level, piece, tl.load(keys + 8), page, q_row, live, order, 8, T)
-                s, level, piece = _score(s, level, piece, tl.load(keys + 9), page, q_row, live, order, 4, T)
-                s, level, piece = _score(s, level, piece, tl.load(keys + 10), page, q_row, live, order, 2, T)
-                s, level, piece = _score(s, level, piece, tl.load(keys + 11), page, q_row, live, order, 1, T)
-                s += tl.sum(level, 0)[None, :]
-            s = s * scale
-            new = tl.maximum(top, tl.max(s, 0))
-            p = tl.exp2(s - new[None, :])
-            old = tl.exp2(top - new)
-            total = total * old + tl.sum(p, 0)
-            top = new
-            if V_MOST > 0:
-                smooth_out = smooth_out * old[None, :]
-                for m in range(v_states):
-                    far = tl.sum(p * tl.load(basis_ptr + m * T + token)[:, None], 0)
-                    number, gain = _state(page, state_at, state_gain, m, v_width, D, V_EIGHT, OWN)
-                    smooth_out += number[:, None] * (far * gain)[None, :]
-            if V_WIDE > 0:
-                wide_out = tl.dot(tl.trans(v_own.to(DOT)), p.to(OWN).to(DOT), wide_out * old[None, :])
-            if V_CODES:
-                code_out = code_out * old[None, :]
-                if kind > 0 and kind < 16:
-                    scales = (page + v_scales).to(tl.pointer_type(tl.float16))
-                    zeros = (page + tl.maximum(v_zeros, 0)).to(tl.pointer_type(tl.float16))
-                    words = (page + tl.multiple_of(v_data, D // 8)).to(tl.pointer_type(tl.int16))
-                    stride = tl.multiple_of(D // 16 * kind, D // 16)
-                    middle = ((1 << kind) - 1) * -0.5
-                    for g in tl.static_range(GROUPS):
-                        step = tl.load(scales + token * GROUPS + g).to(tl.float32)
-                        zero = tl.load(zeros + token * GROUPS + g, mask=token * 0 + v_zeros >= 0, other=0.0)
-                        zero = tl.where(v_zeros >= 0, zero.to(tl.float32), step * middle)
-                        mass = (p * step[:, None]).to(tl.float16)
-                        more = _mix(words, stride, kind, mass, T, D) + tl.sum(p * zero[:, None], 0)[None, :]
-                        if GROUPS == 1:
-                            code_out += more
-                        else:  # rows whose channel belongs to this scale
-                            sharing = d % (D // 2) * 2 // (D // GROUPS) == g
-                            code_out += tl.where(sharing[:, None], more, 0.0)
-            page += page_bytes
-            near += K_MOST * BR
-        if V_CODES:
-            tl.store(part + d[:, None], code_out, mask=live[None, :] & (d >= 0)[:, None])
-        if V_WIDE > 0:
-            c = tl.arange(0, V_WIDE)
-            tl.store(part + V_CODES * D + c[:, None], wide_out, mask=live[None, :] & (c >= 0)[:, None])
-        if V_MOST > 0:
-            part += V_CODES * D + V_WIDE
-            tl.store(part + d[:, None], smooth_out, mask=live[None, :] & (d < v_width)[:, None])
-    stat = stat_ptr + (pid.to(tl.int64) * splits + split) * 2 * BR + r
-    tl.store(stat, top)
-    tl.store(stat + BR, total)
+def _rescale(x, FROM: tl.constexpr, TO: tl.constexpr):
+    """x [columns, BR] as sums of FROM bits -> as sums of TO bits; 0: as they are meant."""
+    power = _place(FROM, x.shape[0]) - _place(TO, x.shape[0])
+    return x * ((127 + power) << 23).to(tl.float32, bitcast=True)[:, None]
 
 
 @triton.jit
@@ -484,73 +293,549 @@ def _states(at, data, gain_at, m, width, held, D: tl.constexpr, EIGHT: tl.conste
 
 
 @triton.jit
-def _state(page, data, gain_at, m, width, D: tl.constexpr, EIGHT: tl.constexpr, OWN: tl.constexpr):
-    """The same for one state of one page: float32 [D] and a number."""
-    d = tl.arange(0, D)
-    if EIGHT:
-        held = (page + data).to(tl.pointer_type(tl.int8))
-        number = tl.load(held + m * width + d, mask=d < width, other=0).to(tl.float32)
-        gain = tl.load((page + gain_at).to(tl.pointer_type(tl.float16)) + m).to(tl.float32)
-    else:
-        held = (page + data).to(tl.pointer_type(OWN))
-        number = tl.load(held + m * width + d, mask=d < width, other=0.0).to(tl.float32)
-        gain = 1.0
-    return number, gain
+def _score(
+    s, level, piece, count, page, sorted_q, BITS: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr
+):
+    """Scores s [T, BR], as sums of BITS, plus those of `count` chunks of K's codes; level [CHUNK, BR] plus their zeros'
+    part."""
+    i, r = tl.arange(0, CHUNK), tl.arange(0, BR)
+    for _ in tl.range(0, count, num_stages=STAGES):
+        data, scale_at = tl.multiple_of(tl.load(piece), T // 8), tl.load(piece + 1)
+        span, rest = tl.load(piece + 2), tl.load(piece + 3)
+        weight, first, stride = rest >> 6 & 7, rest >> 9 & 511, tl.multiple_of(rest >> 18, T // 16)
+        ok = i < rest & 63
+        scales = (page + scale_at).to(tl.pointer_type(tl.float16))
+        step = tl.load(scales + i, mask=ok, other=0.0).to(tl.float32) * weight
+        zero = tl.load(scales + span + i, mask=ok & (i * 0 + weight == 1), other=0.0).to(tl.float32)
+        q = tl.load(sorted_q + (first + i)[:, None] * BR + r[None, :], mask=ok[:, None] & (r >= 0)[None, :], other=0.0)
+        w = _words((page + data).to(tl.pointer_type(tl.int16)), i * stride, ok, BITS, T)  # last: it is waited for first
+        q = q.to(tl.float32)
+        level += q * zero[:, None]
+        s = _product(w, (q * step[:, None]).to(tl.float16), s, BITS, T)
+        piece += PIECE
+    return s, level, piece
 
 
 @triton.jit
+def _near(
+    near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
+    D: tl.constexpr, BR: tl.constexpr, MOST: tl.constexpr, EIGHT: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """q times K's states of the pages of a program: float32 [pages, MOST, BR] at `near`."""
+    r, d, i = tl.arange(0, BR), tl.arange(0, D), tl.arange(0, 16)
+    states, width, smooth = tl.load(keys), tl.load(keys + 1), tl.load(keys + 2)
+    data, gain_at = tl.load(keys + 3), tl.load(keys + 4)
+    ok = d < width
+    which = tl.load(order + smooth + d, mask=ok, other=0)
+    q = tl.load(q_row[None, :] + which[:, None], mask=live[None, :] & ok[:, None], other=0.0).to(DOT)
+    for start in range(0, (end_page - first_page) * MOST, 16):
+        of, m = first_page + (start + i) // MOST, (start + i) % MOST
+        held = (of < end_page) & (m < states)
+        page = base + of.to(tl.int64) * page_bytes
+        number, gain = _states(page, data, gain_at, m, width, held, D, EIGHT, OWN)
+        a = tl.dot(number.to(DOT), q) * gain[:, None]
+        tl.store(near + (start + i)[:, None] * BR + r[None, :], a, mask=held[:, None] & (r >= 0)[None, :])
+    tl.debug_barrier()
+
+
+@triton.jit
+def _far(
+    part, far, tops, top, base, first_page, end_page, page_bytes, values, live,
+    D: tl.constexpr, BR: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr, LINE: tl.constexpr, EIGHT: tl.constexpr,
+    OWN: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """What V's states of the pages of a program add, stored at part [D, BR]: far float32 [pages, PARTS, MOST, BR] is p
+    times the basis at the maximum tops [pages, PARTS, LINE], of which BR count; `top` [BR] is the maximum of the split."""
+    r, d, i = tl.arange(0, BR), tl.arange(0, D), tl.arange(0, 16)
+    states, width = tl.load(values), tl.load(values + 1)
+    data, gain_at = tl.load(values + 3), tl.load(values + 4)
+    out = tl.zeros([D, BR], tl.float32)
+    for start in range(0, (end_page - first_page) * (PARTS * MOST), 16):
+        of, m = first_page + (start + i) // (PARTS * MOST), (start + i) % MOST
+        held = (of < end_page) & (m < states)
+        page = base + of.to(tl.int64) * page_bytes
+        number, gain = _states(page, data, gain_at, m, width, held, D, EIGHT, OWN)
+        ok = held[:, None] & (r >= 0)[None, :]
+        then = tl.load(tops + ((start + i) // MOST)[:, None] * LINE + r[None, :], mask=ok, other=float("-inf"))
+        mass = tl.load(far + (start + i)[:, None] * BR + r[None, :], mask=ok, other=0.0)
+        mass = mass * tl.exp2(then - top[None, :]) * gain[:, None]
+        high = mass.to(OWN).to(DOT)
+        number = tl.trans(number.to(DOT))
+        out = tl.dot(number, high, out)
+        out = tl.dot(number, (mass - high.to(tl.float32)).to(OWN).to(DOT), out)
+    tl.store(part + d[:, None], out, mask=live[None, :] & (d < width)[:, None])
+
+
+@triton.jit
+def _dense(
+    q_row, live, dense_k_ptr, dense_v_ptr, seen_ptr, part_ptr, stat_ptr, pid, split, splits, queries, scale, tokens,
+    stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    H: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, STRETCH: tl.constexpr, OWN: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """A stretch of the dense tokens: part float32 [B, H, splits, BR, D], stat float32 [B, H, splits, 2, BR]."""
+    b, h = pid // H, pid % H
+    r, d = tl.arange(0, BR), tl.arange(0, D)
+    q = tl.load(q_row[None, :] + d[:, None], mask=live[None, :] & (d >= 0)[:, None], other=0.0).to(DOT)
+    seen = tl.load(seen_ptr + b * queries + r % queries, mask=live, other=0)
+    out = tl.zeros([D, BR], tl.float32)
+    top = tl.full([BR], float("-inf"), tl.float32)
+    total = tl.zeros([BR], tl.float32)
+    k_row = dense_k_ptr + b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
+    v_row = dense_v_ptr + b.to(tl.int64) * stride_vb + h.to(tl.int64) * stride_vh
+    first = split * STRETCH
+    end = tl.minimum(tl.minimum(first + STRETCH, tokens), tl.max(seen, 0))
+    for start in range(first, end, BD):
+        i = start + tl.arange(0, BD)
+        held = (i < end)[:, None] & (d >= 0)[None, :]
+        k = tl.load(k_row + i[:, None] * stride_kt + d[None, :], mask=held, other=0.0).to(DOT)
+        v = tl.load(v_row + i[:, None] * stride_vt + d[None, :], mask=held, other=0.0).to(DOT)
+        s = tl.dot(k, q) * scale
+        s = tl.where(i[:, None] < seen[None, :], s, float("-inf"))
+        new = tl.maximum(top, tl.max(s, 0))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.exp2(s - safe[None, :])
+        old = tl.exp2(top - safe)
+        out = tl.dot(tl.trans(v), p.to(OWN).to(DOT), out * old[None, :])
+        total = total * old + tl.sum(p, 0)
+        top = new
+    line = pid.to(tl.int64) * splits + split
+    tl.store(part_ptr + (line * BR + r[None, :]) * D + d[:, None], out, mask=live[None, :] & (d >= 0)[:, None])
+    tl.store(stat_ptr + line * 2 * BR + r, top)
+    tl.store(stat_ptr + (line * 2 + 1) * BR + r, total)
+
+
+@triton.jit(do_not_specialize=["tokens", "per_split", "page_splits", "dense_splits", "n", "key_fields"])
+def _score_kernel(
+    q_ptr, pages_ptr, counts_ptr, basis_ptr, keys_ptr, order_k_ptr, dense_k_ptr, dense_v_ptr, seen_ptr,
+    near_ptr, sorted_ptr, far_ptr, mass_ptr, tops_ptr, dense_part_ptr, dense_stat_ptr,
+    queries, scale, page_bytes, row_bytes, n, tokens, per_split, page_splits, dense_splits, key_fields,
+    stride_qb, stride_qh, stride_qq, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, LIVE: tl.constexpr,
+    BD: tl.constexpr, STRETCH: tl.constexpr, K_WIDE: tl.constexpr, ALIGN: tl.constexpr, K_CODES: tl.constexpr,
+    K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of the tokens of some pages, relative to each page's maximum; or all of a stretch of dense tokens.
+
+    mass float16 [B, H, N, T, LIVE], tops float32 [B, H, N, 2, BR] a page's maximum and sum, far float32 [B, H, N,
+    V_MOST, BR] mass times the basis. Written and read by one program alone: near float32 [B, H, page splits, pages a
+    split, K_MOST, BR], q times K's states; sorted [B, H, page splits, D, BR], q by K's order."""
+    pid, split = tl.program_id(0), tl.program_id(1)
+    b, h = pid // H, pid % H
+    r, d = tl.arange(0, BR), tl.arange(0, D)
+    live = r < G * queries
+    q_row = q_ptr + b.to(tl.int64) * stride_qb + (h * G + r // queries) * stride_qh + r % queries * stride_qq
+    if split >= page_splits:
+        _dense(
+            q_row, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr, pid, split - page_splits,
+            dense_splits, queries, scale, tokens, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+            H, D, BR, BD, STRETCH, OWN, DOT,
+        )  # fmt: skip
+    else:
+        # token i of a page where `_product` puts it
+        token = tl.arange(0, T) % (T // 2) * 2 + tl.arange(0, T) // (T // 2)
+        keys, order = keys_ptr + h * key_fields, order_k_ptr + h * D
+        base = pages_ptr + b.to(tl.int64) * row_bytes
+        first_page = split * per_split
+        end_page = tl.minimum(first_page + per_split, tl.load(counts_ptr + b))
+        place = pid.to(tl.int64) * page_splits + split
+        k_states = tl.load(keys)
+        near = near_ptr + place * per_split * (K_MOST * BR)
+        sorted_q = sorted_ptr + place * (D * BR)
+        if K_CODES:
+            every = live[None, :] & (d >= 0)[:, None]
+            mine = tl.load(q_row[None, :] + tl.load(order + d)[:, None], mask=every, other=0.0)
+            tl.store(sorted_q + d[:, None] * BR + r[None, :], mine)
+            tl.debug_barrier()
+        if K_MOST > 0:
+            if k_states > 0:
+                _near(
+                    near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
+                    D, BR, K_MOST, K_EIGHT, OWN, DOT,
+                )  # fmt: skip
+        if K_WIDE > 0:
+            k_wide, k_data = tl.multiple_of(tl.load(keys + 5), ALIGN), tl.multiple_of(tl.load(keys + 6), 16)
+            cell = tl.arange(0, K_WIDE)
+            cells = tl.load(order + tl.load(keys + 7) + cell, mask=cell < k_wide, other=0)
+            ours = (cell < k_wide)[:, None] & live[None, :]
+            q_wide = tl.load(q_row[None, :] + cells[:, None], mask=ours, other=0.0).to(DOT)
+        page = base + first_page.to(tl.int64) * page_bytes
+        line = pid.to(tl.int64) * n + first_page
+        for _ in range(first_page, end_page):
+            s = tl.zeros([T, BR], tl.float32)
+            if K_WIDE > 0:
+                own = (page + k_data).to(tl.pointer_type(OWN))
+                k_held = (cell < k_wide)[None, :] & (token >= 0)[:, None]
+                k_own = tl.load(own + token[:, None] * k_wide + cell[None, :], mask=k_held, other=0.0)
+                s = tl.dot(k_own.to(DOT), q_wide, s)
+            if K_MOST > 0:
+                for m in tl.static_range(K_MOST):
+                    a = tl.load(near + m * BR + r, mask=r * 0 + k_states > m, other=0.0)
+                    s += tl.load(basis_ptr + m * T + token)[:, None] * a[None, :]
+                near += K_MOST * BR
+            if K_CODES:
+                level = tl.zeros([CHUNK, BR], tl.float32)
+                piece = keys + K_TABLE
+                s = _rescale(s, 0, 8)
+                s, level, piece = _score(s, level, piece, tl.load(keys + 8), page, sorted_q, 8, T, BR, STAGES)
+                s = _rescale(s, 8, 4)
+                s, level, piece = _score(s, level, piece, tl.load(keys + 9), page, sorted_q, 4, T, BR, STAGES)
+                s = _rescale(s, 4, 2)
+                s, level, piece = _score(s, level, piece, tl.load(keys + 10), page, sorted_q, 2, T, BR, STAGES)
+                s = _rescale(s, 2, 1)
+                s, level, piece = _score(s, level, piece, tl.load(keys + 11), page, sorted_q, 1, T, BR, STAGES)
+                s = _rescale(s, 1, 0) + tl.sum(level, 0)[None, :]
+            s = s * scale
+            top = tl.max(s, 0)
+            p = tl.exp2(s - top[None, :])
+            tl.store(tops_ptr + line * 2 * BR + r, top)
+            tl.store(tops_ptr + (line * 2 + 1) * BR + r, tl.sum(p, 0))
+            at = mass_ptr + (line * T + token[:, None]) * LIVE + r[None, :]
+            tl.store(at, p.to(tl.float16), mask=(token >= 0)[:, None] & (r < LIVE)[None, :])
+            if V_MOST > 0:
+                for m in tl.static_range(V_MOST):
+                    far = tl.sum(p * tl.load(basis_ptr + m * T + token)[:, None], 0)
+                    tl.store(far_ptr + (line * V_MOST + m) * BR + r, far)
+            page += page_bytes
+            line += 1
+
+
+@triton.jit
+def _mix(
+    mass, tops, peak, page, count, page_bytes, v_data, v_scales, v_zeros,
+    BITS: tl.constexpr, ABOVE: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, LIVE: tl.constexpr,
+    GROUPS: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Probabilities times V's codes of `count` pages: float32 [D, BR], rows in the order of `_product`.
+
+    Codes are planes of BITS and, above it, of ABOVE bits (0: none).
+    """
+    i, r, d = tl.arange(0, BT), tl.arange(0, BR), tl.arange(0, D)
+    STRIDE: tl.constexpr = D * (BITS + ABOVE) // 16
+    out = tl.zeros([D, BR], tl.float32)
+    high = tl.zeros([D, BR], tl.float32)
+    flat = tl.zeros([BT, BR], tl.float32)
+    for step in tl.range(0, count * (T // BT), num_stages=STAGES):
+        of, row = count * 0 + step // (T // BT), step % (T // BT) * BT + i
+        at = page + of.to(tl.int64) * page_bytes
+        p = tl.load(
+            mass + of * (T * LIVE) + row[:, None] * LIVE + r[None, :],
+            mask=(row >= 0)[:, None] & (r < LIVE)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        p = p * tl.exp2(tl.load(tops + of * (2 * BR) + r) - peak)[None, :]
+        scales = (at + v_scales).to(tl.pointer_type(tl.float16))
+        zeros = (at + tl.maximum(v_zeros, 0)).to(tl.pointer_type(tl.float16))
+        size = tl.load(scales + row * GROUPS).to(tl.float32)
+        words = (at + v_data).to(tl.pointer_type(tl.int16))
+        w = _words(words, row * STRIDE, row >= 0, BITS, D)  # last: it is waited for first
+        if ABOVE > 0:
+            w_high = _words(words + D * BITS // 16, row * STRIDE, row >= 0, ABOVE, D)
+        for g in tl.static_range(GROUPS):
+            if g > 0:
+                size = tl.load(scales + row * GROUPS + g).to(tl.float32)
+            zero = tl.load(zeros + row * GROUPS + g, mask=row * 0 + v_zeros >= 0, other=0.0).to(tl.float32)
+            zero = tl.where(v_zeros >= 0, zero, size * (((1 << (BITS + ABOVE)) - 1) * -0.5))
+            x = (p * size[:, None]).to(tl.float16)
+            if GROUPS == 1:
+                flat += p * zero[:, None]
+                out = _product(w, x, out, BITS, D)
+                if ABOVE > 0:
+                    high = _product(w_high, x, high, ABOVE, D)
+            else:  # rows whose channel belongs to this scale
+                more = _rescale(_product(w, x, tl.zeros([D, BR], tl.float32), BITS, D), BITS, 0)
+                if ABOVE > 0:
+                    upper = _product(w_high, x, tl.zeros([D, BR], tl.float32), ABOVE, D)
+                    more += _rescale(upper, ABOVE, 0) * (1 << BITS)
+                more += tl.sum(p * zero[:, None], 0)[None, :]
+                out += tl.where((d % (D // 2) * 2 // (D // GROUPS) == g)[:, None], more, 0.0)
+    if GROUPS == 1:
+        out = _rescale(out, BITS, 0) + tl.sum(flat, 0)[None, :]
+        if ABOVE > 0:
+            out += _rescale(high, ABOVE, 0) * (1 << BITS)
+    return out
+
+
+@triton.jit(do_not_specialize=["per_split", "splits", "n"])
+def _mix_kernel(
+    pages_ptr, counts_ptr, values_ptr, far_ptr, mass_ptr, tops_ptr, part_ptr, stat_ptr,
+    queries, page_bytes, row_bytes, n, per_split, splits,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, LIVE: tl.constexpr,
+    BT: tl.constexpr, V_WIDE: tl.constexpr, ALIGN: tl.constexpr, GROUPS: tl.constexpr, V_CODES: tl.constexpr,
+    V_MOST: tl.constexpr, V_EIGHT: tl.constexpr, SETS: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """What `_score_kernel` found times V of some pages: part float32 [B, H, splits, BR, SETS], unnormalised (codes D,
+    values V_WIDE, states D), stat float32 [B, H, splits, 2, BR] maximum and sum."""
+    pid, split = tl.program_id(0), tl.program_id(1)
+    b, h = pid // H, pid % H
+    r, d = tl.arange(0, BR), tl.arange(0, D)
+    live = r < G * queries
+    values = values_ptr + h * VALUE_FIELDS
+    kind, channels, v_data = tl.load(values + 5), tl.load(values + 6), tl.load(values + 7)
+    v_scales, v_zeros = tl.load(values + 8), tl.load(values + 9)
+    base = pages_ptr + b.to(tl.int64) * row_bytes
+    first_page = split * per_split
+    end_page = tl.minimum(first_page + per_split, tl.load(counts_ptr + b))
+    count = tl.maximum(end_page - first_page, 0)
+    line = pid.to(tl.int64) * n + first_page
+    mass, tops = mass_ptr + line * (T * LIVE), tops_ptr + line * (2 * BR)
+    page = base + first_page.to(tl.int64) * page_bytes
+    i = tl.arange(0, 16)
+    peak = tl.full([BR], float("-inf"), tl.float32)
+    for start in range(0, count, 16):
+        held = (start + i < count)[:, None] & (r >= 0)[None, :]
+        then = tl.load(tops + (start + i)[:, None] * (2 * BR) + r[None, :], mask=held, other=float("-inf"))
+        peak = tl.maximum(peak, tl.max(then, 0))
+    total = tl.zeros([BR], tl.float32)
+    for start in range(0, count, 16):
+        held = (start + i < count)[:, None] & (r >= 0)[None, :]
+        at = tops + (start + i)[:, None] * (2 * BR) + r[None, :]
+        w = tl.exp2(tl.load(at, mask=held, other=float("-inf")) - peak[None, :])
+        total += tl.sum(tl.load(at + BR, mask=held, other=0.0) * w, 0)
+    part = part_ptr + ((pid.to(tl.int64) * splits + split) * BR + r[None, :]) * SETS
+    store = live[None, :] & (d >= 0)[:, None]
+    if V_CODES:
+        at = tl.multiple_of(v_data, D // 8)
+        if kind == 8:
+            out = _mix(
+                mass, tops, peak, page, count, page_bytes, at, v_scales, v_zeros,
+                8, 0, T, D, BR, LIVE, GROUPS, BT // 2, STAGES,
+            )  # fmt: skip
+        elif kind == 4:
+            out = _mix(
+                mass, tops, peak, page, count, page_bytes, at, v_scales, v_zeros,
+                4, 0, T, D, BR, LIVE, GROUPS, BT, STAGES,
+            )  # fmt: skip
+        elif kind == 3:
+            out = _mix(
+                mass, tops, peak, page, count, page_bytes, at, v_scales, v_zeros,
+                2, 1, T, D, BR, LIVE, GROUPS, BT, STAGES,
+            )  # fmt: skip
+        elif kind == 2:
+            out = _mix(
+                mass, tops, peak, page, count, page_bytes, at, v_scales, v_zeros,
+                2, 0, T, D, BR, LIVE, GROUPS, BT, STAGES,
+            )  # fmt: skip
+        elif kind == 1:
+            out = _mix(
+                mass, tops, peak, page, count, page_bytes, at, v_scales, v_zeros,
+                1, 0, T, D, BR, LIVE, GROUPS, BT, STAGES,
+            )  # fmt: skip
+        else:
+            out = tl.zeros([D, BR], tl.float32)
+        tl.store(part + d[:, None], out, mask=store)
+    if V_WIDE > 0:
+        wide = tl.multiple_of(tl.where(kind == 16, channels, 0), ALIGN)
+        t, c = tl.arange(0, BT), tl.arange(0, V_WIDE)
+        wide_out = tl.zeros([V_WIDE, BR], tl.float32)
+        for step in range(0, count * (T // BT)):
+            of, row = first_page * 0 + step // (T // BT), step % (T // BT) * BT + t
+            own = (page + of.to(tl.int64) * page_bytes + tl.multiple_of(v_data, 16)).to(tl.pointer_type(OWN))
+            held = (c < wide)[None, :] & (row >= 0)[:, None]
+            v = tl.load(own + row[:, None] * wide + c[None, :], mask=held, other=0.0)
+            at = mass + of * (T * LIVE) + row[:, None] * LIVE + r[None, :]
+            p = tl.load(at, mask=(row >= 0)[:, None] & (r < LIVE)[None, :], other=0.0).to(tl.float32)
+            p = p * tl.exp2(tl.load(tops + of * (2 * BR) + r) - peak)[None, :]
+            wide_out = tl.dot(tl.trans(v.to(DOT)), p.to(OWN).to(DOT), wide_out)
+        tl.store(part + V_CODES * D + c[:, None], wide_out, mask=live[None, :] & (c >= 0)[:, None])
+    if V_MOST > 0:
+        far = far_ptr + line * (V_MOST * BR)
+        _far(
+            part + (V_CODES * D + V_WIDE), far, tops, peak, base, first_page, end_page, page_bytes, values, live,
+            D, BR, V_MOST, 1, 2 * BR, V_EIGHT, OWN, DOT,
+        )  # fmt: skip
+    stat = stat_ptr + (pid.to(tl.int64) * splits + split) * 2 * BR + r
+    tl.store(stat, peak)
+    tl.store(stat + BR, total)
+
+
+@triton.jit(do_not_specialize=["tokens", "per_split", "page_splits", "dense_splits", "key_fields"])
+def _attend_kernel(
+    q_ptr, pages_ptr, counts_ptr, basis_ptr, keys_ptr, values_ptr, order_k_ptr, dense_k_ptr, dense_v_ptr, seen_ptr,
+    near_ptr, far_ptr, tops_ptr, part_ptr, stat_ptr, dense_part_ptr, dense_stat_ptr,
+    queries, scale, page_bytes, row_bytes, tokens, per_split, page_splits, dense_splits, key_fields,
+    stride_qb, stride_qh, stride_qq, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
+    BD: tl.constexpr, STRETCH: tl.constexpr, K_WIDE: tl.constexpr, V_WIDE: tl.constexpr, ALIGN: tl.constexpr,
+    K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, V_EIGHT: tl.constexpr, SETS: tl.constexpr,
+    STAGES: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Both in one where there are no codes: part and stat as `_mix_kernel` makes them."""
+    pid, split = tl.program_id(0), tl.program_id(1)
+    b, h = pid // H, pid % H
+    r, t = tl.arange(0, BR), tl.arange(0, BT)
+    live = r < G * queries
+    q_row = q_ptr + b.to(tl.int64) * stride_qb + (h * G + r // queries) * stride_qh + r % queries * stride_qq
+    if split >= page_splits:
+        _dense(
+            q_row, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr, pid, split - page_splits,
+            dense_splits, queries, scale, tokens, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+            H, D, BR, BD, STRETCH, OWN, DOT,
+        )  # fmt: skip
+    else:
+        PARTS: tl.constexpr = T // BT
+        keys, values, order = keys_ptr + h * key_fields, values_ptr + h * VALUE_FIELDS, order_k_ptr + h * D
+        base = pages_ptr + b.to(tl.int64) * row_bytes
+        first_page = split * per_split
+        end_page = tl.minimum(first_page + per_split, tl.load(counts_ptr + b))
+        place = pid.to(tl.int64) * page_splits + split
+        near = near_ptr + place * per_split * (K_MOST * BR)
+        far = far_ptr + place * per_split * (PARTS * V_MOST * BR)
+        tops = tops_ptr + place * per_split * (PARTS * BR)
+        k_states = tl.load(keys)
+        if K_MOST > 0:
+            if k_states > 0:
+                _near(
+                    near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
+                    D, BR, K_MOST, K_EIGHT, OWN, DOT,
+                )  # fmt: skip
+        if K_WIDE > 0:
+            k_wide, k_data = tl.multiple_of(tl.load(keys + 5), ALIGN), tl.multiple_of(tl.load(keys + 6), 16)
+            cell = tl.arange(0, K_WIDE)
+            cells = tl.load(order + tl.load(keys + 7) + cell, mask=cell < k_wide, other=0)
+            ours = (cell < k_wide)[:, None] & live[None, :]
+            q_wide = tl.load(q_row[None, :] + cells[:, None], mask=ours, other=0.0).to(DOT)
+        if V_WIDE > 0:
+            c = tl.arange(0, V_WIDE)
+            v_wide, v_data = tl.multiple_of(tl.load(values + 6), ALIGN), tl.multiple_of(tl.load(values + 7), 16)
+            out = tl.zeros([V_WIDE, BR], tl.float32)
+        top = tl.full([BR], float("-inf"), tl.float32)
+        total = tl.zeros([BR], tl.float32)
+        for step in tl.range(0, (end_page - first_page) * PARTS, num_stages=STAGES):
+            of, row = first_page * 0 + step // PARTS, step % PARTS * BT + t
+            page = base + (first_page + of).to(tl.int64) * page_bytes
+            s = tl.zeros([BT, BR], tl.float32)
+            if K_WIDE > 0:
+                own = (page + k_data).to(tl.pointer_type(OWN))
+                k_held = (cell < k_wide)[None, :] & (row >= 0)[:, None]
+                k = tl.load(own + row[:, None] * k_wide + cell[None, :], mask=k_held, other=0.0)
+                s = tl.dot(k.to(DOT), q_wide, s)
+            if K_MOST > 0:
+                for m in tl.static_range(K_MOST):
+                    a = tl.load(near + (of * K_MOST + m) * BR + r, mask=r * 0 + k_states > m, other=0.0)
+                    s += tl.load(basis_ptr + m * T + row)[:, None] * a[None, :]
+            s = s * scale
+            new = tl.maximum(top, tl.max(s, 0))
+            p = tl.exp2(s - new[None, :])
+            old = tl.exp2(top - new)
+            total = total * old + tl.sum(p, 0)
+            top = new
+            if V_MOST > 0:
+                tl.store(tops + step * BR + r, new)
+                for m in tl.static_range(V_MOST):
+                    mixed = tl.sum(p * tl.load(basis_ptr + m * T + row)[:, None], 0)
+                    tl.store(far + (step * V_MOST + m) * BR + r, mixed)
+            if V_WIDE > 0:
+                own = (page + v_data).to(tl.pointer_type(OWN))
+                v_held = (c < v_wide)[None, :] & (row >= 0)[:, None]
+                v = tl.load(own + row[:, None] * v_wide + c[None, :], mask=v_held, other=0.0)
+                out = tl.dot(tl.trans(v.to(DOT)), p.to(OWN).to(DOT), out * old[None, :])
+        part = part_ptr + (place * BR + r[None, :]) * SETS
+        if V_WIDE > 0:
+            tl.store(part + c[:, None], out, mask=live[None, :] & (c >= 0)[:, None])
+        if V_MOST > 0:
+            tl.debug_barrier()
+            _far(
+                part + V_WIDE, far, tops, top, base, first_page, end_page, page_bytes, values, live,
+                D, BR, V_MOST, PARTS, BR, V_EIGHT, OWN, DOT,
+            )  # fmt: skip
+        tl.store(stat_ptr + place * 2 * BR + r, top)
+        tl.store(stat_ptr + (place * 2 + 1) * BR + r, total)
+
+
+@triton.jit(do_not_specialize=["splits", "groups"])
+def _merge_kernel(
+    part_ptr, stat_ptr, to_part_ptr, to_stat_ptr, splits, groups,
+    BR: tl.constexpr, SETS: tl.constexpr, COLUMNS: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
+    """BS splits of one query row made one, so that `_combine_kernel` has few."""
+    pid, r, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i, c = tl.arange(0, BS), tl.arange(0, COLUMNS)
+    ok = group * BS + i < splits
+    line = pid.to(tl.int64) * splits + group * BS + i
+    tops = tl.load(stat_ptr + line * 2 * BR + r, mask=ok, other=float("-inf"))
+    top = tl.max(tops, 0)
+    w = tl.exp2(tops - tl.where(top == float("-inf"), 0.0, top))
+    total = tl.sum(w * tl.load(stat_ptr + (line * 2 + 1) * BR + r, mask=ok, other=0.0), 0)
+    # a split without tokens has written nothing to rely on, and a head not all columns: those are not read later
+    held = (ok & (w > 0))[:, None] & (c < SETS)[None, :]
+    part = tl.load(part_ptr + (line * BR + r)[:, None] * SETS + c[None, :], mask=held, other=0.0)
+    to = pid.to(tl.int64) * groups + group
+    tl.store(to_part_ptr + (to * BR + r) * SETS + c, tl.sum(part * w[:, None], 0), mask=c < SETS)
+    tl.store(to_stat_ptr + to * 2 * BR + r, top)
+    tl.store(to_stat_ptr + (to * 2 + 1) * BR + r, total)
+
+
+@triton.jit(do_not_specialize=["splits", "dense_splits"])
 def _combine_kernel(
-    part_ptr, stat_ptr, out_ptr, values_ptr, order_v_ptr, turn_ptr, queries, page_splits, splits,
+    part_ptr, stat_ptr, dense_part_ptr, dense_stat_ptr, out_ptr, values_ptr, order_v_ptr, turn_ptr,
+    queries, splits, dense_splits,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V_WIDE: tl.constexpr, BR: tl.constexpr, SETS: tl.constexpr,
-    BS: tl.constexpr, V_CODES: tl.constexpr, V_MOST: tl.constexpr,
+    BS: tl.constexpr, V_CODES: tl.constexpr, V_MOST: tl.constexpr, ROOT: tl.constexpr,
 ):  # fmt: skip
     """Splits weighed and added for one query row; out [B, H * G, queries, D], contiguous."""
     pid, r = tl.program_id(0), tl.program_id(1)
     b, h = pid // H, pid % H
-    d = tl.arange(0, D)
-    i = tl.arange(0, BS)
+    d, i = tl.arange(0, D), tl.arange(0, BS)
     values = values_ptr + h * VALUE_FIELDS
     width, first = tl.load(values + 1), tl.load(values + 2)
     channels, turned = tl.load(values + 6), tl.load(values + 10)
     order = tl.load(order_v_ptr + h * D + d)
-    top = tl.full([BS], float("-inf"), tl.float32)
-    base = pid.to(tl.int64) * splits
+    stat_ptr += pid.to(tl.int64) * splits * (2 * BR) + r
+    dense_stat_ptr += pid.to(tl.int64) * dense_splits * (2 * BR) + r
+    part_ptr += (pid.to(tl.int64) * splits * BR + r) * SETS
+    dense_part_ptr += (pid.to(tl.int64) * dense_splits * BR + r) * D
+    tops = tl.full([BS], float("-inf"), tl.float32)
     for start in range(0, splits, BS):
-        ok = start + i < splits
-        top = tl.maximum(top, tl.load(stat_ptr + (base + start + i) * 2 * BR + r, mask=ok, other=float("-inf")))
-    peak = tl.max(top, 0)
-    peak = tl.where(peak == float("-inf"), 0.0, peak)
+        at = stat_ptr + (start + i) * (2 * BR)
+        tops = tl.maximum(tops, tl.load(at, mask=start + i < splits, other=float("-inf")))
+    for start in range(0, dense_splits, BS):
+        at = dense_stat_ptr + (start + i) * (2 * BR)
+        tops = tl.maximum(tops, tl.load(at, mask=start + i < dense_splits, other=float("-inf")))
+    top = tl.max(tops, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([BS], tl.float32)
-    stored, codes = tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
+    stored, codes = tl.zeros([BS, D], tl.float32), tl.zeros([BS, D], tl.float32)
     for start in range(0, splits, BS):
         ok = start + i < splits
-        stat = stat_ptr + (base + start + i) * 2 * BR + r
-        w = tl.exp2(tl.load(stat, mask=ok, other=float("-inf")) - peak)
-        total += w * tl.load(stat + BR, mask=ok, other=0.0)
-        row = part_ptr + ((base + start + i) * BR + r)[:, None] * SETS
-        ok = ok & (w > 0)  # a split without tokens has written nothing to rely on
-        paged = (ok & (start + i < page_splits))[:, None]
-        dense = (ok & (start + i >= page_splits))[:, None]
-        stored += tl.sum(w[:, None] * tl.load(row + order[None, :], mask=dense & (d >= 0)[None, :], other=0.0), 0)
+        at = stat_ptr + (start + i) * (2 * BR)
+        w = tl.exp2(tl.load(at, mask=ok, other=float("-inf")) - top)
+        total += w * tl.load(at + BR, mask=ok, other=0.0)
+        row = part_ptr + (start + i)[:, None] * (BR * SETS)
+        ok = (ok & (w > 0))[:, None]  # a split without tokens has written nothing to rely on
+        w = w[:, None]
         if V_CODES:
             at = d % 2 * (D // 2) + d // 2  # where `_product` puts column d
-            codes += tl.sum(w[:, None] * tl.load(row + at[None, :], mask=paged & (d >= 0)[None, :], other=0.0), 0)
+            codes += w * tl.load(row + at[None, :], mask=ok & (d >= 0)[None, :], other=0.0)
         if V_WIDE > 0:
-            ours = paged & (d < tl.minimum(channels, V_WIDE))[None, :]
-            stored += tl.sum(w[:, None] * tl.load(row + V_CODES * D + d[None, :], mask=ours, other=0.0), 0)
+            ours = ok & (d < tl.minimum(channels, V_WIDE))[None, :]
+            stored += w * tl.load(row + V_CODES * D + d[None, :], mask=ours, other=0.0)
         if V_MOST > 0:
-            ours = paged & ((d >= first) & (d < first + width))[None, :]
+            ours = ok & ((d >= first) & (d < first + width))[None, :]
             smooth = row + (V_CODES * D + V_WIDE) + (d - first)[None, :]
-            stored += tl.sum(w[:, None] * tl.load(smooth, mask=ours, other=0.0), 0)
-    if turned > 0:
-        turn = tl.load(turn_ptr + d[:, None] * D + d[None, :])  # out[c] = sum over j of codes[j] turn[c, j]
-        stored += tl.sum(turn * codes[None, :], 1)
-    else:
-        stored += codes
+            stored += w * tl.load(smooth, mask=ours, other=0.0)
+    for start in range(0, dense_splits, BS):
+        ok = start + i < dense_splits
+        at = dense_stat_ptr + (start + i) * (2 * BR)
+        w = tl.exp2(tl.load(at, mask=ok, other=float("-inf")) - top)
+        total += w * tl.load(at + BR, mask=ok, other=0.0)
+        row = dense_part_ptr + (start + i)[:, None] * (BR * D)
+        ok = (ok & (w > 0))[:, None] & (d >= 0)[None, :]
+        stored += w[:, None] * tl.load(row + order[None, :], mask=ok, other=0.0)
+    out = tl.sum(stored, 0)
+    if V_CODES:
+        mixed = tl.sum(codes, 0)
+        if turned > 0:
+            turn = tl.load(turn_ptr + d[:, None] * D + d[None, :])  # out[c] = sum over j of codes[j] turn[c, j]
+            out += tl.sum(turn.to(tl.float32) * mixed[None, :], 1) * ROOT
+        else:
+            out += mixed
     mass = tl.sum(total, 0)
-    stored = stored / tl.where(mass > 0, mass, 1.0)
+    out = out / tl.where(mass > 0, mass, 1.0)
     to = out_ptr + ((b * H * G + h * G + r // queries).to(tl.int64) * queries + r % queries) * D
-    tl.store(to + order, stored)
+    tl.store(to + order, out)
 
 
 def _warps(rows: int, dim: int, traits: dict[str, int | bool]) -> int:
@@ -576,7 +861,7 @@ def attend(
     q [B, Hq, Q, D] with Hq / H * Q at most `ROWS`. k, v [B, H, L, D]: the dense tokens, of which query i of row b sees
     the first seen[b, i] (int32 [B, Q]). scaling multiplies the scores. A query that sees nothing gets zeros.
     """
-    layout = plan.layout
+    layout, traits = plan.layout, plan.traits
     batch, heads, queries, dim = q.shape
     group = heads // layout.heads
     rows = max(8, triton.next_power_of_2(group * queries))
@@ -584,29 +869,74 @@ def attend(
         raise ValueError(f"{group * queries} query rows a KV head; this kernel takes {ROWS}")
     if q.stride(-1) != 1:
         q = q.contiguous()
-    n, pairs, traits = pages.shape[1], batch * layout.heads, plan.traits
+    n, pairs, segment = pages.shape[1], batch * layout.heads, layout.segment
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     per_split = max(1, n * pairs // (TARGET * processors))
-    page_splits = -(-n // per_split)
-    splits = page_splits + -(-k.shape[2] // STRETCH)
-    sets = max(dim, dim * traits["V_CODES"] + traits["V_WIDE"] + dim * (traits["V_MOST"] > 0))
+    page_splits, dense_splits = -(-n // per_split), -(-k.shape[2] // STRETCH)
+    k_most, v_most, wide = traits["K_MOST"], traits["V_MOST"], traits["V_WIDE"]
+    coded = traits["K_CODES"] or traits["V_CODES"]
+    step = min(segment, BLOCK)  # tokens of a step where there are no codes
+    sets = max(1, dim * traits["V_CODES"] + wide + dim * (v_most > 0))
 
-    def scratch(*shape: int) -> torch.Tensor:
-        return torch.empty(pairs, *shape, dtype=torch.float32, device=q.device)
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(pairs, *shape, dtype=dtype, device=q.device)
 
-    part, stat = scratch(splits, rows, sets), scratch(splits, 2, rows)
-    near = scratch(page_splits * per_split * traits["K_MOST"] * rows)
+    dense_part, dense_stat = scratch(dense_splits, rows, dim), scratch(dense_splits, 2, rows)
+    near = scratch(page_splits * per_split, k_most, rows)
     out = torch.empty(batch, heads, queries, dim, dtype=q.dtype, device=q.device)
-    shape = dict(H=layout.heads, G=group, D=dim, BR=rows, SETS=sets)
-    _spectral_kernel[(pairs, splits)](
-        q, pages, counts, basis, plan.keys, plan.values, plan.order_k, k, v, seen, near, part, stat,
-        queries, scaling * 1.4426950408889634, layout.page_bytes, pages.stride(0), k.shape[2], per_split, page_splits,
-        splits, plan.keys.shape[1], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        T=layout.segment, BD=DENSE_STEP, STRETCH=STRETCH, OWN=_OWN[q.dtype], DOT=_DOT[q.dtype], **shape, **traits,
-        num_warps=_warps(rows, dim, traits), num_stages=STAGES,
-    )  # fmt: skip
+    shape = dict(H=layout.heads, G=group, D=dim, BR=rows)
+    kinds = dict(OWN=_OWN[q.dtype], DOT=_DOT[q.dtype], num_warps=_warps(rows, dim, traits), num_stages=1, **EXTRA)
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    dense = dict(BD=DENSE_STEP, STRETCH=STRETCH)
+    bytes_of = (layout.page_bytes, pages.stride(0))
+    scale = scaling * 1.4426950408889634
+
+    def traited(*names: str) -> dict[str, int | bool]:
+        return {name: traits[name] for name in names}
+
+    if coded:
+        live = triton.next_power_of_2(group * queries)
+        far, tops = scratch(n, v_most, rows), scratch(n, 2, rows)
+        mass = scratch(n, segment, live, dtype=torch.float16)
+        ordered = scratch(page_splits * traits["K_CODES"], dim, rows, dtype=q.dtype)
+        _score_kernel[(pairs, page_splits + dense_splits)](
+            q, pages, counts, basis, plan.keys, plan.order_k, k, v, seen,
+            near, ordered, far, mass, tops, dense_part, dense_stat,
+            queries, scale, *bytes_of, n, k.shape[2], per_split, page_splits, dense_splits, plan.keys.shape[1], *strides,
+            T=segment, LIVE=live, STAGES=SCORE_STAGES, **shape, **dense, **kinds,
+            **traited("K_WIDE", "ALIGN", "K_CODES", "K_MOST", "V_MOST", "K_EIGHT"),
+        )  # fmt: skip
+        per_split = min(n, max(per_split, LEAST)) or 1
+        page_splits = -(-n // per_split)
+        part, stat = scratch(page_splits, rows, sets), scratch(page_splits, 2, rows)
+        if n:
+            _mix_kernel[(pairs, page_splits)](
+                pages, counts, plan.values, far, mass, tops, part, stat, queries, *bytes_of, n, per_split, page_splits,
+                T=segment, LIVE=live, BT=MIX_STEP, SETS=sets, STAGES=MIX_STAGES, **shape, **kinds,
+                **traited("V_WIDE", "ALIGN", "GROUPS", "V_CODES", "V_MOST", "V_EIGHT"),
+            )  # fmt: skip
+    else:
+        parts = segment // step
+        part, stat = scratch(page_splits, rows, sets), scratch(page_splits, 2, rows)
+        far, tops = scratch(page_splits * per_split, parts, v_most, rows), scratch(page_splits * per_split, parts, rows)
+        _attend_kernel[(pairs, page_splits + dense_splits)](
+            q, pages, counts, basis, plan.keys, plan.values, plan.order_k, k, v, seen,
+            near, far, tops, part, stat, dense_part, dense_stat,
+            queries, scale, *bytes_of, k.shape[2], per_split, page_splits, dense_splits, plan.keys.shape[1], *strides,
+            T=segment, BT=step, SETS=sets, STAGES=STAGES, **shape, **dense, **kinds,
+            **traited("K_WIDE", "V_WIDE", "ALIGN", "K_MOST", "V_MOST", "K_EIGHT", "V_EIGHT"),
+        )  # fmt: skip
+    if page_splits > 2 * MERGE:
+        groups = -(-page_splits // MERGE)
+        many = (part, stat)
+        part, stat = scratch(groups, rows, sets), scratch(groups, 2, rows)
+        _merge_kernel[(pairs, group * queries, groups)](
+            *many, part, stat, page_splits, groups,
+            BR=rows, SETS=sets, COLUMNS=triton.next_power_of_2(sets), BS=MERGE, num_warps=4,
+        )  # fmt: skip
+        page_splits = groups
     _combine_kernel[(pairs, group * queries)](
-        part, stat, out, plan.values, plan.order_v, plan.turn, queries, page_splits, splits,
-        BS=16, V_WIDE=traits["V_WIDE"], V_CODES=traits["V_CODES"], V_MOST=traits["V_MOST"], **shape, num_warps=4,
+        part, stat, dense_part, dense_stat, out, plan.values, plan.order_v, plan.turn, queries, page_splits, dense_splits,
+        SETS=sets, BS=16, V_WIDE=wide, V_CODES=traits["V_CODES"], V_MOST=v_most, ROOT=dim**-0.5, **shape, num_warps=4,
     )  # fmt: skip
     return out

@@ -42,7 +42,7 @@ def logits(model, monkeypatch, kernels, method="fourier", steps=(100, 3, 1, 1), 
 @pytest.mark.filterwarnings("ignore:no measurement of this model")
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("fourier", dict(budget=0.3, segment=16)), ("kivi", dict(bits=2, group=16))],
+    [("fourier", dict(budget=0.3, segment=32)), ("kivi", dict(bits=2, group=32))],
     ids=["fourier", "kivi"],
 )
 def test_triton_answers_as_the_reference_does(model, monkeypatch, method, options):
@@ -55,7 +55,7 @@ def test_triton_answers_as_the_reference_does(model, monkeypatch, method, option
 
 def test_an_unknown_name_is_refused(model, monkeypatch):
     with pytest.raises(ValueError, match="auto, reference, triton"):
-        logits(model, monkeypatch, "cuda", "kivi", bits=2, group=16)
+        logits(model, monkeypatch, "cuda", "kivi", bits=2, group=32)
 
 
 def test_triton_says_why_it_cannot(model, monkeypatch):

@@ -155,10 +155,11 @@ def test_strided_inputs(monkeypatch):
     ("k", "v", "segment", "dim", "dtype", "why"),
     [
         (Code(((OWN, 32),), 0), Code(((OWN, 32),), 0), 16, 32, torch.float32, "16 bits"),
+        (Code(((OWN, 8), (16, 8)), 1), Code((), 1), 32, 32, torch.float16, "more than one run"),
         (Code(((OWN, 32),), 0), Code(((OWN, 32),), 0), 24, 32, torch.float16, "powers of two"),
-        (Code(((2, 32),), 1, residual=True), Code((), 1), 16, 32, torch.float16, "along time"),
-        (Code((), 1), Code(((4, 8), (2, 8)), 1, axis="token"), 16, 32, torch.float16, "more than one run"),
-        (Code((), 1), Code(((2, 32),), 0), 16, 32, torch.float16, "across all channels"),
+        (Code(((2, 32),), 1, residual=True), Code((), 1), 32, 32, torch.float16, "along time"),
+        (Code((), 1), Code(((4, 8), (2, 8)), 1, axis="token"), 32, 32, torch.float16, "more than one run"),
+        (Code((), 1), Code(((2, 32),), 0), 32, 32, torch.float16, "across all channels"),
     ],
 )
 def test_says_what_it_cannot_read(k, v, segment, dim, dtype, why):

@@ -1,189 +1,40 @@
-"""Attend over sinks, pages, open segment and window in one pass on a GPU: the twin of reference.py, in Triton.
+"""Attend over sinks, pages, open segment and window on a GPU: the twin of reference.py, in Triton.
 
-A program takes one row of the batch, one KV head and a few pages, or a stretch of the dense tokens, as flash-decoding
-does: scores of a page, online softmax, its share of the output. Nothing is rebuilt: scales of K go into q, scales of V
-into p. States meet q before and p after, in kernels of their own that take many pages at once; the last one adds the
-parts up, undoes V's rotation once and brings channels home. docs/kernels.md has the figures.
+Nothing is rebuilt. States meet q before the softmax and p after it; scales of K go into q, scales of V into p, codes go
+to the tensor cores as they lie in memory, tokens (of K) or channels (of V) as rows, the few queries as columns. A
+program is one warp with one row of the batch, one KV head and some pages, or a stretch of the dense tokens:
 
-What a head stores is read from a table, so one compiled kernel serves all layers of a model whatever their plan.
+    codes       `_score_kernel`  probabilities of a page relative to its own maximum
+                `_mix_kernel`    these times V
+    none        `_attend_kernel` both in one, online
+    then        `_merge_kernel`  where there are many splits, `_combine_kernel`: adds up, undoes V's rotation once
+
+docs/kernels.md has the figures; tables.py says what a head stores.
 """
 
 from __future__ import annotations
-
-import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from longwave.ops.codes import BITS, PLANES, rotation
-from longwave.store.layout import Field, Group, Layout
+from longwave.ops.spectral import tables
+from longwave.ops.spectral.tables import Plan, fits, plan
+
+__all__ = ["ROWS", "attend", "fits", "plan"]
 
 ROWS = 64  # query rows (group x queries) up to which this is used: beyond, products dominate and the reference does
-VALUES = 16  # kind of a run of 16-bit values; codes are their number of bits
-WIDTHS = (8, 4, 2, 1)  # bits of a plane
-# K's table of a head: see `plan`; CHUNK channels of one plane a chunk, of PIECE numbers each
-CHUNK, K_TABLE, PIECE = tl.constexpr(32), tl.constexpr(12), tl.constexpr(4)
-VALUE_FIELDS = tl.constexpr(11)
+CHUNK, K_TABLE = tl.constexpr(tables.CHUNK), tl.constexpr(tables.K_TABLE)
+PIECE, VALUE_FIELDS = tl.constexpr(tables.PIECE), tl.constexpr(tables.VALUE_FIELDS)
 # the interpreter multiplies the bits of bfloat16, not the numbers
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _OWN = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _DOT = {kind: tl.float32 if INTERPRETED.value else own for kind, own in _OWN.items()}
-BLOCK = 64  # tokens of a step where there are no codes
-MIX_STEP = 32  # tokens of V's codes of a step
-LEAST = 4  # pages of a program that mixes
-MERGE = 16  # splits made one
+BLOCK, STAGES = 64, 3  # tokens of a step where there are no codes, and steps under way
+MIX_STEP = 32  # tokens of a step of V's codes
 STRETCH, DENSE_STEP = 64, 16  # dense tokens of a program, and of a step
-STAGES, SCORE_STAGES, MIX_STAGES = 3, 1, 1
-EXTRA = {}
 TARGET = 16  # programs a multiprocessor that splitting aims at
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """Where the kernel finds what.
-
-    keys int32 [H, numbers], values int32 [H, 11], order_k and order_v int32 [H, D], turn int8 [D, D]:
-        V's rotation times the square root of D, 1 and -1.
-    traits: compile-time facts of the layer. K_WIDE, V_WIDE: the most channels of a 16-bit run, rounded up to a power of
-        two; ALIGN: a divisor of all 16-bit runs' channels; GROUPS: scales of a token of V; whether there are
-        codes of K, codes of V; K_MOST, V_MOST: the most states; K_EIGHT, V_EIGHT: whether they are int8.
-    """
-
-    layout: Layout
-    keys: torch.Tensor
-    values: torch.Tensor
-    order_k: torch.Tensor
-    order_v: torch.Tensor
-    turn: torch.Tensor
-    traits: dict[str, int | bool]
-
-
-def _power(n: int) -> bool:
-    return n >= 16 and n & (n - 1) == 0
-
-
-def fits(layout: Layout) -> str | None:
-    """Why the kernel cannot read this layout, or None if it can."""
-    if layout.dtype not in (torch.float16, torch.bfloat16):
-        return f"the model computes in {layout.dtype}, not in 16 bits"
-    if not (_power(layout.dim) and 32 <= layout.dim <= 256 and _power(layout.segment) and 32 <= layout.segment <= 256):
-        return "head_dim (32 to 256) and segment (32 to 256) must be powers of two"
-    for group in layout.k:
-        code = group.code
-        if code.residual or any(b in BITS and code.axis != "time" for b, _ in code.runs):
-            return "K's codes must lie along time"
-        if sum(b not in BITS for b, _ in code.runs) > 1:
-            return "K has more than one run of 16-bit channels"
-    scales = set()
-    for group in layout.v:
-        code = group.code
-        if len(code.runs) > 1:
-            return "V has more than one run of channels"
-        for b, n in code.runs:
-            if b in BITS and (code.axis != "token" or n != layout.dim):
-                return "V's codes must lie across all channels of a token"
-            if b in BITS:
-                scales.add(n // (code.group or n))
-    if len(scales) > 1:
-        return "heads share V's scales differently"
-    for side in (layout.k, layout.v):
-        if len({g.gains is None for g in side if g.states is not None}) > 1:
-            return "some heads have states of 8 bits, some of 16"
-    return None
-
-
-def plan(layout: Layout) -> Plan:
-    """The tables of a layout that `fits`, on its device.
-
-    A row of `keys`: states, channels that have them, the first of these, byte of the states and of the gains; channels,
-    byte and first of the run of 16-bit values; how many chunks of 8, 4, 2 and 1 bits; the chunks. A chunk: byte
-    of the codes, byte of the scales, channels of the run, and together its channels (6 bits), what a code counts (3), its
-    first channel (9), words a channel.
-    A row of `values`: the same five; kind of its one run, channels, bytes of the values, scales and zeros (-1: none),
-    whether it is turned.
-    """
-    found = [[_keys(layout, g, i) for i in range(len(g.heads))] for g in layout.k]
-    most = max(len(row) for group in found for row in group)
-    keys = torch.zeros(layout.heads, most, dtype=torch.int32)
-    values = torch.zeros(layout.heads, VALUE_FIELDS.value, dtype=torch.int32)
-    order_k, order_v = torch.zeros(2, layout.heads, layout.dim, dtype=torch.int32)
-    for group, rows in zip(layout.k, found, strict=True):
-        for i, head in enumerate(group.heads.tolist()):
-            order_k[head] = group.order[i].cpu().int()
-            keys[head, : len(rows[i])] = torch.tensor(rows[i])
-    groups = 1
-    for group in layout.v:
-        for i, head in enumerate(group.heads.tolist()):
-            order_v[head] = group.order[i].cpu().int()
-            row = _smooth(group, i, layout.dim)
-            for (bits, n), held, scales in zip(group.code.runs, group.values, group.scales, strict=True):
-                zeros = -1
-                if scales is not None:
-                    groups = scales.shape[-1]
-                    zeros = _at(group, scales, i) + 2 * layout.segment * groups if group.code.zero else -1
-                kind = bits if bits in BITS else VALUES
-                row += [kind, n, _at(group, held, i), _at(group, scales, i), zeros, int(group.code.residual)]
-            values[head, : len(row)] = torch.tensor(row)
-    kept = [(side, bits, n) for side in "kv" for g in getattr(layout, side) for bits, n in g.code.runs]
-    whole = [(side, n) for side, bits, n in kept if bits not in BITS]
-
-    def wide(which: str) -> int:
-        n = max([n for side, n in whole if side == which], default=0)
-        return max(16, triton.next_power_of_2(n)) if n else 0
-
-    traits = dict(
-        K_WIDE=wide("k"),
-        V_WIDE=wide("v"),
-        ALIGN=math.gcd(8, *(n for _, n in whole)),
-        GROUPS=groups,
-        K_CODES=any(side == "k" and bits in BITS for side, bits, _ in kept),
-        V_CODES=any(side == "v" and bits in BITS for side, bits, _ in kept),
-        K_MOST=max([g.code.states for g in layout.k if g.states is not None], default=0),
-        V_MOST=max([g.code.states for g in layout.v if g.states is not None], default=0),
-        K_EIGHT=any(g.gains is not None for g in layout.k),
-        V_EIGHT=any(g.gains is not None for g in layout.v),
-    )
-    device = layout.k[0].heads.device
-    tables = (keys, values, order_k, order_v, (rotation(layout.dim) * layout.dim**0.5).round().to(torch.int8))
-    return Plan(layout, *(x.to(device) for x in tables), traits)
-
-
-def _at(group: Group, field: Field | None, i: int) -> int:
-    """Byte of a page where the part of a group's head i starts."""
-    return 0 if field is None else field.offset + i * field.nbytes // len(group.heads)
-
-
-def _keys(layout: Layout, group: Group, i: int) -> list[int]:
-    """The table's row for a group's head i of K."""
-    chunks: dict[int, list[int]] = {width: [] for width in WIDTHS}
-    values, first, step = [0, 0, 0], 0, CHUNK.value
-    for (bits, n), held, scales in zip(group.code.runs, group.values, group.scales, strict=True):
-        data = _at(group, held, i)
-        if bits not in BITS:
-            values = [n, data, first]
-        else:
-            stride, plane, below = layout.segment * bits // 8, data, 0
-            for width in PLANES[bits]:
-                for j in range(0, n, step):
-                    scale_at = _at(group, scales, i) + 2 * j
-                    rest = min(step, n - j) | 1 << below + 6 | first + j << 9 | stride // 2 << 18
-                    chunks[width] += [plane + j * stride, scale_at, n, rest]
-                plane += layout.segment * width // 8
-                below += width
-        first += n
-    counts = [len(chunks[width]) // PIECE.value for width in WIDTHS]
-    return [*_smooth(group, i, layout.dim), *values, *counts, *(x for width in WIDTHS for x in chunks[width])]
-
-
-def _smooth(group: Group, i: int, dim: int) -> list[int]:
-    """Of a group's head i: states, channels that have them, the first of these, byte of the states and of the gains."""
-    if group.states is None:
-        return [0, 0, 0, 0, 0]
-    code = group.code
-    first = 0 if code.residual else code.kept
-    return [code.states, code.smooth(dim), first, _at(group, group.states, i), _at(group, group.gains, i)]
+MERGE = 16  # splits made one
 
 
 @triton.jit
@@ -240,8 +91,8 @@ def _words(base, at, ok, BITS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _product(w, x, out, BITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out [COLUMNS, BR] plus packed rows of COLUMNS codes, transposed, times x float16 [rows, BR]; `out` counts as `_place`
-    says, since a code is taken where it lies.
+    """out [COLUMNS, BR] plus packed rows of COLUMNS codes, transposed, times x float16 [rows, BR]; `out`
+    counts as `_place` says, since a code is taken where it lies.
 
     w: their `_words`. Packing (ops/codes.py) puts code c into byte c mod (COLUMNS * BITS / 8), above the codes before
     it; a word is two bytes. Row i of out is column 2 i of the codes while i < COLUMNS / 2, and column 2 i + 1 - COLUMNS
@@ -293,13 +144,11 @@ def _states(at, data, gain_at, m, width, held, D: tl.constexpr, EIGHT: tl.conste
 
 
 @triton.jit
-def _score(
-    s, level, piece, count, page, sorted_q, BITS: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, STAGES: tl.constexpr
-):
+def _score(s, level, piece, count, page, sorted_q, BITS: tl.constexpr, T: tl.constexpr, BR: tl.constexpr):
     """Scores s [T, BR], as sums of BITS, plus those of `count` chunks of K's codes; level [CHUNK, BR] plus their zeros'
     part."""
     i, r = tl.arange(0, CHUNK), tl.arange(0, BR)
-    for _ in tl.range(0, count, num_stages=STAGES):
+    for _ in range(count):
         data, scale_at = tl.multiple_of(tl.load(piece), T // 8), tl.load(piece + 1)
         span, rest = tl.load(piece + 2), tl.load(piece + 3)
         weight, first, stride = rest >> 6 & 7, rest >> 9 & 511, tl.multiple_of(rest >> 18, T // 16)
@@ -345,7 +194,7 @@ def _far(
     OWN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """What V's states of the pages of a program add, stored at part [D, BR]: far float32 [pages, PARTS, MOST, BR] is p
-    times the basis at the maximum tops [pages, PARTS, LINE], of which BR count; `top` [BR] is the maximum of the split."""
+    times the basis at the maximum tops [pages, PARTS, LINE], BR of them read; `top` [BR] is that of the split."""
     r, d, i = tl.arange(0, BR), tl.arange(0, D), tl.arange(0, 16)
     states, width = tl.load(values), tl.load(values + 1)
     data, gain_at = tl.load(values + 3), tl.load(values + 4)
@@ -413,8 +262,7 @@ def _score_kernel(
     stride_qb, stride_qh, stride_qq, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, LIVE: tl.constexpr,
     BD: tl.constexpr, STRETCH: tl.constexpr, K_WIDE: tl.constexpr, ALIGN: tl.constexpr, K_CODES: tl.constexpr,
-    K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr,
-    DOT: tl.constexpr,
+    K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of the tokens of some pages, relative to each page's maximum; or all of a stretch of dense tokens.
 
@@ -448,7 +296,7 @@ def _score_kernel(
             mine = tl.load(q_row[None, :] + tl.load(order + d)[:, None], mask=every, other=0.0)
             tl.store(sorted_q + d[:, None] * BR + r[None, :], mine)
             tl.debug_barrier()
-        if K_MOST > 0:
+        if K_MOST > 0:  # noqa: SIM102 (known when compiling, the other is not)
             if k_states > 0:
                 _near(
                     near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
@@ -478,13 +326,13 @@ def _score_kernel(
                 level = tl.zeros([CHUNK, BR], tl.float32)
                 piece = keys + K_TABLE
                 s = _rescale(s, 0, 8)
-                s, level, piece = _score(s, level, piece, tl.load(keys + 8), page, sorted_q, 8, T, BR, STAGES)
+                s, level, piece = _score(s, level, piece, tl.load(keys + 8), page, sorted_q, 8, T, BR)
                 s = _rescale(s, 8, 4)
-                s, level, piece = _score(s, level, piece, tl.load(keys + 9), page, sorted_q, 4, T, BR, STAGES)
+                s, level, piece = _score(s, level, piece, tl.load(keys + 9), page, sorted_q, 4, T, BR)
                 s = _rescale(s, 4, 2)
-                s, level, piece = _score(s, level, piece, tl.load(keys + 10), page, sorted_q, 2, T, BR, STAGES)
+                s, level, piece = _score(s, level, piece, tl.load(keys + 10), page, sorted_q, 2, T, BR)
                 s = _rescale(s, 2, 1)
-                s, level, piece = _score(s, level, piece, tl.load(keys + 11), page, sorted_q, 1, T, BR, STAGES)
+                s, level, piece = _score(s, level, piece, tl.load(keys + 11), page, sorted_q, 1, T, BR)
                 s = _rescale(s, 1, 0) + tl.sum(level, 0)[None, :]
             s = s * scale
             top = tl.max(s, 0)
@@ -505,7 +353,7 @@ def _score_kernel(
 def _mix(
     mass, tops, peak, page, count, page_bytes, v_data, v_scales, v_zeros,
     BITS: tl.constexpr, ABOVE: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, LIVE: tl.constexpr,
-    GROUPS: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr,
+    GROUPS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Probabilities times V's codes of `count` pages: float32 [D, BR], rows in the order of `_product`.
 
@@ -516,7 +364,7 @@ def _mix(
     out = tl.zeros([D, BR], tl.float32)
     high = tl.zeros([D, BR], tl.float32)
     flat = tl.zeros([BT, BR], tl.float32)
-    for step in tl.range(0, count * (T // BT), num_stages=STAGES):
+    for step in range(count * (T // BT)):
         of, row = count * 0 + step // (T // BT), step % (T // BT) * BT + i
         at = page + of.to(tl.int64) * page_bytes
         p = tl.load(
@@ -563,8 +411,7 @@ def _mix_kernel(
     queries, page_bytes, row_bytes, n, per_split, splits,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, LIVE: tl.constexpr,
     BT: tl.constexpr, V_WIDE: tl.constexpr, ALIGN: tl.constexpr, GROUPS: tl.constexpr, V_CODES: tl.constexpr,
-    V_MOST: tl.constexpr, V_EIGHT: tl.constexpr, SETS: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr,
-    DOT: tl.constexpr,
+    V_MOST: tl.constexpr, V_EIGHT: tl.constexpr, SETS: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """What `_score_kernel` found times V of some pages: part float32 [B, H, splits, BR, SETS], unnormalised (codes D,
     values V_WIDE, states D), stat float32 [B, H, splits, 2, BR] maximum and sum."""
@@ -597,31 +444,31 @@ def _mix_kernel(
     part = part_ptr + ((pid.to(tl.int64) * splits + split) * BR + r[None, :]) * SETS
     store = live[None, :] & (d >= 0)[:, None]
     if V_CODES:
-        at = tl.multiple_of(v_data, D // 8)
+        codes = tl.multiple_of(v_data, D // 8)
         if kind == 8:
             out = _mix(
-                mass, tops, peak, page, count, page_bytes, at, v_scales, v_zeros,
-                8, 0, T, D, BR, LIVE, GROUPS, BT // 2, STAGES,
+                mass, tops, peak, page, count, page_bytes, codes, v_scales, v_zeros,
+                8, 0, T, D, BR, LIVE, GROUPS, BT // 2,
             )  # fmt: skip
         elif kind == 4:
             out = _mix(
-                mass, tops, peak, page, count, page_bytes, at, v_scales, v_zeros,
-                4, 0, T, D, BR, LIVE, GROUPS, BT, STAGES,
+                mass, tops, peak, page, count, page_bytes, codes, v_scales, v_zeros,
+                4, 0, T, D, BR, LIVE, GROUPS, BT,
             )  # fmt: skip
         elif kind == 3:
             out = _mix(
-                mass, tops, peak, page, count, page_bytes, at, v_scales, v_zeros,
-                2, 1, T, D, BR, LIVE, GROUPS, BT, STAGES,
+                mass, tops, peak, page, count, page_bytes, codes, v_scales, v_zeros,
+                2, 1, T, D, BR, LIVE, GROUPS, BT,
             )  # fmt: skip
         elif kind == 2:
             out = _mix(
-                mass, tops, peak, page, count, page_bytes, at, v_scales, v_zeros,
-                2, 0, T, D, BR, LIVE, GROUPS, BT, STAGES,
+                mass, tops, peak, page, count, page_bytes, codes, v_scales, v_zeros,
+                2, 0, T, D, BR, LIVE, GROUPS, BT,
             )  # fmt: skip
         elif kind == 1:
             out = _mix(
-                mass, tops, peak, page, count, page_bytes, at, v_scales, v_zeros,
-                1, 0, T, D, BR, LIVE, GROUPS, BT, STAGES,
+                mass, tops, peak, page, count, page_bytes, codes, v_scales, v_zeros,
+                1, 0, T, D, BR, LIVE, GROUPS, BT,
             )  # fmt: skip
         else:
             out = tl.zeros([D, BR], tl.float32)
@@ -633,10 +480,10 @@ def _mix_kernel(
         for step in range(0, count * (T // BT)):
             of, row = first_page * 0 + step // (T // BT), step % (T // BT) * BT + t
             own = (page + of.to(tl.int64) * page_bytes + tl.multiple_of(v_data, 16)).to(tl.pointer_type(OWN))
-            held = (c < wide)[None, :] & (row >= 0)[:, None]
-            v = tl.load(own + row[:, None] * wide + c[None, :], mask=held, other=0.0)
-            at = mass + of * (T * LIVE) + row[:, None] * LIVE + r[None, :]
-            p = tl.load(at, mask=(row >= 0)[:, None] & (r < LIVE)[None, :], other=0.0).to(tl.float32)
+            inside = (c < wide)[None, :] & (row >= 0)[:, None]
+            v = tl.load(own + row[:, None] * wide + c[None, :], mask=inside, other=0.0)
+            row_at = mass + of * (T * LIVE) + row[:, None] * LIVE + r[None, :]
+            p = tl.load(row_at, mask=(row >= 0)[:, None] & (r < LIVE)[None, :], other=0.0).to(tl.float32)
             p = p * tl.exp2(tl.load(tops + of * (2 * BR) + r) - peak)[None, :]
             wide_out = tl.dot(tl.trans(v.to(DOT)), p.to(OWN).to(DOT), wide_out)
         tl.store(part + V_CODES * D + c[:, None], wide_out, mask=live[None, :] & (c >= 0)[:, None])
@@ -685,7 +532,7 @@ def _attend_kernel(
         far = far_ptr + place * per_split * (PARTS * V_MOST * BR)
         tops = tops_ptr + place * per_split * (PARTS * BR)
         k_states = tl.load(keys)
-        if K_MOST > 0:
+        if K_MOST > 0:  # noqa: SIM102 (known when compiling, the other is not)
             if k_states > 0:
                 _near(
                     near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
@@ -838,10 +685,12 @@ def _combine_kernel(
     tl.store(to + order, out)
 
 
-def _warps(rows: int, dim: int, traits: dict[str, int | bool]) -> int:
-    """One warp waits for nobody; more where its registers would not do."""
+def _resources(rows: int, dim: int, coded: bool, traits: dict[str, int | bool]) -> dict[str, int]:
+    """One warp waits for nobody; more where its registers would not do. Half of them let twice as many warps wait."""
     wide = max(traits["K_WIDE"], traits["V_WIDE"])
-    return 4 if rows > 32 or wide > 32 or dim > 128 else 2 if rows > 16 else 1
+    warps = 4 if rows > 32 or wide > 32 or dim > 128 else 2 if rows > 16 else 1
+    found = dict(num_warps=warps, num_stages=1)
+    return found | dict(maxnreg=128) if coded and warps == 1 and rows == 8 else found
 
 
 def attend(
@@ -862,6 +711,7 @@ def attend(
     the first seen[b, i] (int32 [B, Q]). scaling multiplies the scores. A query that sees nothing gets zeros.
     """
     layout, traits = plan.layout, plan.traits
+    coded = bool(traits["K_CODES"] or traits["V_CODES"])
     batch, heads, queries, dim = q.shape
     group = heads // layout.heads
     rows = max(8, triton.next_power_of_2(group * queries))
@@ -874,7 +724,6 @@ def attend(
     per_split = max(1, n * pairs // (TARGET * processors))
     page_splits, dense_splits = -(-n // per_split), -(-k.shape[2] // STRETCH)
     k_most, v_most, wide = traits["K_MOST"], traits["V_MOST"], traits["V_WIDE"]
-    coded = traits["K_CODES"] or traits["V_CODES"]
     step = min(segment, BLOCK)  # tokens of a step where there are no codes
     sets = max(1, dim * traits["V_CODES"] + wide + dim * (v_most > 0))
 
@@ -885,7 +734,7 @@ def attend(
     near = scratch(page_splits * per_split, k_most, rows)
     out = torch.empty(batch, heads, queries, dim, dtype=q.dtype, device=q.device)
     shape = dict(H=layout.heads, G=group, D=dim, BR=rows)
-    kinds = dict(OWN=_OWN[q.dtype], DOT=_DOT[q.dtype], num_warps=_warps(rows, dim, traits), num_stages=1, **EXTRA)
+    kinds = dict(OWN=_OWN[q.dtype], DOT=_DOT[q.dtype], **_resources(rows, dim, coded, traits))
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     dense = dict(BD=DENSE_STEP, STRETCH=STRETCH)
     bytes_of = (layout.page_bytes, pages.stride(0))
@@ -902,17 +751,15 @@ def attend(
         _score_kernel[(pairs, page_splits + dense_splits)](
             q, pages, counts, basis, plan.keys, plan.order_k, k, v, seen,
             near, ordered, far, mass, tops, dense_part, dense_stat,
-            queries, scale, *bytes_of, n, k.shape[2], per_split, page_splits, dense_splits, plan.keys.shape[1], *strides,
-            T=segment, LIVE=live, STAGES=SCORE_STAGES, **shape, **dense, **kinds,
+            queries, scale, *bytes_of, n, k.shape[2], per_split, page_splits, dense_splits,
+            plan.keys.shape[1], *strides, T=segment, LIVE=live, **shape, **dense, **kinds,
             **traited("K_WIDE", "ALIGN", "K_CODES", "K_MOST", "V_MOST", "K_EIGHT"),
         )  # fmt: skip
-        per_split = min(n, max(per_split, LEAST)) or 1
-        page_splits = -(-n // per_split)
         part, stat = scratch(page_splits, rows, sets), scratch(page_splits, 2, rows)
         if n:
             _mix_kernel[(pairs, page_splits)](
                 pages, counts, plan.values, far, mass, tops, part, stat, queries, *bytes_of, n, per_split, page_splits,
-                T=segment, LIVE=live, BT=MIX_STEP, SETS=sets, STAGES=MIX_STAGES, **shape, **kinds,
+                T=segment, LIVE=live, BT=MIX_STEP, SETS=sets, **shape, **kinds,
                 **traited("V_WIDE", "ALIGN", "GROUPS", "V_CODES", "V_MOST", "V_EIGHT"),
             )  # fmt: skip
     else:
@@ -936,7 +783,8 @@ def attend(
         )  # fmt: skip
         page_splits = groups
     _combine_kernel[(pairs, group * queries)](
-        part, stat, dense_part, dense_stat, out, plan.values, plan.order_v, plan.turn, queries, page_splits, dense_splits,
-        SETS=sets, BS=16, V_WIDE=wide, V_CODES=traits["V_CODES"], V_MOST=v_most, ROOT=dim**-0.5, **shape, num_warps=4,
+        part, stat, dense_part, dense_stat, out, plan.values, plan.order_v, plan.turn, queries,
+        page_splits, dense_splits, SETS=sets, BS=16, V_WIDE=wide, V_CODES=traits["V_CODES"], V_MOST=v_most,
+        ROOT=dim**-0.5, **shape, num_warps=4,
     )  # fmt: skip
     return out

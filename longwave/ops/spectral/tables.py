@@ -1,0 +1,165 @@
+"""Where a kernel finds what a head stores in a page: numbers read at run time, so that one compiled kernel serves all
+layers of a model whatever their plan. Made for triton.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from longwave.ops.codes import BITS, PLANES, rotation
+from longwave.store.layout import Field, Group, Layout
+
+VALUES = 16  # kind of a run of 16-bit values; codes are their number of bits
+WIDTHS = (8, 4, 2, 1)  # bits of a plane
+CHUNK = 32  # channels of K's codes taken at once
+# numbers of a head before its chunks, of a chunk, and of a head of V: see `plan`
+K_TABLE, PIECE, VALUE_FIELDS = 12, 4, 11
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Where the kernel finds what.
+
+    keys int32 [H, numbers], values int32 [H, 11], order_k and order_v int32 [H, D], turn int8
+        [D, D]: V's rotation times the square root of D, 1 and -1.
+    traits: compile-time facts of the layer. K_WIDE, V_WIDE: the most channels of a 16-bit run, rounded up to a power of
+        two; ALIGN: a divisor of all 16-bit runs' channels; GROUPS: scales of a token of V; whether there are
+        codes of K, codes of V; K_MOST, V_MOST: the most states; K_EIGHT, V_EIGHT: whether they are int8.
+    """
+
+    layout: Layout
+    keys: torch.Tensor
+    values: torch.Tensor
+    order_k: torch.Tensor
+    order_v: torch.Tensor
+    turn: torch.Tensor
+    traits: dict[str, int | bool]
+
+
+def _power(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def fits(layout: Layout) -> str | None:
+    """Why the kernel cannot read this layout, or None if it can."""
+    if layout.dtype not in (torch.float16, torch.bfloat16):
+        return f"the model computes in {layout.dtype}, not in 16 bits"
+    if not (_power(layout.dim) and 32 <= layout.dim <= 256 and _power(layout.segment) and 32 <= layout.segment <= 256):
+        return "head_dim (32 to 256) and segment (32 to 256) must be powers of two"
+    for group in layout.k:
+        code = group.code
+        if code.residual or any(b in BITS and code.axis != "time" for b, _ in code.runs):
+            return "K's codes must lie along time"
+        if sum(b not in BITS for b, _ in code.runs) > 1:
+            return "K has more than one run of 16-bit channels"
+    scales = set()
+    for group in layout.v:
+        code = group.code
+        if len(code.runs) > 1:
+            return "V has more than one run of channels"
+        for b, n in code.runs:
+            if b in BITS and (code.axis != "token" or n != layout.dim):
+                return "V's codes must lie across all channels of a token"
+            if b in BITS:
+                scales.add(n // (code.group or n))
+    if len(scales) > 1:
+        return "heads share V's scales differently"
+    for side in (layout.k, layout.v):
+        if len({g.gains is None for g in side if g.states is not None}) > 1:
+            return "some heads have states of 8 bits, some of 16"
+    return None
+
+
+def plan(layout: Layout) -> Plan:
+    """The tables of a layout that `fits`, on its device.
+
+    A row of `keys`: states, channels that have them, the first of these, byte of the states and of the gains; channels,
+    byte and first of the run of 16-bit values; how many chunks of 8, 4, 2 and 1 bits; the chunks. A chunk: byte
+    of the codes, byte of the scales, channels of the run, and in one number its channels (6 bits), what a code counts
+    (3), its first channel (9) and words a channel.
+    A row of `values`: the same five; kind of its one run, channels, bytes of the values, scales and zeros (-1: none),
+    whether it is turned.
+    """
+    found = [[_keys(layout, g, i) for i in range(len(g.heads))] for g in layout.k]
+    most = max(len(row) for group in found for row in group)
+    keys = torch.zeros(layout.heads, most, dtype=torch.int32)
+    values = torch.zeros(layout.heads, VALUE_FIELDS, dtype=torch.int32)
+    order_k, order_v = torch.zeros(2, layout.heads, layout.dim, dtype=torch.int32)
+    for group, rows in zip(layout.k, found, strict=True):
+        for i, head in enumerate(group.heads.tolist()):
+            order_k[head] = group.order[i].cpu().int()
+            keys[head, : len(rows[i])] = torch.tensor(rows[i])
+    groups = 1
+    for group in layout.v:
+        for i, head in enumerate(group.heads.tolist()):
+            order_v[head] = group.order[i].cpu().int()
+            row = _smooth(group, i, layout.dim)
+            for (bits, n), held, scales in zip(group.code.runs, group.values, group.scales, strict=True):
+                zeros = -1
+                if scales is not None:
+                    groups = scales.shape[-1]
+                    zeros = _at(group, scales, i) + 2 * layout.segment * groups if group.code.zero else -1
+                kind = bits if bits in BITS else VALUES
+                row += [kind, n, _at(group, held, i), _at(group, scales, i), zeros, int(group.code.residual)]
+            values[head, : len(row)] = torch.tensor(row)
+    kept = [(side, bits, n) for side in "kv" for g in getattr(layout, side) for bits, n in g.code.runs]
+    whole = [(side, n) for side, bits, n in kept if bits not in BITS]
+
+    def wide(which: str) -> int:
+        n = max([n for side, n in whole if side == which], default=0)
+        return max(16, 1 << (n - 1).bit_length()) if n else 0
+
+    traits = dict(
+        K_WIDE=wide("k"),
+        V_WIDE=wide("v"),
+        ALIGN=math.gcd(8, *(n for _, n in whole)),
+        GROUPS=groups,
+        K_CODES=any(side == "k" and bits in BITS for side, bits, _ in kept),
+        V_CODES=any(side == "v" and bits in BITS for side, bits, _ in kept),
+        K_MOST=max([g.code.states for g in layout.k if g.states is not None], default=0),
+        V_MOST=max([g.code.states for g in layout.v if g.states is not None], default=0),
+        K_EIGHT=any(g.gains is not None for g in layout.k),
+        V_EIGHT=any(g.gains is not None for g in layout.v),
+    )
+    device = layout.k[0].heads.device
+    turn = (rotation(layout.dim) * layout.dim**0.5).round().to(torch.int8)
+    keys, values, order_k, order_v, turn = (x.to(device) for x in (keys, values, order_k, order_v, turn))
+    return Plan(layout, keys, values, order_k, order_v, turn, traits)
+
+
+def _at(group: Group, field: Field | None, i: int) -> int:
+    """Byte of a page where the part of a group's head i starts."""
+    return 0 if field is None else field.offset + i * field.nbytes // len(group.heads)
+
+
+def _keys(layout: Layout, group: Group, i: int) -> list[int]:
+    """The table's row for a group's head i of K."""
+    chunks: dict[int, list[int]] = {width: [] for width in WIDTHS}
+    values, first, step = [0, 0, 0], 0, CHUNK
+    for (bits, n), held, scales in zip(group.code.runs, group.values, group.scales, strict=True):
+        data = _at(group, held, i)
+        if bits not in BITS:
+            values = [n, data, first]
+        else:
+            stride, plane, below = layout.segment * bits // 8, data, 0
+            for width in PLANES[bits]:
+                for j in range(0, n, step):
+                    scale_at = _at(group, scales, i) + 2 * j
+                    rest = min(step, n - j) | 1 << below + 6 | first + j << 9 | stride // 2 << 18
+                    chunks[width] += [plane + j * stride, scale_at, n, rest]
+                plane += layout.segment * width // 8
+                below += width
+        first += n
+    counts = [len(chunks[width]) // PIECE for width in WIDTHS]
+    return [*_smooth(group, i, layout.dim), *values, *counts, *(x for width in WIDTHS for x in chunks[width])]
+
+
+def _smooth(group: Group, i: int, dim: int) -> list[int]:
+    """Of a group's head i: states, channels that have them, the first of these, byte of the states and of the gains."""
+    if group.states is None:
+        return [0, 0, 0, 0, 0]
+    code = group.code
+    first = 0 if code.residual else code.kept
+    return [code.states, code.smooth(dim), first, _at(group, group.states, i), _at(group, group.gains, i)]

@@ -1,8 +1,8 @@
 """Compress segments into pages on a GPU: the twin of `reference.encode`, in Triton.
 
-Four kernels, each launched once over a list of work made from the layout, an item for every segment of every row: states,
-16-bit values, codes along time, codes across channels. What to store and where stands in the list, so one compiled
-kernel serves all layers of a model whatever their plan.
+Four kernels, each launched once over a list of work made from the layout, an item for every segment of every row:
+states, 16-bit values, codes along time, codes across channels. What to store and where stands in the list, so one
+compiled kernel serves all layers of a model whatever their plan.
 
 All is computed in float32, divisions rounded to nearest, as torch does; sums are taken in another order. A code on the
 edge between two, a state likewise, may fall to the other side.

@@ -390,10 +390,11 @@ def encode(plan: Plan, k: torch.Tensor, v: torch.Tensor, basis: torch.Tensor) ->
             k, v, plan.time, plan.order, plan.spans, pages, flag, *strides, BC=TILE, **shape
         )
     for (groups, turn), work in plan.tokens.items():
-        block = min(layout.segment, max(16, 4096 // dim))
+        block = min(layout.segment, max(16, 2048 // dim))  # larger ones want more registers than there are
         _tokens_kernel[(len(work) * (layout.segment // block), n, batch)](
             k, v, basis, work, plan.states, plan.order, plan.spans, plan.signs, pages, flag, *strides,
-            BT=block, BD=min(dim, 64), GROUPS=groups, TURN=turn, SPLIT=_SPLIT, SHRINK=dim**-0.5, OWN=own, **shape,
+            BT=block, BD=min(dim, 64), GROUPS=groups, TURN=turn, SPLIT=_SPLIT, SHRINK=dim**-0.5, OWN=own,
+            num_warps=8 if dim == 256 else 4, **shape,
         )  # fmt: skip
     if (len(plan.time) or plan.tokens) and flag.item():
         raise ValueError("K or V exceed what float16 scales can hold (65504): keep these channels at 16 bits")

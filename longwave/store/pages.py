@@ -25,7 +25,7 @@ class PageStore:
         # where the kernels find what: like basis tables, not counted as held
         self._plan: cpu.Plan | None = None
         self._fused: Any = None  # the GPU kernel's plan, or why it cannot read these pages
-        self._pressed: Any = None  # of those that compress: their plan, or why they cannot make these pages
+        self._encoder: Any = None  # of those that compress: their plan, or why they cannot make these pages
         self._ends: torch.Tensor | None = None  # `counts` where the GPU kernel reads them
         self.move(device)
 
@@ -69,17 +69,17 @@ class PageStore:
         if kernels == "reference" or (kernels == "auto" and k.device.type != "cuda"):
             return reference.encode(self.layout, k, v, rows)
         try:
-            from longwave.ops.spectral import triton_encode as pressed
+            from longwave.ops.spectral import triton_encode as fused
         except ImportError:
-            self._pressed = "Triton is not installed"
+            self._encoder = "Triton is not installed"
         else:
-            if self._pressed is None:
-                self._pressed = pressed.fits(self.layout) or pressed.plan(self.layout)
-        if isinstance(self._pressed, str):
+            if self._encoder is None:
+                self._encoder = fused.fits(self.layout) or fused.plan(self.layout)
+        if isinstance(self._encoder, str):
             if kernels == "triton":
-                raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the kernels cannot compress: {self._pressed}")
+                raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the kernels cannot compress: {self._encoder}")
             return reference.encode(self.layout, k, v, rows)
-        return pressed.encode(self._pressed, k, v, rows)
+        return fused.encode(self._encoder, k, v, rows)
 
     def attend(
         self, q: torch.Tensor, scaling: float, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None
@@ -149,7 +149,7 @@ class PageStore:
 
     def move(self, device: torch.device | str) -> None:
         self.pages = self.pages.to(device)
-        self._fused = self._pressed = self._ends = None
+        self._fused = self._encoder = self._ends = None
         for group in (*self.layout.k, *self.layout.v):
             group.heads, group.order = group.heads.to(device), group.order.to(device)
 

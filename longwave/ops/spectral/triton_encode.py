@@ -22,14 +22,14 @@ from longwave.store.layout import Field, Group, Layout
 # the interpreter multiplies the bits of bfloat16, not the numbers: there, one product in float32
 _SPLIT = not triton.knobs.runtime.interpret
 _OWN = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-# numbers of an item of work, by kernel
+# numbers of an item of work, by kernel; -1 where there is none
 STATES = tl.constexpr(7)  # side (0: K, 1: V), head, states, channels, the first of these, byte of states, of gains (-1)
 VALUES = tl.constexpr(6)  # side, head, first channel, channels of the tile, of the run, byte of the tile's first value
 TIME = tl.constexpr(9)  # side, head, first channel, channels, bits, byte of codes, of scales, of zeros, first span
-TOKEN = tl.constexpr(9)  # side, head, bits, byte of codes, of scales, of zeros (-1), first span, item of states (-1), 0
+TOKEN = tl.constexpr(8)  # side, head, bits, byte of codes, of scales, of zeros (-1), first span, item of `STATES` (-1)
 TILE = 16  # channels of an item of `TIME`
 WIDE = 32  # of one of `VALUES`
-_SPAN_FIELDS = tl.constexpr(10)  # of a row of spans: how many, and they
+_SPAN_FIELDS = 10  # numbers of a row of spans: how many, and they
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ def plan(layout: Layout) -> Plan:
                     else:
                         at, shared = _at(group, scales, i), scales.shape[-1]
                         zeros = at + 2 * t * shared if code.zero else -1
-                        own = [side, head, bits, data, at, zeros, _spans(bits, code.fit), item, 0]
+                        own = [side, head, bits, data, at, zeros, _spans(bits, code.fit), item]
                         tokens.setdefault((shared, code.residual), []).append(own)
                     start += n
     device = layout.k[0].heads.device
@@ -110,7 +110,7 @@ def plan(layout: Layout) -> Plan:
     def table(rows: list[list[int]], columns: int) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.int32, device=device).reshape(-1, columns)
 
-    spans = torch.zeros(1 + len(BITS), _SPAN_FIELDS.value)
+    spans = torch.zeros(1 + len(BITS), _SPAN_FIELDS)
     for row, found in enumerate(((1.0,), *(SPANS[bits] for bits in BITS))):
         spans[row, : 1 + len(found)] = torch.tensor((len(found), *found))
     signs = (rotation(layout.dim) * layout.dim**0.5).round().to(device, torch.bfloat16 if _SPLIT else torch.float32)
@@ -134,14 +134,14 @@ def _at(group: Group, field: Field, i: int) -> int:
 
 def _spans(bits: int, fit: bool) -> int:
     """Where the spans of so many bits start in `Plan.spans`."""
-    return (1 + BITS.index(bits) if fit else 0) * _SPAN_FIELDS.value
+    return (1 + BITS.index(bits) if fit else 0) * _SPAN_FIELDS
 
 
 @triton.jit
 def _segment(
     k_ptr, v_ptr, side, h, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, T: tl.constexpr
 ):  # fmt: skip
-    """The first value of a program's segment in one head of K or V, and values from one token to the next."""
+    """The first value of a program's segment in one head of K or V, and how many lie from one token to the next."""
     n, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     if side == 0:
         first, stride = k_ptr + b * stride_kb + h.to(tl.int64) * stride_kh + n * T * stride_kt, stride_kt + 0

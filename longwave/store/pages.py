@@ -25,6 +25,7 @@ class PageStore:
         # where the kernels find what: like basis tables, not counted as held
         self._plan: cpu.Plan | None = None
         self._fused: Any = None  # the GPU kernel's plan, or why it cannot read these pages
+        self._encoder: Any = None  # of those that compress: their plan, or why they cannot make these pages
         self._ends: torch.Tensor | None = None  # `counts` where the GPU kernel reads them
         self.move(device)
 
@@ -43,7 +44,7 @@ class PageStore:
 
     def append(self, row: int | None, k: torch.Tensor, v: torch.Tensor) -> None:
         """Compress tokens [b, H, m * segment, D] of one row (b = 1), or of all rows at once (row is None)."""
-        fresh = reference.encode(self.layout, k, v, self._table(k.dtype, k.device))
+        fresh = self._encode(k, v)
         new = fresh.shape[1]
         if row is None and len(set(self.counts)) == 1:
             self.pages = torch.cat([self.pages, fresh], dim=1)
@@ -61,6 +62,24 @@ class PageStore:
         else:
             self.counts[row] += new
         self._ends = None
+
+    def _encode(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Pages of K and V, in Triton where that answers."""
+        rows, kernels = self._table(k.dtype, k.device), choice()
+        if kernels == "reference" or (kernels == "auto" and k.device.type != "cuda"):
+            return reference.encode(self.layout, k, v, rows)
+        try:
+            from longwave.ops.spectral import triton_encode as fused
+        except ImportError:
+            self._encoder = "Triton is not installed"
+        else:
+            if self._encoder is None:
+                self._encoder = fused.fits(self.layout) or fused.plan(self.layout)
+        if isinstance(self._encoder, str):
+            if kernels == "triton":
+                raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the kernels cannot compress: {self._encoder}")
+            return reference.encode(self.layout, k, v, rows)
+        return fused.encode(self._encoder, k, v, rows)
 
     def attend(
         self, q: torch.Tensor, scaling: float, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None
@@ -130,7 +149,7 @@ class PageStore:
 
     def move(self, device: torch.device | str) -> None:
         self.pages = self.pages.to(device)
-        self._fused = self._ends = None
+        self._fused = self._encoder = self._ends = None
         for group in (*self.layout.k, *self.layout.v):
             group.heads, group.order = group.heads.to(device), group.order.to(device)
 

@@ -148,9 +148,8 @@ class MemoryLayer(CacheLayerMixin):
         q [batch, query_heads, 1, head_dim]. seen int32 [batch, 1]: dense tokens of each row, the new one included;
         counts int32 [batch]: its pages, if the method has any.
         """
-        assert self.dense.k is not None
-        assert self.dense.v is not None
-        return step_attention(q, self.dense.k, self.dense.v, scaling, seen)
+        k, v = self.dense.tensors()
+        return step_attention(q, k, v, scaling, seen)
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense K and V this layer stands for, in token order.

@@ -205,12 +205,14 @@ class SegmentedLayer(MemoryLayer):
     def attend_step(self, q: torch.Tensor, scaling: float, seen: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         if self.store is None:
             return super().attend_step(q, scaling, seen, counts)
-        k, v = self.dense.k, self.dense.v
+        k, v = self.dense.tensors()
         answer = self.store.attend(q, scaling, k, v, seen, counts)
         if answer is not None:
             return answer
         segment = self.method.dense_tokens[2]
-        return store_attention(self.store, q, scaling, k, v, seen, counts * segment, self.store.pages.shape[1] * segment)
+        return store_attention(
+            self.store, q, scaling, k, v, seen, counts * segment, self.store.pages.shape[1] * segment
+        )
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = super().materialize()

@@ -103,15 +103,16 @@ class PageStore:
             if kernels == "triton":
                 raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the kernel cannot be used: {self._fused}")
             return None
-        if counts is None and self._ends is None:
-            self._ends = torch.tensor(self.counts, dtype=torch.int32, device=q.device)
+        if counts is None:
+            if self._ends is None:
+                self._ends = torch.tensor(self.counts, dtype=torch.int32, device=q.device)
+            counts = self._ends
         if visible is None:
             seen = torch.full((q.shape[0], q.shape[2]), k.shape[2], dtype=torch.int32, device=q.device)
         else:
             seen = visible.to(q.device, torch.int32).expand(q.shape[0], q.shape[2]).contiguous()
         rows = self._table(q.dtype, q.device)
-        ends = self._ends if counts is None else counts
-        return fused.attend(self._fused, self.pages, ends, rows, q, scaling, k, v, seen)
+        return fused.attend(self._fused, self.pages, counts, rows, q, scaling, k, v, seen)
 
     def _kernel(self, q: torch.Tensor) -> cpu.Plan | None:
         """The CPU kernel's plan, if it answers for such q."""

@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, TextStreamer
 
 import longwave
@@ -423,6 +425,65 @@ def test_the_triton_kernel_answers_steps(monkeypatch, name):
         found.append(steps(model, halves(model, name), ids, 40))
         assert answers == [kernels == "triton"] * 2 * 5  # two layers, five steps; the second one compresses
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=4e-3)
+
+
+class Recorded(TorchDispatchMode):
+    """A CUDA graph played on a CPU: operations with the tensors and numbers of once, results where they once lay."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert func._overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "lift_fresh"), func
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs)), strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+def record(decoder):
+    """In place of `StaticDecoder._capture`."""
+    states = (decoder.positions, decoder.at, decoder.seen)
+    before = [state.clone() for state in states]
+    decoder._run()  # tables are made once and kept
+    for state, was in zip(states, before, strict=True):
+        state.copy_(was)
+    with Recorded() as decoder._graph:
+        decoder._logits = decoder._run()
+    for state, was in zip(states, before, strict=True):
+        state.copy_(was)
+
+
+@pytest.mark.parametrize("make", MEMORIES.values(), ids=MEMORIES)
+def test_a_replayed_step_reads_nothing_of_python(llama, make, monkeypatch):
+    """What a captured graph does, as far as a CPU can show it: one step recorded, replayed through many segments."""
+    monkeypatch.setenv("LONGWAVE_KERNELS", "reference")  # the others are not torch's operations
+    monkeypatch.setattr(longwave.MemoryLayer, "check_finite", lambda *_: None)  # looks on CPUs alone
+    (want, theirs), (got, plain) = both(llama, make, PADS["ragged"])
+    monkeypatch.setattr(StaticDecoder, "_capture", record)
+    monkeypatch.setattr(StaticDecoder, "captures", property(lambda _: True, lambda *_: None), raising=False)
+    _, (replayed, ours) = both(llama, make, PADS["ragged"])
+    assert torch.equal(got, want)
+    assert torch.equal(replayed, want)
+    check_same(ours, plain)
+    check_same(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["dense", "fourier", "kivi"])
+def test_a_replayed_step_in_16_bits(monkeypatch, name):
+    monkeypatch.setenv("LONGWAVE_KERNELS", "reference")
+    monkeypatch.setattr(longwave.MemoryLayer, "check_finite", lambda *_: None)
+    model, ids = small_half(), tokens(2, 75)
+    plain = steps(model, halves(model, name), ids, 40)
+    monkeypatch.setattr(StaticDecoder, "_capture", record)
+    monkeypatch.setattr(StaticDecoder, "captures", property(lambda _: True, lambda *_: None), raising=False)
+    assert torch.equal(steps(model, halves(model, name), ids, 40), plain)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="capturing a graph needs CUDA")

@@ -32,7 +32,7 @@ class Progress:
     last: int = 0
     reached: int | None = None  # the last layer given tokens in this pass
     broken: bool = False
-    lent: bool = False  # a decoder holds the layers' storage and counts for them
+    lent: object | None = None  # of the decoder that holds the layers' storage and counts for them
 
     def check(self) -> None:
         if self.broken or self.reached not in (None, self.last):
@@ -365,7 +365,7 @@ class MemoryLayer(CacheLayerMixin):
 
     def _flush(self) -> None:
         """Tokens given to `update` whose attention was never asked: store them as they are."""
-        if self.progress.lent:
+        if self.progress.lent is not None:
             raise RuntimeError("a decoder holds this cache: call its finish() first")
         if self._new is not None:
             self.write(*self._new)
@@ -509,7 +509,7 @@ class LongCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the next use may have another batch size."""
-        self._progress.reached, self._progress.broken, self._progress.lent = None, False, False
+        self._progress.reached, self._progress.broken, self._progress.lent = None, False, None
         for index, unused in enumerate(self._unused):
             if unused is None:
                 self.layers[index].reset()

@@ -90,7 +90,7 @@ class _StepLayer(CacheLayerMixin):
         return LogicalLength(query_length), 0  # what a row sees is counted on the device
 
     def get_seq_length(self) -> int:
-        return 0  # positions are given with every step
+        return self.layer.columns  # some models ask whether there is a past; positions come with every step
 
     def get_max_length(self) -> int:
         return -1
@@ -163,9 +163,13 @@ class StaticDecoder:
         self._name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
-        cache._progress.lent = True
-        for layer in layers:
-            layer.reserve(new_tokens)
+        self._key = cache._progress.lent = object()
+        try:
+            for layer in layers:
+                layer.reserve(new_tokens)
+        except BaseException:  # out of memory
+            self.finish()
+            raise
         self._storage = self._addresses()
         self._tell_device()
 
@@ -181,7 +185,7 @@ class StaticDecoder:
 
         With a graph the next step writes over the logits. Raises RuntimeError after `finish` or `new_tokens` steps.
         """
-        if not self.cache._progress.lent:
+        if self.cache._progress.lent is not self._key:
             raise RuntimeError("this decoder has handed its cache back: make another")
         if self.steps == self.new_tokens:
             raise RuntimeError(f"storage was reserved for {self.new_tokens} steps, and they are used up")
@@ -201,9 +205,9 @@ class StaticDecoder:
     def finish(self) -> None:
         """Hand the cache back as ordinary decoding would have left it. A second call does nothing."""
         self._graph = self._logits = None
-        if not self.cache._progress.lent:
+        if self.cache._progress.lent is not self._key:
             return
-        self.cache._progress.lent = False
+        self.cache._progress.lent = None
         if not self.cache._progress.broken:  # else layers differ, and only reset() helps
             self._tell_layers()
         for layer in self._layers:

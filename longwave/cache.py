@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from longwave.attention import Handle, LogicalLength, StepMask
-from longwave.ops.attention import causal_attention, dense_attention
+from longwave.ops.attention import causal_attention, dense_attention, group_heads, visible_mask
 from longwave.store.tokens import TokenBuffer
 
 
@@ -32,6 +32,7 @@ class Progress:
     last: int = 0
     reached: int | None = None  # the last layer given tokens in this pass
     broken: bool = False
+    lent: object | None = None  # of the decoder that holds the layers' storage and counts for them
 
     def check(self) -> None:
         if self.broken or self.reached not in (None, self.last):
@@ -45,6 +46,29 @@ class Progress:
             self.reached = None
         else:
             self.broken = True
+
+
+def step_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, seen: torch.Tensor
+) -> torch.Tensor:
+    """One query a row over storage of which row b sees the first seen[b, 0] tokens: q [B, Hq, 1, D] -> same shape.
+
+    k, v [B, H, L, D], seen [B, 1] on their device. Nothing is read back and no shape depends on `seen`.
+    """
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return dense_attention(q, k, v, scaling, seen)
+    # sdpa with a mask copies K and V for grouped heads, or gives a whole row to one program
+    x = group_heads(q, k.shape[1]).flatten(0, 1)
+    scores = _product(x, k.flatten(0, 1).mT).unflatten(0, k.shape[:2]) * scaling
+    scores.masked_fill_(~visible_mask(seen, k.shape[2]), float("-inf"))
+    p = torch.exp(scores - scores.amax(-1, keepdim=True))  # not divided yet: float16 would lose small shares
+    out = _product(p.to(v.dtype).flatten(0, 1), v.flatten(0, 1)).unflatten(0, k.shape[:2])
+    return (out / p.sum(-1, keepdim=True)).to(q.dtype).reshape(q.shape)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [N, R, C] @ b [N, C, S] of 16-bit numbers in float32, without copies of them where the device can."""
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 class MemoryLayer(CacheLayerMixin):
@@ -99,6 +123,33 @@ class MemoryLayer(CacheLayerMixin):
         if mask is None and causal and self._fresh and self._valid is None and q.shape[2] == k.shape[2] > 1:
             return causal_attention(q, k, v, scaling)
         return dense_attention(q, k, v, scaling, None if mask is not None else self.visible(q.shape[2], causal), mask)
+
+    # what a method overrides to decode in storage that stays where it is (longwave/decode.py)
+
+    def unsteady(self) -> str | None:
+        """Why this layer cannot decode in storage of a fixed size, or None if it can."""
+        return None if type(self) is MemoryLayer else "its method does not say how much storage a step needs"
+
+    def reserve(self, new: int) -> None:
+        """Take storage that lasts for `new` more tokens a row, and does not move until `release`."""
+        self.dense.reserve(self.dense.longest + new)
+
+    def release(self) -> None:
+        """Back to storage that grows."""
+        self.dense.release()
+
+    def ripe(self) -> bool:
+        """Whether `settle` has something to do."""
+        return False
+
+    def attend_step(self, q: torch.Tensor, scaling: float, seen: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """`attend` in reserved storage with one query a row, by what the device knows: no host state is read.
+
+        q [batch, query_heads, 1, head_dim]. seen int32 [batch, 1]: dense tokens of each row, the new one included;
+        counts int32 [batch]: its pages, if the method has any.
+        """
+        k, v = self.dense.tensors()
+        return step_attention(q, k, v, scaling, seen)
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The dense K and V this layer stands for, in token order.
@@ -192,8 +243,7 @@ class MemoryLayer(CacheLayerMixin):
         """Store new tokens dense. `valid` [batch, t] marks the real ones, None means all."""
         if not self.is_initialized:
             self.lazy_initialization(k, v)
-        if k.device.type == "cpu" and not bool(torch.isfinite(k.sum() + v.sum())):
-            self._refuse_nan(k, v, valid)
+        self.check_finite(k, v, valid)
         if self._new is None:  # called directly, not through `update`
             self.columns += k.shape[2]
         self._new = None
@@ -315,6 +365,8 @@ class MemoryLayer(CacheLayerMixin):
 
     def _flush(self) -> None:
         """Tokens given to `update` whose attention was never asked: store them as they are."""
+        if self.progress.lent is not None:
+            raise RuntimeError("a decoder holds this cache: call its finish() first")
         if self._new is not None:
             self.write(*self._new)
             self._unsettled = True
@@ -358,6 +410,11 @@ class MemoryLayer(CacheLayerMixin):
         if sum(self.rows) != self.batch_size * (self.columns - self._new[0].shape[2]):
             raise NotImplementedError("a 4D attention mask cannot be combined with padded rows")
         return mask[..., : self.columns]
+
+    def check_finite(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+        """On a CPU, where looking costs little, refuse new tokens that are NaN or infinite."""
+        if k.device.type == "cpu" and not bool(torch.isfinite(k.sum() + v.sum())):
+            self._refuse_nan(k, v, valid)
 
     def _refuse_nan(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Raise if a real token is NaN or infinite (padding may be)."""
@@ -452,7 +509,7 @@ class LongCache(Cache):
 
     def reset(self) -> None:
         """Forget everything; the next use may have another batch size."""
-        self._progress.reached, self._progress.broken = None, False
+        self._progress.reached, self._progress.broken, self._progress.lent = None, False, None
         for index, unused in enumerate(self._unused):
             if unused is None:
                 self.layers[index].reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,6 +91,53 @@ def check_length(model: Any, tokens: int, new: int) -> None:
         raise ValueError(f"{tokens} tokens of prompt and {new} new ones exceed this model's context of {limit}")
 
 
+class Clock:
+    """A stopping criterion that never stops: it notes when the prompt was read and when decoding was under way.
+
+    The first step compiles kernels or captures a graph, so decoding is timed from the second token on.
+    """
+
+    def __init__(self, device: Any):
+        self.device = device
+        self.times = [self.now()]
+
+    def now(self) -> float:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
+        if len(self.times) < 3:
+            self.times.append(self.now())
+        return ids.new_zeros(ids.shape[0], dtype=bool)
+
+    def read(self, new: int) -> dict[str, Any]:
+        """Seconds, tokens a second (None where fewer than three tokens came), and on CUDA the peak of memory."""
+        import torch
+
+        end = self.now()
+        found: dict[str, Any] = {"seconds": end - self.times[0], "prefill_seconds": self.times[1] - self.times[0]}
+        found["tokens_per_second"] = (new - 2) / (end - self.times[2]) if new > 2 else None
+        if self.device.type == "cuda":
+            found["peak_memory"] = torch.cuda.max_memory_allocated(self.device)
+        return found
+
+
+def show_pace(pace: dict[str, Any]) -> str:
+    reason = f" ({pace['loop_reason']})" if pace["loop_reason"] else ""
+    rate = pace["tokens_per_second"]
+    parts = [
+        f"prompt read in {pace['prefill_seconds']:.2f} s",
+        "too few tokens to time decoding" if rate is None else f"{rate:.1f} tokens a second",
+        f"decoded by {pace['loop']}{reason}",
+    ]
+    if "peak_memory" in pace:
+        parts.append(f"peak memory {pace['peak_memory']:,} bytes")
+    return ", ".join(parts)
+
+
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt, or a question about --file.")] = None,
@@ -101,16 +149,22 @@ def generate(
     option: OptionList = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many tokens at most.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the tokens that make up this share.")] = None,
     seed: int = 0,
     chat: Annotated[bool, typer.Option(help="Use the model's chat template, if it has one.")] = True,
     prefill_chunk: Annotated[
         int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens.")
     ] = None,
+    graph: Annotated[
+        bool | None,
+        typer.Option("--graph/--no-graph", help="Decode by a CUDA graph, or not; otherwise on CUDA where it can be."),
+    ] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Answer a prompt, with a report of the bytes held."""
+    """Answer a prompt, with a report of the bytes held and of the time taken."""
     with user_errors():
         parts = [read_text(file)] if file else []
         parts += [prompt] if prompt and prompt.strip() else []
@@ -134,31 +188,42 @@ def generate(
         count = encoded["input_ids"].shape[1]
         check_length(loaded, count, max_new_tokens)
         memory = longwave.cache(loaded, method, budget=budget, profile=profile, **parse_options(option))
+        why = "--no-graph" if graph is False else longwave.decode.supports(loaded, memory)
+        if graph is not False and loaded.device.type != "cuda":
+            why = f"a graph needs CUDA, and the model is on {loaded.device.type}"
+        if graph and why:
+            raise ValueError(f"--graph: {why}")
         torch.manual_seed(seed)
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         )
+        if not temperature and (top_k, top_p) != (None, None):
+            raise ValueError("--top-k and --top-p choose what is sampled from: give a --temperature above 0")
+        sampling |= {name: value for name, value in (("top_k", top_k), ("top_p", top_p)) if value is not None}
         if prefill_chunk:
             sampling["prefill_chunk_size"] = prefill_chunk
         streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        began = time.perf_counter()
+        if loaded.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(loaded.device)
+        clock = Clock(loaded.device)
         if not as_json and stderr.is_terminal:
             stderr.print(f"reading {count:,} tokens ...", style="dim")
-        out = loaded.generate(
+        loop = loaded.generate if why else partial(longwave.generate, loaded)
+        out = loop(
             **encoded,
             past_key_values=memory,
             max_new_tokens=max_new_tokens,
             streamer=streamer,
+            stopping_criteria=[clock],
             pad_token_id=tokenizer.pad_token_id,
             **sampling,
         )
-        seconds = time.perf_counter() - began
+        pace = {"loop": "python" if why else "graph", "loop_reason": why, **clock.read(out.shape[1] - count)}
         if as_json:
             answer = tokenizer.decode(out[0, count:], skip_special_tokens=True)
-            show_json(
-                {"text": answer, "prompt_tokens": count, "seconds": seconds, "seed": seed, **memory.report().as_dict()}
-            )
+            show_json({"text": answer, "prompt_tokens": count, "seed": seed, **pace, **memory.report().as_dict()})
         else:
+            stderr.print(show_pace(pace), style="dim", highlight=False, soft_wrap=True)
             stderr.print(str(memory.report()), style="dim", highlight=False, soft_wrap=True)
 
 

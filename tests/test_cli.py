@@ -171,14 +171,33 @@ def test_generate_json(generate, profile):
     assert answer["ratio"] == answer["nbytes"] / answer["dense_nbytes"] < 0.75
     assert answer["parts"]["pages"] > 0
     assert answer["method"].startswith("fourier(measured plan for 0.5")
+    assert answer["loop"] == "python"
+    assert answer["loop_reason"] == "a graph needs CUDA, and the model is on cpu"
+    assert 0 < answer["prefill_seconds"] < answer["seconds"]
+    assert answer["tokens_per_second"] > 0
+    assert "peak_memory" not in answer
+
+
+def test_too_few_tokens_are_not_timed(generate):
+    short = [*generate, TEXT[:40], "-o", "keep=1.0", "--max-new-tokens", 2]
+    assert json.loads(succeeds(*short, "--json").stdout)["tokens_per_second"] is None
+    assert "too few tokens to time decoding" in succeeds(*short).stderr
+
+
+def test_the_loop_can_be_chosen(generate):
+    prompt = [*generate, TEXT[:40], "-o", "keep=1.0"]
+    assert json.loads(succeeds(*prompt, "--no-graph", "--json").stdout)["loop_reason"] == "--no-graph"
+    assert "--graph: a graph needs CUDA" in refused(*prompt, "--graph")
 
 
 def test_generate_prints_the_answer_and_reports_on_stderr(generate):
     quiet = json.loads(succeeds(*generate, TEXT[:100], "-o", "keep=1.0", "--json").stdout)
     result = succeeds(*generate, TEXT[:100], "-o", "keep=1.0")
     assert result.stdout.strip() == quiet["text"].strip()
-    assert "107 tokens x 1 rows" in result.stderr
-    assert result.stderr.count("\n") == 1
+    pace, report = result.stderr.splitlines()
+    assert pace.startswith("prompt read in ")
+    assert " tokens a second, decoded by python (a graph needs CUDA" in pace
+    assert "107 tokens x 1 rows" in report
 
 
 def test_every_way_to_hold_everything_answers_alike(generate, text, tmp_path):
@@ -193,6 +212,13 @@ def test_every_way_to_hold_everything_answers_alike(generate, text, tmp_path):
     prompt = ["--file", tmp_path / "part.txt", "And now?", "--json"]
     answers = {json.loads(succeeds(*generate, *prompt, *way).stdout)["text"] for way in ways}
     assert len(answers) == 1
+
+
+def test_top_k_and_top_p_reach_the_sampling(generate):
+    ways = [[], ["--temperature", "1.5", "--top-k", "1"], ["--temperature", "1.5", "--top-p", "0.0001"]]
+    prompt = [*generate, TEXT[:100], "-o", "keep=1.0", "--json"]
+    assert len({json.loads(succeeds(*prompt, *way).stdout)["text"] for way in ways}) == 1
+    assert "give a --temperature" in refused(*prompt, "--top-k", 5)
 
 
 def test_sampling_repeats_with_its_seed(generate):

@@ -170,37 +170,49 @@ class SegmentedLayer(MemoryLayer):
             answer = self.store.attend(q, scaling, k, v, visible)
             if answer is not None:
                 return answer
-        compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-        k, v = k.to(compute), v.to(compute)
-        batch, heads, queries, _ = q.shape
         middle = self.store.tokens
-        ragged = len(set(middle)) > 1
-        columns = k.shape[2] + max(middle)
-        step = query_block(batch * heads, columns)
-        out = torch.empty_like(q)
-        for start in range(0, queries, step):
-            block = q[:, :, start : start + step]
-            seen = None if visible is None else visible[:, start : start + step]
-            x = group_heads(block.to(compute) * scaling, k.shape[1])
-            scores = torch.cat([x @ k.mT, self.store.scores(x)], dim=-1)
-            if seen is not None or ragged:
-                self._hide(scores, block.shape[2], k.shape[2], seen, middle)
-            p = torch.softmax(scores, dim=-1)
-            mixed = p[..., : k.shape[2]] @ v + self.store.mix(p[..., k.shape[2] :])
-            out[:, :, start : start + step] = mixed.reshape(block.shape).to(q.dtype)
-        return out
+        ends = torch.tensor(middle, device=q.device) if len(set(middle)) > 1 else None
+        return store_attention(self.store, q, scaling, k, v, visible, ends, max(middle))
 
-    def _hide(
-        self, scores: torch.Tensor, queries: int, dense: int, seen: torch.Tensor | None, middle: list[int]
-    ) -> None:
-        """Push what a query may not see to the lowest finite score: a row that sees nothing averages, not NaN."""
-        lowest = torch.finfo(scores.dtype).min
-        by_query = scores.view(*scores.shape[:2], -1, queries, scores.shape[-1])
-        if seen is not None:
-            by_query[..., :dense].masked_fill_(~visible_mask(seen, dense)[:, :, None], lowest)
-        if len(set(middle)) > 1:
-            ends = torch.tensor(middle, device=scores.device)[:, None]
-            by_query[..., dense:].masked_fill_(~visible_mask(ends, max(middle))[:, :, None], lowest)
+    def unsteady(self) -> str | None:
+        if not self.method.dense_tokens[2]:
+            return "its method fits one period to the whole middle again and again: use segments"
+        return None
+
+    def reserve(self, new: int) -> None:
+        lengths = self.dense.lengths
+        segment = self.method.dense_tokens[2]
+        filled = [self.method.absorbed(length + new) // segment for length in lengths]
+        if self.store is None and any(filled):
+            k, v = self.dense.view()
+            self._check_shape(k, v)
+            self.store = self.method.new_store(self.position, self.batch_size, k.dtype, k.device)
+        if self.store is not None:
+            self.store.reserve(max(held + more for held, more in zip(self.store.counts, filled, strict=True)))
+        longest = max(lengths)
+        self.dense.reserve(min(longest + new, max(longest + 1, self.sinks + self.window + segment)))
+
+    def release(self) -> None:
+        super().release()
+        if self.store is not None and any(self.store.counts):
+            self.store.release()
+        else:
+            self.store = None
+
+    def ripe(self) -> bool:
+        return any(self._due(row) for row in range(self.batch_size))
+
+    def attend_step(self, q: torch.Tensor, scaling: float, seen: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        if self.store is None:
+            return super().attend_step(q, scaling, seen, counts)
+        k, v = self.dense.tensors()
+        answer = self.store.attend(q, scaling, k, v, seen, counts)
+        if answer is not None:
+            return answer
+        segment = self.method.dense_tokens[2]
+        return store_attention(
+            self.store, q, scaling, k, v, seen, counts * segment, self.store.pages.shape[1] * segment
+        )
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = super().materialize()
@@ -241,3 +253,42 @@ class SegmentedLayer(MemoryLayer):
                     "Raise window, or keep a copy.deepcopy of the cache to go back to"
                 )
         super().drop_last(counts)
+
+
+def store_attention(
+    store: Any,
+    q: torch.Tensor,
+    scaling: float,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor | None,
+    ends: torch.Tensor | None,
+    middle: int,
+) -> torch.Tensor:
+    """Attention over dense tokens and a store's middle by its `scores` and `mix`: q [B, Hq, Q, D] -> same shape.
+
+    k, v [B, H, L, D], of which query i of row b sees the first visible[b, i]; of the store's `middle` tokens row b has
+    the first ends[b]. None: all.
+    """
+    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    k, v = k.to(compute), v.to(compute)
+    batch, heads, queries, _ = q.shape
+    dense = k.shape[2]
+    step = query_block(batch * heads, dense + middle)
+    out = torch.empty_like(q)
+    for start in range(0, queries, step):
+        block = q[:, :, start : start + step]
+        x = group_heads(block.to(compute) * scaling, k.shape[1])
+        scores = torch.cat([x @ k.mT, store.scores(x)], dim=-1)
+        # what a query may not see gets the lowest finite score: a row that sees nothing averages, not NaN
+        lowest = torch.finfo(compute).min
+        by_query = scores.view(*scores.shape[:2], -1, block.shape[2], scores.shape[-1])
+        if visible is not None:
+            seen = visible[:, start : start + step]
+            by_query[..., :dense].masked_fill_(~visible_mask(seen, dense)[:, :, None], lowest)
+        if ends is not None:
+            by_query[..., dense:].masked_fill_(~visible_mask(ends[:, None], middle)[:, :, None], lowest)
+        p = torch.softmax(scores, dim=-1)
+        mixed = p[..., :dense] @ v + store.mix(p[..., dense:])
+        out[:, :, start : start + step] = mixed.reshape(block.shape).to(q.dtype)
+    return out

@@ -46,7 +46,7 @@ class PageStore:
         """Compress tokens [b, H, m * segment, D] of one row (b = 1), or of all rows at once (row is None)."""
         fresh = self._encode(k, v)
         new = fresh.shape[1]
-        if row is None and len(set(self.counts)) == 1:
+        if row is None and set(self.counts) == {self.pages.shape[1]}:
             self.pages = torch.cat([self.pages, fresh], dim=1)
         else:
             rows = range(len(self.counts)) if row is None else [row]
@@ -81,12 +81,30 @@ class PageStore:
             return reference.encode(self.layout, k, v, rows)
         return fused.encode(self._encoder, k, v, rows)
 
+    def reserve(self, segments: int) -> None:
+        """Room for `segments` pages a row, in a tensor that `append` fills in place until `release`."""
+        batch, held, size = self.pages.shape
+        room = self.pages.new_zeros(batch, max(segments, held), size)
+        room[:, :held] = self.pages
+        self.pages = room
+
+    def release(self) -> None:
+        """Back to as many pages as the longest row has."""
+        self.pages = self.pages[:, : max(self.counts)].clone()
+
     def attend(
-        self, q: torch.Tensor, scaling: float, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        scaling: float,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        visible: torch.Tensor | None,
+        counts: torch.Tensor | None = None,
     ) -> torch.Tensor | None:
         """Attention over pages and dense tokens in one pass, or None where the Triton kernel does not answer.
 
         q [B, Hq, Q, D]; k, v [B, H, L, D] dense, of which query i of row b sees the first visible[b, i] (None: all).
+        counts int32 [B] on q's device: pages of each row where `self.counts` may lag behind.
         """
         kernels = choice()
         if kernels == "reference" or (kernels == "auto" and q.device.type != "cuda"):
@@ -104,14 +122,16 @@ class PageStore:
             if kernels == "triton":
                 raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the kernel cannot be used: {self._fused}")
             return None
-        if self._ends is None:
-            self._ends = torch.tensor(self.counts, dtype=torch.int32, device=q.device)
+        if counts is None:
+            if self._ends is None:
+                self._ends = torch.tensor(self.counts, dtype=torch.int32, device=q.device)
+            counts = self._ends
         if visible is None:
             seen = torch.full((q.shape[0], q.shape[2]), k.shape[2], dtype=torch.int32, device=q.device)
         else:
             seen = visible.to(q.device, torch.int32).expand(q.shape[0], q.shape[2]).contiguous()
         rows = self._table(q.dtype, q.device)
-        return fused.attend(self._fused, self.pages, self._ends, rows, q, scaling, k, v, seen)
+        return fused.attend(self._fused, self.pages, counts, rows, q, scaling, k, v, seen)
 
     def _kernel(self, q: torch.Tensor) -> cpu.Plan | None:
         """The CPU kernel's plan, if it answers for such q."""

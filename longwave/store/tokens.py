@@ -28,6 +28,7 @@ class TokenBuffer:
         self.v: torch.Tensor | None = None
         self.lengths = [0] * batch
         self.owned = True  # False while it only points at the tensors a forward pass handed in
+        self.fixed = False  # between `reserve` and `release`
 
     @property
     def longest(self) -> int:
@@ -83,10 +84,30 @@ class TokenBuffer:
         self.k[:, :, :longest] = old[0][:, :, :longest]
         self.v[:, :, :longest] = old[1][:, :, :longest]
 
+    def reserve(self, tokens: int) -> None:
+        """Room for `tokens` a row, in tensors that stay where they are until `release`: a captured graph knows their
+        addresses."""
+        longest = self.longest
+        for side in ("k", "v"):  # one after the other: only one of them is held twice
+            old = getattr(self, side)
+            room = old.new_zeros(*old.shape[:2], capacity(max(tokens, longest)), old.shape[3])
+            room[:, :, :longest] = old[:, :, :longest]
+            setattr(self, side, room)
+            del old
+        self.owned = self.fixed = True
+
+    def release(self) -> None:
+        """Back to no more memory than the tokens need."""
+        self.fixed = False
+        self.crop([0] * len(self.lengths))
+
     def drop(self, start: int, counts: list[int]) -> None:
-        """Remove `counts[b]` tokens of row b from column `start` on, and give their memory back."""
+        """Remove `counts[b]` tokens of row b from column `start` on, and give their memory back unless `reserve`d."""
         assert self.k is not None
         assert self.v is not None
+        if self.fixed:
+            self._shift(start, counts)
+            return
         old = (self.k, self.v)
         kept = [length - count for length, count in zip(self.lengths, counts, strict=True)]
         fresh = tuple(x.new_zeros(*x.shape[:2], capacity(max(kept)), x.shape[3]) for x in old)
@@ -102,8 +123,21 @@ class TokenBuffer:
         self.k, self.v = fresh
         self.lengths, self.owned = kept, True
 
+    def _shift(self, start: int, counts: list[int]) -> None:
+        moves = list(enumerate(zip(self.lengths, counts, strict=True)))
+        same = self.uniform and len(set(counts)) == 1
+        for row, (length, count) in moves[:1] if same else moves:
+            rows = slice(None) if same else slice(row, row + 1)
+            for x in (self.k, self.v) if count else ():
+                assert x is not None
+                x[rows, :, start : length - count] = x[rows, :, start + count : length].clone()
+                x[rows, :, length - count : length] = 0
+        self.lengths = [length - count for length, count in zip(self.lengths, counts, strict=True)]
+
     def fit(self) -> None:
-        """Own the tokens, in no more memory than `capacity` of the longest row."""
+        """Own the tokens, in no more memory than `capacity` of the longest row, or than was reserved."""
+        if self.fixed:
+            return
         if self.k is not None and (not self.owned or self.k.shape[2] != capacity(self.longest)):
             self._copy(self.longest)
             self.owned = True

@@ -254,3 +254,20 @@ def test_the_store_answers_alike_with_and_without_its_kernel():
     table = store._table(q.dtype, q.device)
     torch.testing.assert_close(store.scores(q), reference.scores(layout, store.pages, q, table), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(store.mix(p), reference.mix(layout, store.pages, p, table), rtol=1e-4, atol=1e-5)
+
+
+def test_reserved_pages_are_filled_in_place():
+    plain, fixed = (new_store(mixed(), batch=2) for _ in range(2))
+    k, v = draw(2, 3, 32, 24), draw(2, 3, 32, 24, seed=1)
+    for store in (plain, fixed):
+        store.append(None, k, v)
+    fixed.reserve(6)
+    where = fixed.pages.data_ptr()
+    for store in (plain, fixed):
+        store.append(1, k[:1, :, :16], v[:1, :, :16])
+        store.append(None, k, v)
+    assert fixed.pages.data_ptr() == where
+    assert fixed.pages.shape[1] == 6
+    fixed.release()
+    assert fixed.counts == plain.counts == [4, 5]
+    assert torch.equal(fixed.pages, plain.pages)

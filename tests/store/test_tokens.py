@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from longwave.store.tokens import BLOCK, TokenBuffer, capacity
@@ -89,3 +90,22 @@ def test_crop_clears_what_it_leaves():
     assert buffer.lengths == [15, 0]
     assert not buffer.k[0, :, 15:].any()
     assert not buffer.v[1].any()
+
+
+@pytest.mark.parametrize("counts", [[8, 8, 8], [0, 8, 24]], ids=["alike", "ragged"])
+def test_a_reserved_buffer_stays_and_holds_the_same(counts):
+    plain, fixed = TokenBuffer(3), TokenBuffer(3)
+    k, v = draw(3, 100)
+    valid = None if len(set(counts)) == 1 else torch.arange(100) < torch.tensor([[100], [70], [31]])
+    for buffer in (plain, fixed):
+        buffer.append(k, v, valid)
+    fixed.reserve(150)
+    where = [x.data_ptr() for x in fixed.tensors()]
+    assert fixed.k.shape[2] == capacity(150)
+    for buffer in (plain, fixed):
+        buffer.drop(5, counts)
+        buffer.fit()
+    assert [x.data_ptr() for x in fixed.tensors()] == where
+    assert fixed.lengths == plain.lengths
+    fixed.release()
+    assert all(torch.equal(x, y) for x, y in zip(fixed.tensors(), plain.tensors(), strict=True))

@@ -1,0 +1,419 @@
+"""Decoding that Python does not hold up: steps over storage that stays where it is, on CUDA replayed as one graph.
+
+A step is one forward pass with one new token a row. Shapes are those of the reserved storage; how much of it counts is
+read from small tensors on the device, which the step itself advances. Between steps the host, which counts along,
+knows when a segment is full and lets the layers compress it. docs/decoding.md tells more.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers import (
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.cache_utils import CacheLayerMixin
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+
+from longwave.attention import NAME, Handle, LogicalLength, StepMask
+from longwave.cache import LongCache, MemoryLayer
+
+WARM_UP = 3  # steps before the capture: kernels compile and libraries take their workspaces
+
+
+def supports(model: PreTrainedModel, cache: Cache) -> str | None:
+    """Why `StaticDecoder` cannot step this model with this cache (empty or filled), or None if it can."""
+    if not isinstance(cache, LongCache):
+        return f"the cache is a {type(cache).__name__}, not one made by longwave.cache"
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, MemoryLayer):
+            return f"layer {index} keeps its past in transformers' own {type(layer).__name__}, whose storage moves"
+        reason = layer.unsteady()
+        if reason:
+            return f"{cache.method}: {reason}"
+        if layer.record_past:
+            return "the cache records its past for assisted decoding"
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation != NAME:
+        return f'the model attends by "{config._attn_implementation}": longwave.cache(model, ...) selects ours'
+    if model.training:
+        return "the model is in training mode: call model.eval()"
+    own: Any = type(model)
+    if own.prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+        return f"{type(model).__name__} prepares the inputs of a step in its own way"
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return f"{type(model).__name__} takes no position_ids"
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            return f"its rotary embedding ({rope['rope_type']}) changes with the length, step by step"
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return "the model is spread over several devices"
+    return None
+
+
+class _StepLayer(CacheLayerMixin):
+    """What the model sees of a memory layer during a step: it writes where the device says and answers from there."""
+
+    def __init__(self, layer: MemoryLayer, decoder: StaticDecoder):
+        super().__init__()
+        self.layer, self.decoder = layer, decoder
+
+    def update(  # type: ignore[override]  # as in MemoryLayer
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Handle, Handle]:
+        self.layer.check_finite(key_states, value_states)
+        rows, at = self.decoder.rows, self.decoder.at
+        for held, new in zip(self.layer.dense.tensors(), (key_states, value_states), strict=True):
+            held[rows, :, at] = new[:, :, 0]
+        handle = Handle(self)
+        return handle, handle
+
+    def forward(self, q: torch.Tensor, scaling: float, mask: object) -> torch.Tensor:
+        if not isinstance(mask, StepMask):
+            raise NotImplementedError("this model hides tokens by masks of its own, which steps do not make")
+        return self.layer.attend_step(q, scaling, self.decoder.seen, self.decoder.counts)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise AssertionError("a step's layer has its storage already")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return LogicalLength(query_length), 0  # what a row sees is counted on the device
+
+    def get_seq_length(self) -> int:
+        return self.layer.columns  # some models ask whether there is a past; positions come with every step
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class StaticDecoder:
+    """Steps of a model with a filled `LongCache`, one new token a row each.
+
+        with StaticDecoder(model, cache, new_tokens=100) as decoder:
+            logits = decoder.step(ids)
+
+    Takes the cache's storage over and hands it back in `finish`; until then every other use of the cache but its bytes
+    and `reset` is an error, and its report counts tokens as of the last compression.
+
+    new_tokens: how many steps storage is reserved for.
+    graph: whether a step is captured and replayed as a CUDA graph. None: on CUDA. Elsewhere the same step runs as it
+        is. The capture is part of the first step.
+    positions: of the next token, integers [B] or [B, 1]. None: the tokens that each row of the cache holds.
+
+    Raises ValueError where `supports` gives a reason, where the cache is empty or its byte budget has no room for
+    new_tokens, and for graph=True without CUDA.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: LongCache,
+        *,
+        new_tokens: int,
+        graph: bool | None = None,
+        positions: torch.Tensor | None = None,
+    ):
+        reason = supports(model, cache)
+        if reason:
+            raise ValueError(f"cannot decode in steps: {reason}. model.generate works")
+        if new_tokens < 1:
+            raise ValueError(f"new_tokens is the number of steps to come, at least 1; got {new_tokens}")
+        layers: list[MemoryLayer] = list(cache.memory_layers())
+        first = layers[0]
+        cache._progress.check()
+        if not first.columns:
+            raise ValueError("the cache is empty: let the model read the prompt first")
+        for layer in layers:
+            layer.crop(0)  # settles what a pass left open
+        if len({(tuple(layer.dense.lengths), tuple(_counts(layer))) for layer in layers}) > 1:
+            raise ValueError(
+                "cannot decode in steps: the layers hold different numbers of tokens. model.generate works"
+            )
+        if first.max_tokens is not None and first.columns + new_tokens > first.max_tokens:
+            raise ValueError(
+                f"the byte budget of this cache was computed for {first.max_tokens} tokens: it holds {first.columns}, "
+                f"and {new_tokens} more do not fit. Build it with a larger max_tokens, or ask for fewer new tokens"
+            )
+        device = first.device
+        if graph and device.type != "cuda":
+            raise ValueError(f"graph=True needs CUDA, and the cache lies on {device}")
+        self.model, self.cache, self.new_tokens = model, cache, new_tokens
+        self.captures = device.type == "cuda" if graph is None else graph
+        self.steps = self._told = 0  # taken; and those that the layers know of
+        self._layers, self._lengths = layers, list(first.dense.lengths)
+        batch = first.batch_size
+        where = first.rows if positions is None else positions
+        self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.positions = torch.as_tensor(where, dtype=torch.long).reshape(batch, 1).to(device, copy=True)
+        self.rows = torch.arange(batch, device=device)
+        self.at = torch.zeros(batch, dtype=torch.long, device=device)  # where the next token goes
+        self.seen = torch.zeros(batch, 1, dtype=torch.int32, device=device)  # dense tokens once it is there
+        self.counts = torch.zeros(batch, dtype=torch.int32, device=device)  # pages
+        self._cache = Cache(layers=[_StepLayer(layer, self) for layer in layers])
+        self._name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._logits: torch.Tensor | None = None
+        self._key = cache._progress.lent = object()
+        try:
+            for layer in layers:
+                layer.reserve(new_tokens)
+        except BaseException:  # out of memory
+            self.finish()
+            raise
+        self._storage = self._addresses()
+        self._tell_device()
+
+    def __enter__(self) -> StaticDecoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+
+    @torch.no_grad()
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        """Read one token a row, integers [B] or [B, 1]; logits of the next one [B, vocabulary] in the model's dtype.
+
+        With a graph the next step writes over the logits. Raises RuntimeError after `finish` or `new_tokens` steps.
+        """
+        if self.cache._progress.lent is not self._key:
+            raise RuntimeError("this decoder has handed its cache back: make another")
+        if self.steps == self.new_tokens:
+            raise RuntimeError(f"storage was reserved for {self.new_tokens} steps, and they are used up")
+        self.ids.copy_(ids.reshape(self.ids.shape), non_blocking=True)
+        if self.captures and self._graph is None:
+            self._capture()
+        if self._graph is None:
+            self._logits = self._run()
+        else:
+            self._graph.replay()
+        self.steps += 1
+        self._lengths = [length + 1 for length in self._lengths]
+        self._settle()
+        assert self._logits is not None
+        return self._logits
+
+    def finish(self) -> None:
+        """Hand the cache back as ordinary decoding would have left it. A second call does nothing."""
+        self._graph = self._logits = None
+        if self.cache._progress.lent is not self._key:
+            return
+        self.cache._progress.lent = None
+        if not self.cache._progress.broken:  # else layers differ, and only reset() helps
+            self._tell_layers()
+        for layer in self._layers:
+            layer.release()
+
+    # inside
+
+    def _run(self) -> torch.Tensor:
+        """The step itself: device work alone, on tensors that stay where they are."""
+        given = {"input_ids": self.ids, "position_ids": self.positions, self._name: self._cache}
+        logits = self.model(**given, use_cache=True, return_dict=True).logits[:, -1]
+        for count in (self.positions, self.at, self.seen):
+            count += 1
+        return logits
+
+    def _capture(self) -> None:
+        states = (self.positions, self.at, self.seen)
+        before = [state.clone() for state in states]
+        with torch.cuda.device(self.ids.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self._run()  # writes behind the rows' ends, where the first real step writes again
+                    for state, was in zip(states, before, strict=True):
+                        state.copy_(was)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                    self._logits = self._run()
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"a step of {type(self.model).__name__} cannot be captured as a CUDA graph ({error}). "
+                    "graph=False steps without one, and model.generate works"
+                ) from error
+        self._graph = graph
+
+    def _settle(self) -> None:
+        """Compress what the last step made due, as `MemoryLayer.forward` does after a pass."""
+        self._layers[0].dense.lengths = list(self._lengths)
+        if not self._layers[0].ripe():
+            return
+        self._tell_layers()
+        try:
+            for layer in self._layers:
+                layer.settle()
+        except BaseException:
+            self.cache._progress.broken = True
+            raise
+        if self._addresses() != self._storage:
+            self.cache._progress.broken = True
+            raise RuntimeError(
+                "reserved storage moved: was the decoder made under torch.inference_mode() and used outside?"
+            )
+        self._lengths = list(self._layers[0].dense.lengths)
+        self._tell_device()
+
+    def _tell_layers(self) -> None:
+        """Bring the layers' own counts up to date."""
+        new, self._told = self.steps - self._told, self.steps
+        for layer in self._layers:
+            layer.dense.lengths = list(self._lengths)
+            layer.columns += new
+            layer.rows = [count + new for count in layer.rows]
+            layer._run = [count + new for count in layer._run]
+
+    def _tell_device(self) -> None:
+        lengths = torch.tensor(self._lengths)
+        self.at.copy_(lengths)
+        self.seen.copy_(lengths[:, None] + 1)
+        self.counts.copy_(torch.tensor(_counts(self._layers[0])))
+
+    def _addresses(self) -> list[int]:
+        """Where the storage lies that a step reads and writes."""
+        return [
+            t.data_ptr() for layer in self._layers for t in (*layer.dense.tensors(), *layer.parts().get("pages", ()))
+        ]
+
+
+def _counts(layer: MemoryLayer) -> list[int]:
+    """Pages of each row."""
+    store = getattr(layer, "store", None)
+    return [0] * layer.batch_size if store is None else list(store.counts)
+
+
+def generate(
+    model: PreTrainedModel,
+    inputs: torch.Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    *,
+    graph: bool | None = None,
+    **options: Any,
+) -> Any:
+    """`model.generate` with a `LongCache`, its steps taken by a `StaticDecoder`: same arguments, same answer.
+
+    `past_key_values` (or `cache`) is the LongCache; the most new tokens decide the storage that is reserved. graph: as
+    in `StaticDecoder`.
+
+    Raises ValueError for what only model.generate does: what `supports` names, beams and other modes than greedy and
+    sampling, assistants, custom_generate, synced_gpus, use_cache=False, attentions and hidden states as outputs, and
+    model inputs that a step would need again.
+    """
+    cache = options.get("cache", options.get("past_key_values"))
+    if cache is None:
+        raise ValueError("longwave.generate needs a cache: pass past_key_values=longwave.cache(model, ...)")
+    reason = supports(model, cache)
+    for name in ("assistant_model", "custom_generate", "synced_gpus"):
+        reason = reason or (f"{name} changes the loop" if options.get(name) else None)
+    if reason:
+        raise ValueError(f"longwave.generate cannot do this: {reason}. model.generate works")
+    if (generation_config or model.generation_config).stop_strings is not None:
+        raise ValueError("give stop_strings, and tokenizer with them, to longwave.generate itself")
+    # transformers keeps these two to its own loops
+    streamer, tokenizer = options.get("streamer"), options.pop("tokenizer", None)
+    strings = options.pop("stop_strings", None)
+    if strings is not None:
+        if tokenizer is None:
+            raise ValueError("stop_strings need a tokenizer: pass tokenizer=...")
+        given = options.get("stopping_criteria") or ()
+        options["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, strings)])
+
+    def loop(
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **inputs: Any,
+    ) -> Any:
+        return _loop(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, graph, inputs)
+
+    return model.generate(inputs, generation_config, custom_generate=loop, **options)  # type: ignore[operator]
+
+
+# what a step is given, or may go without once the prompt is read
+_KNOWN = {"attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
+
+
+def _loop(
+    model: Any,
+    ids: Any,
+    process: Any,
+    stop: Any,
+    config: Any,
+    streamer: Any,
+    graph: bool | None,
+    inputs: dict[str, Any],
+) -> Any:
+    """What `GenerationMixin._sample` does, token for token."""
+    reasons = {
+        f"{config.get_generation_mode().value} is not greedy or sampling": config.get_generation_mode()
+        not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE),
+        "it keeps attentions or hidden states": config.output_attentions or config.output_hidden_states,
+        "it goes without a cache": not inputs.get("use_cache"),
+    }
+    for name, value in inputs.items():
+        if name not in _KNOWN:
+            reasons[f"a step might need {name} again"] = value is not None and value is not False
+    for reason, applies in reasons.items():
+        if applies:
+            raise ValueError(f"longwave.generate cannot do this: {reason}. model.generate works")
+
+    name = "cache" if "cache" in inputs else "past_key_values"
+    cache = inputs[name]
+    pad = config._pad_token_tensor
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in stop)
+    kept: dict[str, Any] = {
+        "scores": () if config.return_dict_in_generate and config.output_scores else None,
+        "logits": () if config.return_dict_in_generate and config.output_logits else None,
+    }
+    unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
+    logits = model._prefill(ids, config, inputs).logits[:, -1]
+    positions = inputs["position_ids"][:, -1:].expand(ids.shape[0], 1) + 1
+    longest = config.max_length if stop.max_length is None else stop.max_length
+    decoder: StaticDecoder | None = None
+    try:
+        with model._optimize_model_for_decode():
+            while True:
+                logits = logits.to(copy=True, dtype=torch.float32, device=ids.device)
+                scores = process(ids, logits)
+                for part, value in (("scores", scores), ("logits", logits)):
+                    if kept[part] is not None:
+                        kept[part] += (value,)
+                if config.do_sample:
+                    tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1)[:, 0]
+                else:
+                    tokens = scores.argmax(dim=-1)
+                if ends:  # rows that are done go on with padding
+                    tokens = tokens * unfinished + pad.to(ids.device) * (1 - unfinished)
+                ids = torch.cat([ids, tokens[:, None]], dim=-1)
+                unfinished = unfinished & ~stop(ids, kept["scores"])
+                if streamer is not None:
+                    streamer.put(tokens.cpu())
+                if not bool(unfinished.any()):
+                    break
+                if decoder is None:
+                    new = longest - ids.shape[1]
+                    decoder = StaticDecoder(model, cache, new_tokens=new, graph=graph, positions=positions)
+                logits = decoder.step(tokens)
+    finally:
+        if decoder is not None:
+            decoder.finish()
+    if streamer is not None:
+        streamer.end()
+    if not config.return_dict_in_generate:
+        return ids
+    own = "cache" if "cache" in {field.name for field in fields(GenerateDecoderOnlyOutput)} else "past_key_values"
+    return GenerateDecoderOnlyOutput(sequences=ids, **kept, **{own: cache})

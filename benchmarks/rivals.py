@@ -14,14 +14,10 @@ are kept in every head, which spares the rivals a gather. All of this is in thei
 import math
 
 import torch
+import triton
+import triton.language as tl
 
 from longwave.ops.spectral.basis import smooth_ge, table
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as missing:  # the FFT variant and the plots do without
-    raise SystemExit("benchmarks.rivals needs Triton (Linux)") from missing
 
 HEADS, GROUP, DIM, KEPT, DTYPE = 8, 4, 128, 32, torch.bfloat16
 REST = DIM - KEPT
@@ -30,7 +26,7 @@ SEGMENT, SEGMENT_STATES = 128, 4
 ROWS = 16  # the group's queries, padded to what a tensor core takes
 DENSE = 128  # dense tokens of a program
 LOG2E = 1 / math.log(2)
-# positions and states of a step, warps, stages: `Rebuild.tune` takes the fastest
+# positions and states of a step, warps, stages: benchmarks/kernels.py takes the fastest
 LAUNCHES = {
     "period": ((128, 64, 8, 3), (128, 32, 8, 4), (64, 64, 4, 3)),
     "segments": ((128, 16, 8, 2), (64, 16, 4, 2)),

@@ -36,9 +36,10 @@ quality: $(VENV)/ready
 speed: $(VENV)/ready
 	$(BIN)/python -m benchmarks.speed --out out/speed.json
 
-# decode attention on an NVIDIA GPU, against full attention
+# decode attention on an NVIDIA GPU, against full attention and other ways to decode the same channels; and its plot
 bench: $(VENV)/ready
-	$(BIN)/python -m benchmarks.kernels --rebuild --out out/kernels.json
+	$(BIN)/python -m benchmarks.kernels --grid --rivals --out out/kernels.json
+	$(BIN)/python -m benchmarks.plot_kernels out/kernels.json
 
 # tables and plot of docs/results/frontier from its committed samples
 frontier: $(VENV)/ready

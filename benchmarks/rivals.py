@@ -35,7 +35,8 @@ LAUNCHES = {
 DOT = tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
 
 
-@triton.jit
+# lengths differ in every case: one compilation serves all
+@triton.jit(do_not_specialize=["middle", "period", "dense_tokens", "per_split", "middle_splits", "splits"])
 def _rebuild_kernel(
     q_ptr, kept_k_ptr, kept_v_ptr, coef_ptr, table_ptr, dense_k_ptr, dense_v_ptr, part_ptr, stat_ptr,
     scale, middle, period, states, dense_tokens, per_split, middle_splits, splits,
@@ -119,7 +120,7 @@ def _rebuild_kernel(
     tl.store(stat + BR, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine_kernel(
     part_ptr, stat_ptr, out_ptr, splits, G: tl.constexpr, BR: tl.constexpr, D: tl.constexpr, BK: tl.constexpr
 ):

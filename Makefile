@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-all lint quality speed bench profiles frontier clean
+.PHONY: demo test test-all lint quality speed bench endtoend profiles frontier clean
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "longwave needs Python 3.11 or newer; try make PYTHON=python3.12"; exit 1; }
@@ -36,9 +36,14 @@ quality: $(VENV)/ready
 speed: $(VENV)/ready
 	$(BIN)/python -m benchmarks.speed --out out/speed.json
 
-# decode attention on an NVIDIA GPU, against full attention
+# decode attention on an NVIDIA GPU, against full attention and other ways to decode the same channels; and its plot
 bench: $(VENV)/ready
-	$(BIN)/python -m benchmarks.kernels --rebuild --out out/kernels.json
+	$(BIN)/python -m benchmarks.kernels --grid --rivals --out out/kernels.json
+	$(BIN)/python -m benchmarks.plot_kernels out/kernels.json
+
+# Llama-3.1-8B from prompt to token on an NVIDIA GPU, random weights
+endtoend: $(VENV)/ready
+	$(BIN)/python -m benchmarks.endtoend --out out/endtoend.json
 
 # tables and plot of docs/results/frontier from its committed samples
 frontier: $(VENV)/ready

@@ -420,10 +420,10 @@ def steps(model, memory, ids, prompt, **options):
 
 def halves(model, name):
     if name == "fourier":
-        method = longwave.Fourier(segment=16, sinks=2, window=8)
+        method = longwave.Fourier(segment=32, sinks=2, window=8)
         return longwave.cache(model, method, budget=0.3, profile=random_profile(model))
     if name == "kivi":
-        return longwave.cache(model, "kivi", bits=2, group=16, sinks=2, window=8)
+        return longwave.cache(model, "kivi", bits=2, group=32, sinks=2, window=8)
     return longwave.cache(model, name)
 
 
@@ -431,7 +431,7 @@ def halves(model, name):
 def test_the_triton_kernel_answers_steps(monkeypatch, name):
     pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here is none")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, ids, found, answers = small_half().to(device), tokens(2, 45).to(device), [], []
+    model, ids, found, answers = small_half().to(device), tokens(2, 77).to(device), [], []
     fused = PageStore.attend
 
     def counted(self, *args):
@@ -443,7 +443,7 @@ def test_the_triton_kernel_answers_steps(monkeypatch, name):
     for kernels in ("reference", "triton"):
         monkeypatch.setenv("LONGWAVE_KERNELS", kernels)
         answers.clear()
-        found.append(steps(model, halves(model, name), ids, 40, graph=False))
+        found.append(steps(model, halves(model, name), ids, 72, graph=False))
         assert answers == [kernels == "triton"] * 2 * 5  # two layers, five steps; the second one compresses
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=4e-3)
 

@@ -146,7 +146,8 @@ def forms(device):
                 with sdpa_kernel(backend):
                     return form(q, k, v).transpose(1, 2).contiguous(), None
 
-            name = f"{form.__name__}-{backend.name}".lower()
+            # transformers takes a name with "flash" in it for a kernel of the hub
+            name = f"{form.__name__}-{backend.name}".lower().replace("flash_attention", "fa2")
             AttentionInterface.register(name, attention)
             AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
             names.append(name)

@@ -33,8 +33,9 @@ _DOT = {kind: tl.float32 if INTERPRETED.value else own for kind, own in _OWN.ite
 BLOCK, STAGES = 64, 3  # tokens of a step where there are no codes, and steps under way
 MIX_STEP = 32  # tokens of a step of V's codes
 STRETCH, DENSE_STEP = 64, 16  # dense tokens of a program, and of a step
-TARGET = 16  # programs a multiprocessor that splitting aims at
 MERGE = 16  # splits made one
+# How often the programs fill the GPU, rounded down: a few left over would take as long as all the others.
+WAVES = 1
 
 
 @triton.jit
@@ -266,21 +267,22 @@ def _score_kernel(
 ):  # fmt: skip
     """Probabilities of the tokens of some pages, relative to each page's maximum; or all of a stretch of dense tokens.
 
-    mass float16 [B, H, N, T, LIVE], tops float32 [B, H, N, 2, BR] a page's maximum and sum, far float32 [B, H, N,
-    V_MOST, BR] mass times the basis. Written and read by one program alone: near float32 [B, H, page splits, pages a
-    split, K_MOST, BR], q times K's states; sorted [B, H, page splits, D, BR], q by K's order."""
+    mass float16 [B, H, N, T, LIVE], tops float32 [B, H, N, 2, BR] a page's maximum and sum (later its weight), far
+    float32 [B, H, N, V_MOST, BR] mass times the basis. Written and read by one program alone: near float32 [B, H, page
+    splits, pages a split, K_MOST, BR], q times K's states; sorted [B, H, page splits, D, BR], q by K's order."""
     pid, split = tl.program_id(0), tl.program_id(1)
     b, h = pid // H, pid % H
     r, d = tl.arange(0, BR), tl.arange(0, D)
     live = r < G * queries
     q_row = q_ptr + b.to(tl.int64) * stride_qb + (h * G + r // queries) * stride_qh + r % queries * stride_qq
-    if split >= page_splits:
+    if split < dense_splits:  # first, so that none of them is left over for the end
         _dense(
-            q_row, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr, pid, split - page_splits,
+            q_row, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr, pid, split,
             dense_splits, queries, scale, tokens, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
             H, D, BR, BD, STRETCH, OWN, DOT,
         )  # fmt: skip
     else:
+        split -= dense_splits
         # token i of a page where `_product` puts it
         token = tl.arange(0, T) % (T // 2) * 2 + tl.arange(0, T) // (T // 2)
         keys, order = keys_ptr + h * key_fields, order_k_ptr + h * D
@@ -310,22 +312,13 @@ def _score_kernel(
             q_wide = tl.load(q_row[None, :] + cells[:, None], mask=ours, other=0.0).to(DOT)
         page = base + first_page.to(tl.int64) * page_bytes
         line = pid.to(tl.int64) * n + first_page
+        if K_MOST + V_MOST > 0:
+            row0 = tl.load(basis_ptr + token)
         for _ in range(first_page, end_page):
             s = tl.zeros([T, BR], tl.float32)
-            if K_WIDE > 0:
-                own = (page + k_data).to(tl.pointer_type(OWN))
-                k_held = (cell < k_wide)[None, :] & (token >= 0)[:, None]
-                k_own = tl.load(own + token[:, None] * k_wide + cell[None, :], mask=k_held, other=0.0)
-                s = tl.dot(k_own.to(DOT), q_wide, s)
-            if K_MOST > 0:
-                for m in tl.static_range(K_MOST):
-                    a = tl.load(near + m * BR + r, mask=r * 0 + k_states > m, other=0.0)
-                    s += tl.load(basis_ptr + m * T + token)[:, None] * a[None, :]
-                near += K_MOST * BR
-            if K_CODES:
+            if K_CODES:  # first, while zero is zero in any scale
                 level = tl.zeros([CHUNK, BR], tl.float32)
                 piece = keys + K_TABLE
-                s = _rescale(s, 0, 8)
                 s, level, piece = _score(s, level, piece, tl.load(keys + 8), page, sorted_q, 8, T, BR)
                 s = _rescale(s, 8, 4)
                 s, level, piece = _score(s, level, piece, tl.load(keys + 9), page, sorted_q, 4, T, BR)
@@ -334,16 +327,27 @@ def _score_kernel(
                 s = _rescale(s, 2, 1)
                 s, level, piece = _score(s, level, piece, tl.load(keys + 11), page, sorted_q, 1, T, BR)
                 s = _rescale(s, 1, 0) + tl.sum(level, 0)[None, :]
-            s = s * scale
-            top = tl.max(s, 0)
-            p = tl.exp2(s - top[None, :])
+            if K_WIDE > 0:
+                own = (page + k_data).to(tl.pointer_type(OWN))
+                k_held = (cell < k_wide)[None, :] & (token >= 0)[:, None]
+                k_own = tl.load(own + token[:, None] * k_wide + cell[None, :], mask=k_held, other=0.0)
+                s = tl.dot(k_own.to(DOT), q_wide, s)
+            if K_MOST > 0:
+                for m in tl.static_range(K_MOST):
+                    a = tl.load(near + m * BR + r, mask=r * 0 + k_states > m, other=0.0)
+                    row = row0 if m == 0 else tl.load(basis_ptr + m * T + token)
+                    s += row[:, None] * a[None, :]
+                near += K_MOST * BR
+            top = tl.max(s, 0) * scale
+            p = tl.exp2(s * scale - top[None, :])
             tl.store(tops_ptr + line * 2 * BR + r, top)
             tl.store(tops_ptr + (line * 2 + 1) * BR + r, tl.sum(p, 0))
             at = mass_ptr + (line * T + token[:, None]) * LIVE + r[None, :]
             tl.store(at, p.to(tl.float16), mask=(token >= 0)[:, None] & (r < LIVE)[None, :])
             if V_MOST > 0:
                 for m in tl.static_range(V_MOST):
-                    far = tl.sum(p * tl.load(basis_ptr + m * T + token)[:, None], 0)
+                    row = row0 if m == 0 else tl.load(basis_ptr + m * T + token)
+                    far = tl.sum(p * row[:, None], 0)
                     tl.store(far_ptr + (line * V_MOST + m) * BR + r, far)
             page += page_bytes
             line += 1
@@ -351,53 +355,55 @@ def _score_kernel(
 
 @triton.jit
 def _mix(
-    mass, tops, peak, page, count, page_bytes, v_data, v_scales, v_zeros,
+    mass, weights, page, count, page_bytes, v_data, v_scales, v_zeros,
     BITS: tl.constexpr, ABOVE: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, LIVE: tl.constexpr,
     GROUPS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Probabilities times V's codes of `count` pages: float32 [D, BR], rows in the order of `_product`.
 
-    Codes are planes of BITS and, above it, of ABOVE bits (0: none).
+    Codes are planes of BITS and, above it, of ABOVE bits (0: none). weights: what a page's `mass` counts.
     """
     i, r, d = tl.arange(0, BT), tl.arange(0, BR), tl.arange(0, D)
     STRIDE: tl.constexpr = D * (BITS + ABOVE) // 16
     out = tl.zeros([D, BR], tl.float32)
     high = tl.zeros([D, BR], tl.float32)
     flat = tl.zeros([BT, BR], tl.float32)
-    for step in range(count * (T // BT)):
-        of, row = count * 0 + step // (T // BT), step % (T // BT) * BT + i
-        at = page + of.to(tl.int64) * page_bytes
-        p = tl.load(
-            mass + of * (T * LIVE) + row[:, None] * LIVE + r[None, :],
-            mask=(row >= 0)[:, None] & (r < LIVE)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        p = p * tl.exp2(tl.load(tops + of * (2 * BR) + r) - peak)[None, :]
-        scales = (at + v_scales).to(tl.pointer_type(tl.float16))
-        zeros = (at + tl.maximum(v_zeros, 0)).to(tl.pointer_type(tl.float16))
-        size = tl.load(scales + row * GROUPS).to(tl.float32)
-        words = (at + v_data).to(tl.pointer_type(tl.int16))
-        w = _words(words, row * STRIDE, row >= 0, BITS, D)  # last: it is waited for first
-        if ABOVE > 0:
-            w_high = _words(words + D * BITS // 16, row * STRIDE, row >= 0, ABOVE, D)
-        for g in tl.static_range(GROUPS):
-            if g > 0:
-                size = tl.load(scales + row * GROUPS + g).to(tl.float32)
-            zero = tl.load(zeros + row * GROUPS + g, mask=row * 0 + v_zeros >= 0, other=0.0).to(tl.float32)
-            zero = tl.where(v_zeros >= 0, zero, size * (((1 << (BITS + ABOVE)) - 1) * -0.5))
-            x = (p * size[:, None]).to(tl.float16)
-            if GROUPS == 1:
-                flat += p * zero[:, None]
-                out = _product(w, x, out, BITS, D)
-                if ABOVE > 0:
-                    high = _product(w_high, x, high, ABOVE, D)
-            else:  # rows whose channel belongs to this scale
-                more = _rescale(_product(w, x, tl.zeros([D, BR], tl.float32), BITS, D), BITS, 0)
-                if ABOVE > 0:
-                    upper = _product(w_high, x, tl.zeros([D, BR], tl.float32), ABOVE, D)
-                    more += _rescale(upper, ABOVE, 0) * (1 << BITS)
-                more += tl.sum(p * zero[:, None], 0)[None, :]
-                out += tl.where((d % (D // 2) * 2 // (D // GROUPS) == g)[:, None], more, 0.0)
+    for _ in range(count):
+        scales = (page + v_scales).to(tl.pointer_type(tl.float16))
+        zeros = (page + tl.maximum(v_zeros, 0)).to(tl.pointer_type(tl.float16))
+        words = (page + v_data).to(tl.pointer_type(tl.int16))
+        for start in range(0, T, BT):
+            row = start + i
+            held = (row >= 0)[:, None] & (r < LIVE)[None, :]
+            p = tl.load(mass + row[:, None] * LIVE + r[None, :], mask=held, other=0.0)
+            size = tl.load(scales + row * GROUPS).to(tl.float32)
+            zero = tl.load(zeros + row * GROUPS, mask=row * 0 + v_zeros >= 0, other=0.0)
+            w = _words(words, row * STRIDE, row >= 0, BITS, D)  # last: it is waited for first
+            if ABOVE > 0:
+                w_high = _words(words + D * BITS // 16, row * STRIDE, row >= 0, ABOVE, D)
+            p = p.to(tl.float32) * tl.load(weights + r)[None, :]
+            for g in tl.static_range(GROUPS):
+                if g > 0:
+                    size = tl.load(scales + row * GROUPS + g).to(tl.float32)
+                    zero = tl.load(zeros + row * GROUPS + g, mask=row * 0 + v_zeros >= 0, other=0.0)
+                middle = size * (((1 << (BITS + ABOVE)) - 1) * -0.5)
+                least = tl.where(v_zeros >= 0, zero.to(tl.float32), middle)
+                x = (p * size[:, None]).to(tl.float16)
+                if GROUPS == 1:
+                    flat += p * least[:, None]
+                    out = _product(w, x, out, BITS, D)
+                    if ABOVE > 0:
+                        high = _product(w_high, x, high, ABOVE, D)
+                else:  # rows whose channel belongs to this scale
+                    more = _rescale(_product(w, x, tl.zeros([D, BR], tl.float32), BITS, D), BITS, 0)
+                    if ABOVE > 0:
+                        upper = _product(w_high, x, tl.zeros([D, BR], tl.float32), ABOVE, D)
+                        more += _rescale(upper, ABOVE, 0) * (1 << BITS)
+                    more += tl.sum(p * least[:, None], 0)[None, :]
+                    out += tl.where((d % (D // 2) * 2 // (D // GROUPS) == g)[:, None], more, 0.0)
+        page += page_bytes
+        mass += T * LIVE
+        weights += 2 * BR
     if GROUPS == 1:
         out = _rescale(out, BITS, 0) + tl.sum(flat, 0)[None, :]
         if ABOVE > 0:
@@ -441,33 +447,35 @@ def _mix_kernel(
         at = tops + (start + i)[:, None] * (2 * BR) + r[None, :]
         w = tl.exp2(tl.load(at, mask=held, other=float("-inf")) - peak[None, :])
         total += tl.sum(tl.load(at + BR, mask=held, other=0.0) * w, 0)
+        tl.store(at + BR, w, mask=held)  # where the sum was, which is not needed again
+    tl.debug_barrier()
     part = part_ptr + ((pid.to(tl.int64) * splits + split) * BR + r[None, :]) * SETS
     store = live[None, :] & (d >= 0)[:, None]
     if V_CODES:
         codes = tl.multiple_of(v_data, D // 8)
         if kind == 8:
             out = _mix(
-                mass, tops, peak, page, count, page_bytes, codes, v_scales, v_zeros,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros,
                 8, 0, T, D, BR, LIVE, GROUPS, BT // 2,
             )  # fmt: skip
         elif kind == 4:
             out = _mix(
-                mass, tops, peak, page, count, page_bytes, codes, v_scales, v_zeros,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros,
                 4, 0, T, D, BR, LIVE, GROUPS, BT,
             )  # fmt: skip
         elif kind == 3:
             out = _mix(
-                mass, tops, peak, page, count, page_bytes, codes, v_scales, v_zeros,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros,
                 2, 1, T, D, BR, LIVE, GROUPS, BT,
             )  # fmt: skip
         elif kind == 2:
             out = _mix(
-                mass, tops, peak, page, count, page_bytes, codes, v_scales, v_zeros,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros,
                 2, 0, T, D, BR, LIVE, GROUPS, BT,
             )  # fmt: skip
         elif kind == 1:
             out = _mix(
-                mass, tops, peak, page, count, page_bytes, codes, v_scales, v_zeros,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros,
                 1, 0, T, D, BR, LIVE, GROUPS, BT,
             )  # fmt: skip
         else:
@@ -484,7 +492,7 @@ def _mix_kernel(
             v = tl.load(own + row[:, None] * wide + c[None, :], mask=inside, other=0.0)
             row_at = mass + of * (T * LIVE) + row[:, None] * LIVE + r[None, :]
             p = tl.load(row_at, mask=(row >= 0)[:, None] & (r < LIVE)[None, :], other=0.0).to(tl.float32)
-            p = p * tl.exp2(tl.load(tops + of * (2 * BR) + r) - peak)[None, :]
+            p = p * tl.load(tops + of * (2 * BR) + BR + r)[None, :]
             wide_out = tl.dot(tl.trans(v.to(DOT)), p.to(OWN).to(DOT), wide_out)
         tl.store(part + V_CODES * D + c[:, None], wide_out, mask=live[None, :] & (c >= 0)[:, None])
     if V_MOST > 0:
@@ -515,13 +523,14 @@ def _attend_kernel(
     r, t = tl.arange(0, BR), tl.arange(0, BT)
     live = r < G * queries
     q_row = q_ptr + b.to(tl.int64) * stride_qb + (h * G + r // queries) * stride_qh + r % queries * stride_qq
-    if split >= page_splits:
+    if split < dense_splits:  # first, so that none of them is left over for the end
         _dense(
-            q_row, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr, pid, split - page_splits,
+            q_row, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr, pid, split,
             dense_splits, queries, scale, tokens, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
             H, D, BR, BD, STRETCH, OWN, DOT,
         )  # fmt: skip
     else:
+        split -= dense_splits
         PARTS: tl.constexpr = T // BT
         keys, values, order = keys_ptr + h * key_fields, values_ptr + h * VALUE_FIELDS, order_k_ptr + h * D
         base = pages_ptr + b.to(tl.int64) * row_bytes
@@ -615,6 +624,14 @@ def _merge_kernel(
     tl.store(to_stat_ptr + (to * 2 + 1) * BR + r, total)
 
 
+@triton.jit
+def _weigh(top, tops):
+    """The maximum [1] of top [1] and tops [BS], and what sums at each of them are to be multiplied by."""
+    new = tl.maximum(top, tl.max(tops, 0))
+    safe = tl.where(new == float("-inf"), 0.0, new)
+    return new, tl.exp2(top - safe), tl.exp2(tops - safe)
+
+
 @triton.jit(do_not_specialize=["splits", "dense_splits"])
 def _combine_kernel(
     part_ptr, stat_ptr, dense_part_ptr, dense_stat_ptr, out_ptr, values_ptr, order_v_ptr, turn_ptr,
@@ -634,43 +651,46 @@ def _combine_kernel(
     dense_stat_ptr += pid.to(tl.int64) * dense_splits * (2 * BR) + r
     part_ptr += (pid.to(tl.int64) * splits * BR + r) * SETS
     dense_part_ptr += (pid.to(tl.int64) * dense_splits * BR + r) * D
-    tops = tl.full([BS], float("-inf"), tl.float32)
-    for start in range(0, splits, BS):
-        at = stat_ptr + (start + i) * (2 * BR)
-        tops = tl.maximum(tops, tl.load(at, mask=start + i < splits, other=float("-inf")))
-    for start in range(0, dense_splits, BS):
-        at = dense_stat_ptr + (start + i) * (2 * BR)
-        tops = tl.maximum(tops, tl.load(at, mask=start + i < dense_splits, other=float("-inf")))
-    top = tl.max(tops, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros([BS], tl.float32)
+    top, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([BS], tl.float32)
     stored, codes = tl.zeros([BS, D], tl.float32), tl.zeros([BS, D], tl.float32)
     for start in range(0, splits, BS):
         ok = start + i < splits
         at = stat_ptr + (start + i) * (2 * BR)
-        w = tl.exp2(tl.load(at, mask=ok, other=float("-inf")) - top)
-        total += w * tl.load(at + BR, mask=ok, other=0.0)
+        tops = tl.load(at, mask=ok, other=float("-inf"))
+        sums = tl.load(at + BR, mask=ok, other=0.0)
         row = part_ptr + (start + i)[:, None] * (BR * SETS)
-        ok = (ok & (w > 0))[:, None]  # a split without tokens has written nothing to rely on
-        w = w[:, None]
         if V_CODES:
-            at = d % 2 * (D // 2) + d // 2  # where `_product` puts column d
-            codes += w * tl.load(row + at[None, :], mask=ok & (d >= 0)[None, :], other=0.0)
+            place = d % 2 * (D // 2) + d // 2  # where `_product` puts column d
+            coded = tl.load(row + place[None, :], mask=ok[:, None] & (d >= 0)[None, :], other=0.0)
         if V_WIDE > 0:
-            ours = ok & (d < tl.minimum(channels, V_WIDE))[None, :]
-            stored += w * tl.load(row + V_CODES * D + d[None, :], mask=ours, other=0.0)
+            whole = ok[:, None] & (d < tl.minimum(channels, V_WIDE))[None, :]
+            values_of = tl.load(row + V_CODES * D + d[None, :], mask=whole, other=0.0)
         if V_MOST > 0:
-            ours = ok & ((d >= first) & (d < first + width))[None, :]
-            smooth = row + (V_CODES * D + V_WIDE) + (d - first)[None, :]
-            stored += w * tl.load(smooth, mask=ours, other=0.0)
+            ours = ok[:, None] & ((d >= first) & (d < first + width))[None, :]
+            smooth = tl.load(row + (V_CODES * D + V_WIDE) + (d - first)[None, :], mask=ours, other=0.0)
+        new, old, w = _weigh(top, tops)
+        total = total * old + w * sums
+        some = (w > 0)[:, None]  # a split without tokens has written nothing to rely on
+        stored = stored * old[:, None]
+        if V_CODES:
+            codes = codes * old[:, None] + tl.where(some, w[:, None] * coded, 0.0)
+        if V_WIDE > 0:
+            stored += tl.where(some, w[:, None] * values_of, 0.0)
+        if V_MOST > 0:
+            stored += tl.where(some, w[:, None] * smooth, 0.0)
+        top = new
     for start in range(0, dense_splits, BS):
         ok = start + i < dense_splits
         at = dense_stat_ptr + (start + i) * (2 * BR)
-        w = tl.exp2(tl.load(at, mask=ok, other=float("-inf")) - top)
-        total += w * tl.load(at + BR, mask=ok, other=0.0)
+        tops = tl.load(at, mask=ok, other=float("-inf"))
+        sums = tl.load(at + BR, mask=ok, other=0.0)
         row = dense_part_ptr + (start + i)[:, None] * (BR * D)
-        ok = (ok & (w > 0))[:, None] & (d >= 0)[None, :]
-        stored += w[:, None] * tl.load(row + order[None, :], mask=ok, other=0.0)
+        own = tl.load(row + order[None, :], mask=ok[:, None] & (d >= 0)[None, :], other=0.0)
+        new, old, w = _weigh(top, tops)
+        total = total * old + w * sums
+        codes = codes * old[:, None]
+        stored = stored * old[:, None] + tl.where((w > 0)[:, None], w[:, None] * own, 0.0)
+        top = new
     out = tl.sum(stored, 0)
     if V_CODES:
         mixed = tl.sum(codes, 0)
@@ -685,12 +705,17 @@ def _combine_kernel(
     tl.store(to + order, out)
 
 
-def _resources(rows: int, dim: int, coded: bool, traits: dict[str, int | bool]) -> dict[str, int]:
-    """One warp waits for nobody; more where its registers would not do. Half of them let twice as many warps wait."""
+def _resources(rows: int, dim: int, coded: bool, traits: dict[str, int | bool]) -> tuple[dict[str, int], int]:
+    """Options of a launch, and how many programs a multiprocessor runs at once.
+
+    One warp waits for nobody; more where its registers would not do. Half of them let twice as many warps wait.
+    """
     wide = max(traits["K_WIDE"], traits["V_WIDE"])
     warps = 4 if rows > 32 or wide > 32 or dim > 128 else 2 if rows > 16 else 1
-    found = dict(num_warps=warps, num_stages=1)
-    return found | dict(maxnreg=128) if coded and warps == 1 and rows == 8 else found
+    options = dict(num_warps=warps, num_stages=1)
+    if coded and warps == 1 and rows == 8:
+        return options | dict(maxnreg=128), 16
+    return options, 8 // warps
 
 
 def attend(
@@ -721,7 +746,8 @@ def attend(
         q = q.contiguous()
     n, pairs, segment = pages.shape[1], batch * layout.heads, layout.segment
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    per_split = max(1, n * pairs // (TARGET * processors))
+    resources, slots = _resources(rows, dim, coded, traits)
+    per_split = max(1, -(-n // max(1, WAVES * slots * processors // pairs)))
     page_splits, dense_splits = -(-n // per_split), -(-k.shape[2] // STRETCH)
     k_most, v_most, wide = traits["K_MOST"], traits["V_MOST"], traits["V_WIDE"]
     step = min(segment, BLOCK)  # tokens of a step where there are no codes
@@ -734,7 +760,7 @@ def attend(
     near = scratch(page_splits * per_split, k_most, rows)
     out = torch.empty(batch, heads, queries, dim, dtype=q.dtype, device=q.device)
     shape = dict(H=layout.heads, G=group, D=dim, BR=rows)
-    kinds = dict(OWN=_OWN[q.dtype], DOT=_DOT[q.dtype], **_resources(rows, dim, coded, traits))
+    kinds = dict(OWN=_OWN[q.dtype], DOT=_DOT[q.dtype], **resources)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     dense = dict(BD=DENSE_STEP, STRETCH=STRETCH)
     bytes_of = (layout.page_bytes, pages.stride(0))
@@ -785,6 +811,6 @@ def attend(
     _combine_kernel[(pairs, group * queries)](
         part, stat, dense_part, dense_stat, out, plan.values, plan.order_v, plan.turn, queries,
         page_splits, dense_splits, SETS=sets, BS=16, V_WIDE=wide, V_CODES=traits["V_CODES"], V_MOST=v_most,
-        ROOT=dim**-0.5, **shape, num_warps=4,
+        ROOT=dim**-0.5, **shape, num_warps=8,
     )  # fmt: skip
     return out

@@ -30,7 +30,7 @@ PIECE, VALUE_FIELDS = tl.constexpr(tables.PIECE), tl.constexpr(tables.VALUE_FIEL
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _OWN = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _DOT = {kind: tl.float32 if INTERPRETED.value else own for kind, own in _OWN.items()}
-BLOCK, STAGES = 64, 3  # tokens of a step where there are no codes, and steps under way
+BLOCK = 64  # tokens of a step where there are no codes
 MIX_STEP = 32  # tokens of a step of V's codes
 STRETCH, DENSE_STEP = 64, 16  # dense tokens of a program, and of a step
 MERGE = 16  # splits made one
@@ -559,35 +559,42 @@ def _attend_kernel(
             out = tl.zeros([V_WIDE, BR], tl.float32)
         top = tl.full([BR], float("-inf"), tl.float32)
         total = tl.zeros([BR], tl.float32)
-        for step in tl.range(0, (end_page - first_page) * PARTS, num_stages=STAGES):
-            of, row = first_page * 0 + step // PARTS, step % PARTS * BT + t
+        MOST: tl.constexpr = max(K_MOST, V_MOST)
+        HELD: tl.constexpr = MOST * T <= 512  # rows of the basis stay in registers
+        rows = ()
+        if HELD:
+            for at in tl.static_range(PARTS * MOST):
+                rows = rows + (tl.load(basis_ptr + at % MOST * T + at // MOST * BT + t),)  # type: ignore[assignment]  # noqa: RUF005
+        for n in tl.range(0, end_page - first_page, num_stages=STAGES):
+            of = first_page * 0 + n
             page = base + (first_page + of).to(tl.int64) * page_bytes
-            s = tl.zeros([BT, BR], tl.float32)
-            if K_WIDE > 0:
-                own = (page + k_data).to(tl.pointer_type(OWN))
-                k_held = (cell < k_wide)[None, :] & (row >= 0)[:, None]
-                k = tl.load(own + row[:, None] * k_wide + cell[None, :], mask=k_held, other=0.0)
-                s = tl.dot(k.to(DOT), q_wide, s)
-            if K_MOST > 0:
-                for m in tl.static_range(K_MOST):
-                    a = tl.load(near + (of * K_MOST + m) * BR + r, mask=r * 0 + k_states > m, other=0.0)
-                    s += tl.load(basis_ptr + m * T + row)[:, None] * a[None, :]
-            s = s * scale
-            new = tl.maximum(top, tl.max(s, 0))
-            p = tl.exp2(s - new[None, :])
-            old = tl.exp2(top - new)
-            total = total * old + tl.sum(p, 0)
-            top = new
-            if V_MOST > 0:
-                tl.store(tops + step * BR + r, new)
-                for m in tl.static_range(V_MOST):
-                    mixed = tl.sum(p * tl.load(basis_ptr + m * T + row)[:, None], 0)
-                    tl.store(far + (step * V_MOST + m) * BR + r, mixed)
-            if V_WIDE > 0:
-                own = (page + v_data).to(tl.pointer_type(OWN))
-                v_held = (c < v_wide)[None, :] & (row >= 0)[:, None]
-                v = tl.load(own + row[:, None] * v_wide + c[None, :], mask=v_held, other=0.0)
-                out = tl.dot(tl.trans(v.to(DOT)), p.to(OWN).to(DOT), out * old[None, :])
+            for sub in tl.static_range(PARTS):
+                row = sub * BT + t
+                s = tl.zeros([BT, BR], tl.float32)
+                if K_WIDE > 0:
+                    own = (page + k_data).to(tl.pointer_type(OWN))
+                    k_held = (cell < k_wide)[None, :] & (row >= 0)[:, None]
+                    k = tl.load(own + row[:, None] * k_wide + cell[None, :], mask=k_held, other=0.0)
+                    s = tl.dot(k.to(DOT), q_wide, s)
+                if K_MOST > 0:
+                    for m in tl.static_range(K_MOST):
+                        a = tl.load(near + (of * K_MOST + m) * BR + r, mask=r * 0 + k_states > m, other=0.0)
+                        s += (rows[sub * MOST + m] if HELD else tl.load(basis_ptr + m * T + row))[:, None] * a[None, :]
+                new = tl.maximum(top, tl.max(s, 0) * scale)
+                p = tl.exp2(s * scale - new[None, :])
+                old = tl.exp2(top - new)
+                total = total * old + tl.sum(p, 0)
+                top = new
+                if V_MOST > 0:
+                    tl.store(tops + (of * PARTS + sub) * BR + r, new)
+                    for m in tl.static_range(V_MOST):
+                        mixed = p * (rows[sub * MOST + m] if HELD else tl.load(basis_ptr + m * T + row))[:, None]
+                        tl.store(far + ((of * PARTS + sub) * V_MOST + m) * BR + r, tl.sum(mixed, 0))
+                if V_WIDE > 0:  # read the other way round: only so does the compiler ask for it ahead of time
+                    own = (page + v_data).to(tl.pointer_type(OWN))
+                    v_held = (c < v_wide)[:, None] & (row >= 0)[None, :]
+                    v = tl.load(own + row[None, :] * v_wide + c[:, None], mask=v_held, other=0.0)
+                    out = tl.dot(v.to(DOT), p.to(OWN).to(DOT), out * old[None, :])
         part = part_ptr + (place * BR + r[None, :]) * SETS
         if V_WIDE > 0:
             tl.store(part + c[:, None], out, mask=live[None, :] & (c >= 0)[:, None])
@@ -705,8 +712,8 @@ def _combine_kernel(
     tl.store(to + order, out)
 
 
-def _resources(rows: int, dim: int, coded: bool, traits: dict[str, int | bool]) -> tuple[dict[str, int], int]:
-    """Options of a launch, and how many programs a multiprocessor runs at once.
+def _resources(rows: int, dim: int, segment: int, coded: bool, traits: dict[str, int | bool]) -> tuple[dict, int, int]:
+    """Options of a launch, pages under way where there are no codes, and programs a multiprocessor runs at once.
 
     One warp waits for nobody; more where its registers would not do. Half of them let twice as many warps wait.
     """
@@ -714,8 +721,11 @@ def _resources(rows: int, dim: int, coded: bool, traits: dict[str, int | bool]) 
     warps = 4 if rows > 32 or wide > 32 or dim > 128 else 2 if rows > 16 else 1
     options = dict(num_warps=warps, num_stages=1)
     if coded and warps == 1 and rows == 8:
-        return options | dict(maxnreg=128), 16
-    return options, 8 // warps
+        return options | dict(maxnreg=128), 1, 16
+    page = 2 * segment * (traits["K_WIDE"] + traits["V_WIDE"])
+    stages = 3 if page <= 1 << 15 else 2 if page <= 1 << 16 else 1
+    held = page * (stages - 1) + 2048  # shared memory
+    return options, stages, max(1, min(8 // warps, (220 << 10) // held))
 
 
 def attend(
@@ -746,7 +756,7 @@ def attend(
         q = q.contiguous()
     n, pairs, segment = pages.shape[1], batch * layout.heads, layout.segment
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    resources, slots = _resources(rows, dim, coded, traits)
+    resources, stages, slots = _resources(rows, dim, segment, coded, traits)
     per_split = max(1, -(-n // max(1, WAVES * slots * processors // pairs)))
     page_splits, dense_splits = -(-n // per_split), -(-k.shape[2] // STRETCH)
     k_most, v_most, wide = traits["K_MOST"], traits["V_MOST"], traits["V_WIDE"]
@@ -796,7 +806,7 @@ def attend(
             q, pages, counts, basis, plan.keys, plan.values, plan.order_k, k, v, seen,
             near, far, tops, part, stat, dense_part, dense_stat,
             queries, scale, *bytes_of, k.shape[2], per_split, page_splits, dense_splits, plan.keys.shape[1], *strides,
-            T=segment, BT=step, SETS=sets, STAGES=STAGES, **shape, **dense, **kinds,
+            T=segment, BT=step, SETS=sets, STAGES=stages, **shape, **dense, **kinds,
             **traited("K_WIDE", "V_WIDE", "ALIGN", "K_MOST", "V_MOST", "K_EIGHT", "V_EIGHT"),
         )  # fmt: skip
     if page_splits > 2 * MERGE:

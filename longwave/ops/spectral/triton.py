@@ -34,6 +34,7 @@ BLOCK = 64  # tokens of a step where there are no codes
 MIX_STEP = 32  # tokens of a step of V's codes
 STRETCH, DENSE_STEP = 64, 16  # dense tokens of a program, and of a step
 MERGE = 16  # splits made one
+REGISTERS = 128  # of a thread where there are codes
 # How often the programs fill the GPU, rounded down: a few left over would take as long as all the others.
 WAVES = 1
 
@@ -718,10 +719,10 @@ def _resources(rows: int, dim: int, segment: int, coded: bool, traits: dict[str,
     One warp waits for nobody; more where its registers would not do. Half of them let twice as many warps wait.
     """
     wide = max(traits["K_WIDE"], traits["V_WIDE"])
-    warps = 4 if rows > 32 or wide > 32 or dim > 128 else 2 if rows > 16 else 1
+    warps = 4 if rows > 32 or wide > 32 or dim > 128 else 2 if rows > 16 or segment > 128 else 1
     options = dict(num_warps=warps, num_stages=1)
     if coded and warps == 1 and rows == 8:
-        return options | dict(maxnreg=128), 1, 16
+        return options | dict(maxnreg=REGISTERS), 1, 65536 // (32 * REGISTERS)
     page = 2 * segment * (traits["K_WIDE"] + traits["V_WIDE"])
     stages = 3 if page <= 1 << 15 else 2 if page <= 1 << 16 else 1
     held = page * (stages - 1) + 2048  # shared memory

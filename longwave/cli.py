@@ -150,7 +150,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many tokens at most.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample from the tokens that make up this share.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the tokens that make up this share.")
+    ] = None,
     seed: int = 0,
     chat: Annotated[bool, typer.Option(help="Use the model's chat template, if it has one.")] = True,
     prefill_chunk: Annotated[

@@ -319,6 +319,8 @@ def generate(
         reason = reason or (f"{name} changes the loop" if options.get(name) else None)
     if reason:
         raise ValueError(f"longwave.generate cannot do this: {reason}. model.generate works")
+    if graph and model.device.type != "cuda":
+        raise ValueError(f"graph=True needs CUDA, and the model is on {model.device}")
     if (generation_config or model.generation_config).stop_strings is not None:
         raise ValueError("give stop_strings, and tokenizer with them, to longwave.generate itself")
     # transformers keeps these two to its own loops
@@ -373,6 +375,10 @@ def _loop(
 
     name = "cache" if "cache" in inputs else "past_key_values"
     cache = inputs[name]
+    mask = inputs.get("attention_mask")
+    if ids.shape[1] and cache.get_seq_length() == ids.shape[1] == (ids if mask is None else mask).shape[1]:
+        # transformers would read the prompt a second time
+        raise ValueError("all of the prompt is in the cache already: cache.reset(), or cache.crop(-1), and ask again")
     pad = config._pad_token_tensor
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stop)
     kept: dict[str, Any] = {

@@ -427,6 +427,22 @@ def halves(model, name):
     return longwave.cache(model, name)
 
 
+def test_a_prompt_that_is_in_the_cache_already_is_not_read_twice(llama):
+    memory, ids = fourier(llama), tokens(1, 40)
+    with torch.no_grad():
+        llama(ids, past_key_values=memory)
+    with pytest.raises(ValueError, match="in the cache already"):
+        longwave.generate(llama, ids, past_key_values=memory, max_new_tokens=4)
+    assert memory.get_seq_length() == 40
+
+
+def test_a_graph_without_cuda_is_refused_before_the_prompt_is_read(llama):
+    memory = fourier(llama)
+    with pytest.raises(ValueError, match="needs CUDA"):
+        longwave.generate(llama, tokens(1, 40), past_key_values=memory, max_new_tokens=4, graph=True)
+    assert memory.get_seq_length() == 0
+
+
 @pytest.mark.parametrize("name", ["fourier", "kivi"])
 def test_the_triton_kernel_answers_steps(monkeypatch, name):
     pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here is none")

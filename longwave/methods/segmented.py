@@ -187,6 +187,7 @@ class SegmentedLayer(MemoryLayer):
             k, v = self.dense.view()
             self._check_shape(k, v)
             self.store = self.method.new_store(self.position, self.batch_size, k.dtype, k.device)
+            del k, v  # they would hold the old storage beside the new
         if self.store is not None:
             self.store.reserve(max(held + more for held, more in zip(self.store.counts, filled, strict=True)))
         longest = max(lengths)

@@ -147,6 +147,8 @@ class TokenBuffer:
         self.lengths = [length - count for length, count in zip(self.lengths, counts, strict=True)]
         if self.k is not None and self.v is not None:
             self.fit()
+            if not writable(self.k):  # made under inference_mode, cropped outside
+                self._copy(self.longest)
             for row, length in enumerate(self.lengths):  # the columns after a row's end are zero by contract
                 self.k[row, :, length:] = 0
                 self.v[row, :, length:] = 0

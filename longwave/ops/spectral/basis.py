@@ -46,7 +46,7 @@ def _legendre(tokens: int) -> torch.Tensor:
 BASES: dict[str, Callable[[int], torch.Tensor]] = {"dct": _dct, "dft": _dft, "legendre": _legendre}
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # a captured graph reads a table at its address: none may go
 def table(
     basis: str,
     states: int,

@@ -159,6 +159,8 @@ def test_strided_inputs(monkeypatch):
         (Code(((OWN, 32),), 0), Code(((OWN, 32),), 0), 24, 32, torch.float16, "powers of two"),
         (Code(((2, 32),), 1, residual=True), Code((), 1), 32, 32, torch.float16, "along time"),
         (Code((), 1), Code(((4, 8), (2, 8)), 1, axis="token"), 32, 32, torch.float16, "more than one run"),
+        (Code((), 1), Code(((16, 32),), 1, residual=True), 32, 32, torch.float16, "residuals are values"),
+        (Code((), 1), Code(((4, 32),), 0, axis="token", group=1), 32, 32, torch.float16, "every channel"),
         (Code((), 1), Code(((2, 32),), 0), 32, 32, torch.float16, "across all channels"),
     ],
 )

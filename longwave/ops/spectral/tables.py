@@ -59,6 +59,10 @@ def fits(layout: Layout) -> str | None:
         code = group.code
         if len(code.runs) > 1:
             return "V has more than one run of channels"
+        if code.residual and any(b not in BITS for b, _ in code.runs):
+            return "V's residuals are values, not codes"
+        if code.group == 1:
+            return "V has a scale for every channel"
         for b, n in code.runs:
             if b in BITS and (code.axis != "token" or n != layout.dim):
                 return "V's codes must lie across all channels of a token"

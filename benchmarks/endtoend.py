@@ -21,7 +21,6 @@ A cell that fails, for want of memory or else, is recorded with its error.
 """
 
 import argparse
-import gc
 import itertools
 import json
 import math
@@ -38,7 +37,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 import longwave
-from benchmarks.kernels import SEGMENT, codes, folded, grouped
+from benchmarks.kernels import SEGMENT, codes, described, folded, grouped, tidy
 from longwave.methods.segmented import LayerCodes, Segmented
 from longwave.ops.spectral import reference
 from longwave.ops.spectral.basis import table
@@ -434,12 +433,6 @@ def filled_bytes(method, context):
     return sum(pages * method.layout(i, DTYPE).page_bytes for i in range(len(method.layers))) or 1
 
 
-def tidy():
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def gate(model, method, seed):
     """The largest relative error of graph decoding's logits against the ordinary path, of a 2-layer model."""
     g = torch.Generator("cpu").manual_seed(seed)
@@ -479,10 +472,6 @@ def out_of_memory(problem):
             return True
         problem = problem.__context__
     return False
-
-
-def described(problem):
-    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
 
 
 def number(text):

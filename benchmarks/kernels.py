@@ -257,6 +257,10 @@ def tidy():
     torch.cuda.empty_cache()
 
 
+def described(problem):
+    return f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
+
+
 def gate(sources, seed):
     """The largest relative error of a layout's layers at a small shape."""
     inputs = (Input(source, 2, 2048, seed + i) for i, source in enumerate(sources))
@@ -271,7 +275,7 @@ class Table:
         self.rows, self.rivals, self.skipped = [], [], []
 
     def failed(self, where, problem):
-        reason = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
+        reason = described(problem)
         print(f"  {' '.join(map(str, where.values()))}: {reason}", flush=True)
         self.skipped.append(where | {"reason": reason})
 

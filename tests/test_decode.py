@@ -9,9 +9,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, TextStreamer
 
 import longwave
-from longwave.cache import step_attention
 from longwave.decode import StaticDecoder, supports
-from longwave.ops.attention import dense_attention
+from longwave.ops.attention import dense_attention, step_attention
 from longwave.store.pages import PageStore
 from tests.conftest import SMALL, left_padded, random_profile, tokens
 
@@ -24,6 +23,14 @@ def fourier(model):
     return longwave.cache(
         model, longwave.Fourier(segment=8, sinks=2, window=8), budget=0.4, profile=random_profile(model)
     )
+
+
+def filled(model):
+    """A cache that has read 40 tokens."""
+    memory = fourier(model)
+    with torch.no_grad():
+        model(tokens(1, 40), past_key_values=memory)
+    return memory
 
 
 MEMORIES = {
@@ -225,9 +232,7 @@ def test_made_up_content(llama):
 
 
 def test_storage_stays_and_is_not_held_twice(llama):
-    memory = fourier(llama)
-    with torch.no_grad():
-        llama(tokens(1, 40), past_key_values=memory)
+    memory = filled(llama)
     with StaticDecoder(llama, memory, new_tokens=40) as decoder:
         before, held = decoder._addresses(), memory.nbytes
         for _ in range(40):
@@ -241,9 +246,7 @@ def test_storage_stays_and_is_not_held_twice(llama):
 
 
 def test_a_lent_cache_refuses_other_hands(llama):
-    memory = fourier(llama)
-    with torch.no_grad():
-        llama(tokens(1, 40), past_key_values=memory)
+    memory = filled(llama)
     decoder = StaticDecoder(llama, memory, new_tokens=2)
     layer = next(memory.memory_layers())
     for use in (
@@ -269,9 +272,8 @@ def test_a_lent_cache_refuses_other_hands(llama):
 
 
 def test_reset_takes_the_cache_back(llama):
-    memory = fourier(llama)
+    memory = filled(llama)
     with torch.no_grad():
-        llama(tokens(1, 40), past_key_values=memory)
         decoder = StaticDecoder(llama, memory, new_tokens=2)
         memory.reset()
         llama(tokens(2, 40), past_key_values=memory)
@@ -282,9 +284,7 @@ def test_reset_takes_the_cache_back(llama):
 
 
 def test_storage_that_cannot_be_had_leaves_the_cache_as_it_was(llama, monkeypatch):
-    memory = fourier(llama)
-    with torch.no_grad():
-        llama(tokens(1, 40), past_key_values=memory)
+    memory = filled(llama)
     before = memory.report()
     last = list(memory.memory_layers())[-1]
 

@@ -74,3 +74,26 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling:
         # no fused kernel groups heads in these types, and the fallback holds all scores at once
         k, v, groups = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1), 1
     return sdpa(q, k, v, scale=scaling, is_causal=True, enable_gqa=groups > 1)
+
+
+def step_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, seen: torch.Tensor
+) -> torch.Tensor:
+    """One query a row over storage of which row b sees the first seen[b, 0] tokens: q [B, Hq, 1, D] -> same shape.
+
+    k, v [B, H, L, D], seen [B, 1] on their device. Nothing is read back and no shape depends on `seen`.
+    """
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return dense_attention(q, k, v, scaling, seen)
+    # sdpa with a mask copies K and V for grouped heads, or gives a whole row to one program
+    x = group_heads(q, k.shape[1]).flatten(0, 1)
+    scores = _product(x, k.flatten(0, 1).mT).unflatten(0, k.shape[:2]) * scaling
+    scores.masked_fill_(~visible_mask(seen, k.shape[2]), float("-inf"))
+    p = torch.exp(scores - scores.amax(-1, keepdim=True))  # not divided yet: float16 would lose small shares
+    out = _product(p.to(v.dtype).flatten(0, 1), v.flatten(0, 1)).unflatten(0, k.shape[:2])
+    return (out / p.sum(-1, keepdim=True)).to(q.dtype).reshape(q.shape)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [N, R, C] @ b [N, C, S] of 16-bit numbers in float32, without copies of them where the device can."""
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

@@ -92,6 +92,11 @@ def quantize(
     return codes.to(torch.uint8), scale, start.half()
 
 
+def signs(n: int) -> torch.Tensor:
+    """`rotation` times the square root of n, a power of two: int8 [n, n], all 1 and -1."""
+    return (rotation(n) * n**0.5).round().to(torch.int8)
+
+
 def rotation(n: int) -> torch.Tensor:
     """An orthonormal, symmetric or not, [n, n] table that spreads every channel over all: float64.
 

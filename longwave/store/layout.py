@@ -83,6 +83,10 @@ class Field:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def at(self, i: int) -> int:
+        """Byte of a page where the part of the group's i-th head starts."""
+        return self.offset + i * (self.nbytes // self.shape[0])
+
     def view(self, pages: torch.Tensor) -> torch.Tensor:
         """pages [..., page bytes] uint8 -> [..., *shape], the same memory."""
         part = pages[..., self.offset : self.offset + self.nbytes].view(self.dtype)

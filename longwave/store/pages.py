@@ -3,6 +3,7 @@
 A page is made once from dense values and never touched again, so the order in which tokens arrived cannot matter.
 """
 
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,8 +25,7 @@ class PageStore:
         self.pages = torch.zeros(batch, 0, layout.page_bytes, dtype=torch.uint8, device=device)
         # where the kernels find what: like basis tables, not counted as held
         self._plan: cpu.Plan | None = None
-        self._fused: Any = None  # the GPU kernel's plan, or why it cannot read these pages
-        self._encoder: Any = None  # of those that compress: their plan, or why they cannot make these pages
+        self._plans: dict[str, Any] = {}  # of Triton's modules, or why they cannot read or make these pages
         self._ends: torch.Tensor | None = None  # `counts` where the GPU kernel reads them
         self.move(device)
 
@@ -65,21 +65,34 @@ class PageStore:
 
     def _encode(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Pages of K and V, in Triton where that answers."""
-        rows, kernels = self._table(k.dtype, k.device), choice()
-        if kernels == "reference" or (kernels == "auto" and k.device.type != "cuda"):
+        rows = self._table(k.dtype, k.device)
+        kernels = self._triton("triton_encode", "kernels cannot compress", k.device)
+        if kernels is None:
             return reference.encode(self.layout, k, v, rows)
+        return kernels.encode(self._plans["triton_encode"], k, v, rows)
+
+    def _triton(self, name: str, cannot: str, device: torch.device, rows: int = 0) -> Any:
+        """The module ops/spectral/`name`, with its plan of these pages in `_plans`; None where the reference answers.
+
+        rows: query rows a KV head; a block of a prompt has too many: it is made of products that torch does well.
+        """
+        kernels = choice()
+        if kernels == "reference" or (kernels == "auto" and device.type != "cuda"):
+            return None
         try:
-            from longwave.ops.spectral import triton_encode as fused
+            module = importlib.import_module(f"longwave.ops.spectral.{name}")
         except ImportError:
-            self._encoder = "Triton is not installed"
+            self._plans[name] = "Triton is not installed"
         else:
-            if self._encoder is None:
-                self._encoder = fused.fits(self.layout) or fused.plan(self.layout)
-        if isinstance(self._encoder, str):
-            if kernels == "triton":
-                raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the kernels cannot compress: {self._encoder}")
-            return reference.encode(self.layout, k, v, rows)
-        return fused.encode(self._encoder, k, v, rows)
+            if rows and rows > module.ROWS:
+                return None
+            if name not in self._plans:
+                self._plans[name] = module.fits(self.layout) or module.plan(self.layout)
+        if not isinstance(self._plans[name], str):
+            return module
+        if kernels == "triton":
+            raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the {cannot}: {self._plans[name]}")
+        return None
 
     def reserve(self, segments: int) -> None:
         """Room for `segments` pages a row, in a tensor that `append` fills in place until `release`."""
@@ -106,21 +119,9 @@ class PageStore:
         q [B, Hq, Q, D]; k, v [B, H, L, D] dense, of which query i of row b sees the first visible[b, i] (None: all).
         counts int32 [B] on q's device: pages of each row where `self.counts` may lag behind.
         """
-        kernels = choice()
-        if kernels == "reference" or (kernels == "auto" and q.device.type != "cuda"):
-            return None
-        try:
-            from longwave.ops.spectral import triton as fused
-        except ImportError:
-            self._fused = "Triton is not installed"
-        else:
-            if q.shape[1] // self.layout.heads * q.shape[2] > fused.ROWS:
-                return None  # a block of a prompt: made of products that torch does well
-            if self._fused is None:
-                self._fused = fused.fits(self.layout) or fused.plan(self.layout)
-        if isinstance(self._fused, str):
-            if kernels == "triton":
-                raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the kernel cannot be used: {self._fused}")
+        rows = q.shape[1] // self.layout.heads * q.shape[2]
+        fused = self._triton("triton", "kernel cannot be used", q.device, rows)
+        if fused is None:
             return None
         if counts is None:
             if self._ends is None:
@@ -130,8 +131,8 @@ class PageStore:
             seen = torch.full((q.shape[0], q.shape[2]), k.shape[2], dtype=torch.int32, device=q.device)
         else:
             seen = visible.to(q.device, torch.int32).expand(q.shape[0], q.shape[2]).contiguous()
-        rows = self._table(q.dtype, q.device)
-        return fused.attend(self._fused, self.pages, counts, rows, q, scaling, k, v, seen)
+        basis = self._table(q.dtype, q.device)
+        return fused.attend(self._plans["triton"], self.pages, counts, basis, q, scaling, k, v, seen)
 
     def _kernel(self, q: torch.Tensor) -> cpu.Plan | None:
         """The CPU kernel's plan, if it answers for such q."""
@@ -169,7 +170,7 @@ class PageStore:
 
     def move(self, device: torch.device | str) -> None:
         self.pages = self.pages.to(device)
-        self._fused = self._encoder = self._ends = None
+        self._plans, self._ends = {}, None
         for group in (*self.layout.k, *self.layout.v):
             group.heads, group.order = group.heads.to(device), group.order.to(device)
 

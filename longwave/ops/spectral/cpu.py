@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from longwave.ops.codes import BITS, rotation
-from longwave.store.layout import Field, Group, Layout
+from longwave.store.layout import Group, Layout
 
 try:
     import numba
@@ -111,18 +111,15 @@ def _matrices(group: Group, i: int, tokens: int, keys: bool) -> Iterator[list[in
     """The matrices of a group's i-th head: a plan's rows without the head."""
     code = group.code
 
-    def start(field: Field) -> int:
-        return field.offset + i * (field.nbytes // field.shape[0])
-
     def ends(channel: int) -> tuple[int, int]:
         return (channel, 0) if keys else (0, channel)
 
     if group.states is not None:
         _, states, n = group.states.shape
-        held, scale = group.states, -1 if group.gains is None else start(group.gains)
+        held, scale = group.states, -1 if group.gains is None else group.gains.at(i)
         product, first = THEN_TABLE if keys else TABLE_FIRST, ends(0 if code.residual else code.kept)
         stride = n * held.dtype.itemsize
-        yield [product, KINDS[held.dtype], *first, states, n, start(held), stride, scale, 0, n, 0, 0]
+        yield [product, KINDS[held.dtype], *first, states, n, held.at(i), stride, scale, 0, n, 0, 0]
     channel = 0
     for (bits, n), values, scales in zip(code.runs, group.values, group.scales, strict=True):
         kind = bits if bits in BITS else KINDS[values.dtype]
@@ -132,9 +129,9 @@ def _matrices(group: Group, i: int, tokens: int, keys: bool) -> Iterator[list[in
             shared = columns
         product, first = BY_ROWS if along_time == keys else BY_COLUMNS, ends(channel)
         stride = values.shape[-1] * values.dtype.itemsize
-        scale, zeros = (-1, 0) if scales is None else (start(scales), scales.shape[1] - 1)
+        scale, zeros = (-1, 0) if scales is None else (scales.at(i), scales.shape[1] - 1)
         turned = (int(code.residual), 0) if keys else (0, int(code.residual))
-        yield [product, kind, *first, rows, columns, start(values), stride, scale, zeros, shared, *turned]
+        yield [product, kind, *first, rows, columns, values.at(i), stride, scale, zeros, shared, *turned]
         channel += n
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longwave.ops.codes import BITS, PLANES, rotation
+from longwave.ops.codes import BITS, PLANES, signs
 from longwave.store.layout import Field, Group, Layout
 
 VALUES = 16  # kind of a run of 16-bit values; codes are their number of bits
@@ -104,9 +104,9 @@ def plan(layout: Layout) -> Plan:
                 zeros = -1
                 if scales is not None:
                     groups = scales.shape[-1]
-                    zeros = _at(group, scales, i) + 2 * layout.segment * groups if group.code.zero else -1
+                    zeros = _at(scales, i) + 2 * layout.segment * groups if group.code.zero else -1
                 kind = bits if bits in BITS else VALUES
-                row += [kind, n, _at(group, held, i), _at(group, scales, i), zeros, int(group.code.residual)]
+                row += [kind, n, held.at(i), _at(scales, i), zeros, int(group.code.residual)]
             values[head, : len(row)] = torch.tensor(row)
     kept = [(side, bits, n) for side in "kv" for g in getattr(layout, side) for bits, n in g.code.runs]
     whole = [(side, n) for side, bits, n in kept if bits not in BITS]
@@ -128,14 +128,13 @@ def plan(layout: Layout) -> Plan:
         V_EIGHT=any(g.gains is not None for g in layout.v),
     )
     device = layout.k[0].heads.device
-    turn = (rotation(layout.dim) * layout.dim**0.5).round().to(torch.int8)
+    turn = signs(layout.dim)
     keys, values, order_k, order_v, turn = (x.to(device) for x in (keys, values, order_k, order_v, turn))
     return Plan(layout, keys, values, order_k, order_v, turn, traits)
 
 
-def _at(group: Group, field: Field | None, i: int) -> int:
-    """Byte of a page where the part of a group's head i starts."""
-    return 0 if field is None else field.offset + i * field.nbytes // len(group.heads)
+def _at(field: Field | None, i: int) -> int:
+    return 0 if field is None else field.at(i)
 
 
 def _keys(layout: Layout, group: Group, i: int) -> list[int]:
@@ -143,14 +142,14 @@ def _keys(layout: Layout, group: Group, i: int) -> list[int]:
     chunks: dict[int, list[int]] = {width: [] for width in WIDTHS}
     values, first, step = [0, 0, 0], 0, CHUNK
     for (bits, n), held, scales in zip(group.code.runs, group.values, group.scales, strict=True):
-        data = _at(group, held, i)
+        data = held.at(i)
         if bits not in BITS:
             values = [n, data, first]
         else:
             stride, plane, below = layout.segment * bits // 8, data, 0
             for width in PLANES[bits]:
                 for j in range(0, n, step):
-                    scale_at = _at(group, scales, i) + 2 * j
+                    scale_at = _at(scales, i) + 2 * j
                     rest = min(step, n - j) | 1 << below + 6 | first + j << 9 | stride // 2 << 18
                     chunks[width] += [plane + j * stride, scale_at, n, rest]
                 plane += layout.segment * width // 8
@@ -166,4 +165,4 @@ def _smooth(group: Group, i: int, dim: int) -> list[int]:
         return [0, 0, 0, 0, 0]
     code = group.code
     first = 0 if code.residual else code.kept
-    return [code.states, code.smooth(dim), first, _at(group, group.states, i), _at(group, group.gains, i)]
+    return [code.states, code.smooth(dim), first, _at(group.states, i), _at(group.gains, i)]

@@ -174,19 +174,31 @@ def _near(
 ):  # fmt: skip
     """q times K's states of the pages of a program: float32 [pages, MOST, BR] at `near`."""
     r, d, i = tl.arange(0, BR), tl.arange(0, D), tl.arange(0, 16)
-    states, width, smooth = tl.load(keys), tl.load(keys + 1), tl.load(keys + 2)
-    data, gain_at = tl.load(keys + 3), tl.load(keys + 4)
-    ok = d < width
-    which = tl.load(order + smooth + d, mask=ok, other=0)
-    q = tl.load(q_row[None, :] + which[:, None], mask=live[None, :] & ok[:, None], other=0.0).to(DOT)
-    for start in range(0, (end_page - first_page) * MOST, 16):
-        of, m = first_page + (start + i) // MOST, (start + i) % MOST
-        held = (of < end_page) & (m < states)
-        page = base + of.to(tl.int64) * page_bytes
-        number, gain = _states(page, data, gain_at, m, width, held, D, EIGHT, OWN)
-        a = tl.dot(number.to(DOT), q) * gain[:, None]
-        tl.store(near + (start + i)[:, None] * BR + r[None, :], a, mask=held[:, None] & (r >= 0)[None, :])
-    tl.debug_barrier()
+    states = tl.load(keys)
+    if states > 0:
+        width, smooth = tl.load(keys + 1), tl.load(keys + 2)
+        data, gain_at = tl.load(keys + 3), tl.load(keys + 4)
+        ok = d < width
+        which = tl.load(order + smooth + d, mask=ok, other=0)
+        q = tl.load(q_row[None, :] + which[:, None], mask=live[None, :] & ok[:, None], other=0.0).to(DOT)
+        for start in range(0, (end_page - first_page) * MOST, 16):
+            of, m = first_page + (start + i) // MOST, (start + i) % MOST
+            held = (of < end_page) & (m < states)
+            page = base + of.to(tl.int64) * page_bytes
+            number, gain = _states(page, data, gain_at, m, width, held, D, EIGHT, OWN)
+            a = tl.dot(number.to(DOT), q) * gain[:, None]
+            tl.store(near + (start + i)[:, None] * BR + r[None, :], a, mask=held[:, None] & (r >= 0)[None, :])
+        tl.debug_barrier()
+
+
+@triton.jit
+def _wide(keys, order, q_row, live, K_WIDE: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr):
+    """A head's run of 16-bit channels of K: how many, their byte, and q of them [K_WIDE, BR]."""
+    cell = tl.arange(0, K_WIDE)
+    width, data = tl.multiple_of(tl.load(keys + 5), ALIGN), tl.multiple_of(tl.load(keys + 6), 16)
+    which = tl.load(order + tl.load(keys + 7) + cell, mask=cell < width, other=0)
+    held = (cell < width)[:, None] & live[None, :]
+    return width, data, tl.load(q_row[None, :] + which[:, None], mask=held, other=0.0).to(DOT)
 
 
 @triton.jit
@@ -299,18 +311,14 @@ def _score_kernel(
             mine = tl.load(q_row[None, :] + tl.load(order + d)[:, None], mask=every, other=0.0)
             tl.store(sorted_q + d[:, None] * BR + r[None, :], mine)
             tl.debug_barrier()
-        if K_MOST > 0:  # noqa: SIM102 (known when compiling, the other is not)
-            if k_states > 0:
-                _near(
-                    near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
-                    D, BR, K_MOST, K_EIGHT, OWN, DOT,
-                )  # fmt: skip
+        if K_MOST > 0:
+            _near(
+                near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
+                D, BR, K_MOST, K_EIGHT, OWN, DOT,
+            )  # fmt: skip
         if K_WIDE > 0:
-            k_wide, k_data = tl.multiple_of(tl.load(keys + 5), ALIGN), tl.multiple_of(tl.load(keys + 6), 16)
             cell = tl.arange(0, K_WIDE)
-            cells = tl.load(order + tl.load(keys + 7) + cell, mask=cell < k_wide, other=0)
-            ours = (cell < k_wide)[:, None] & live[None, :]
-            q_wide = tl.load(q_row[None, :] + cells[:, None], mask=ours, other=0.0).to(DOT)
+            k_wide, k_data, q_wide = _wide(keys, order, q_row, live, K_WIDE, ALIGN, DOT)
         page = base + first_page.to(tl.int64) * page_bytes
         line = pid.to(tl.int64) * n + first_page
         if K_MOST + V_MOST > 0:
@@ -542,18 +550,14 @@ def _attend_kernel(
         far = far_ptr + place * per_split * (PARTS * V_MOST * BR)
         tops = tops_ptr + place * per_split * (PARTS * BR)
         k_states = tl.load(keys)
-        if K_MOST > 0:  # noqa: SIM102 (known when compiling, the other is not)
-            if k_states > 0:
-                _near(
-                    near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
-                    D, BR, K_MOST, K_EIGHT, OWN, DOT,
-                )  # fmt: skip
+        if K_MOST > 0:
+            _near(
+                near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
+                D, BR, K_MOST, K_EIGHT, OWN, DOT,
+            )  # fmt: skip
         if K_WIDE > 0:
-            k_wide, k_data = tl.multiple_of(tl.load(keys + 5), ALIGN), tl.multiple_of(tl.load(keys + 6), 16)
             cell = tl.arange(0, K_WIDE)
-            cells = tl.load(order + tl.load(keys + 7) + cell, mask=cell < k_wide, other=0)
-            ours = (cell < k_wide)[:, None] & live[None, :]
-            q_wide = tl.load(q_row[None, :] + cells[:, None], mask=ours, other=0.0).to(DOT)
+            k_wide, k_data, q_wide = _wide(keys, order, q_row, live, K_WIDE, ALIGN, DOT)
         if V_WIDE > 0:
             c = tl.arange(0, V_WIDE)
             v_wide, v_data = tl.multiple_of(tl.load(values + 6), ALIGN), tl.multiple_of(tl.load(values + 7), 16)

@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from longwave.ops.codes import BITS, SPANS, rotation
-from longwave.store.layout import Field, Group, Layout
+from longwave.ops.codes import BITS, SPANS, signs
+from longwave.store.layout import Layout
 
 # the interpreter multiplies the bits of bfloat16, not the numbers: there, one product in float32
 _SPLIT = not triton.knobs.runtime.interpret
@@ -86,21 +86,21 @@ def plan(layout: Layout) -> Plan:
                 item, start = -1, 0
                 if group.states is not None:
                     item, first = len(states), 0 if code.residual else code.kept
-                    gains = _at(group, group.gains, i) if group.gains else -1
-                    at = _at(group, group.states, i)
+                    gains = group.gains.at(i) if group.gains else -1
+                    at = group.states.at(i)
                     states.append([side, head, code.states, code.smooth(layout.dim), first, at, gains])
                 for (bits, n), held, scales in zip(code.runs, group.values, group.scales, strict=True):
-                    data = _at(group, held, i)
+                    data = held.at(i)
                     if scales is None:
                         for c in range(0, n, WIDE):
                             values.append([side, head, start + c, min(WIDE, n - c), n, data + 2 * c])
                     elif code.axis == "time":
-                        at = _at(group, scales, i)
+                        at = scales.at(i)
                         for c in range(0, n, TILE):
                             to = data + c * t * bits // 8, at + 2 * c, at + 2 * (n + c)
                             time.append([side, head, start + c, min(TILE, n - c), bits, *to, _spans(bits, code.fit)])
                     else:
-                        at, shared = _at(group, scales, i), scales.shape[-1]
+                        at, shared = scales.at(i), scales.shape[-1]
                         zeros = at + 2 * t * shared if code.zero else -1
                         own = [side, head, bits, data, at, zeros, _spans(bits, code.fit), item]
                         tokens.setdefault((shared, code.residual), []).append(own)
@@ -113,7 +113,7 @@ def plan(layout: Layout) -> Plan:
     spans = torch.zeros(1 + len(BITS), _SPAN_FIELDS)
     for row, found in enumerate(((1.0,), *(SPANS[bits] for bits in BITS))):
         spans[row, : 1 + len(found)] = torch.tensor((len(found), *found))
-    signs = (rotation(layout.dim) * layout.dim**0.5).round().to(device, torch.bfloat16 if _SPLIT else torch.float32)
+    turn = signs(layout.dim).to(device, torch.bfloat16 if _SPLIT else torch.float32)
     return Plan(
         layout,
         table(states, STATES.value),
@@ -123,13 +123,8 @@ def plan(layout: Layout) -> Plan:
         order.to(device, torch.int32),
         order.argsort(-1).to(device, torch.int32),
         spans.to(device),
-        signs,
+        turn,
     )
-
-
-def _at(group: Group, field: Field, i: int) -> int:
-    """Byte of a page where the part of a group's head i starts."""
-    return field.offset + i * field.nbytes // len(group.heads)
 
 
 def _spans(bits: int, fit: bool) -> int:

@@ -143,6 +143,22 @@ def test_a_row_without_pages_and_a_query_that_sees_nothing(monkeypatch):
     assert not got[1].any()
 
 
+def test_small_values_beside_a_token_that_dominates(monkeypatch):
+    # products of small probabilities and small scales are float16 on their way
+    codes = [Code(((2, 64),), 1, axis="token", residual=True, state_bits=8, zero=False)]
+    order = torch.arange(64)[None]
+    layout = Layout([Code(((4, 64),), 0)], codes, order, order, 32, torch.float16)
+    g = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 1, 1, 96, 64, generator=g)
+    q = torch.randn(1, 1, 1, 64, generator=g)
+    k[0, 0, 40] = 8 * q[0, 0, 0] / q.norm()
+    pages = reference.encode(layout, k.half(), (v * 2**-12).half(), table("dct", 4, 32, torch.float32))
+    none = torch.zeros(1, 1, 1, 64).half()
+    scaling = 6 / (k[0, 0, 40] @ q[0, 0, 0]).item()
+    args = (layout, pages, [3], q.half(), scaling, none, none, torch.zeros(1, 1, dtype=torch.int32))
+    assert error(run(*args, monkeypatch), wanted(*args)) < 1e-3
+
+
 def test_strided_inputs(monkeypatch):
     layout, pages, g = made("planned", torch.float16)
     q = torch.randn(2, 1, layout.heads, layout.dim, generator=g).half().transpose(1, 2)

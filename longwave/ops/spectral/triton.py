@@ -35,6 +35,8 @@ MIX_STEP = 32  # tokens of a step of V's codes
 STRETCH, DENSE_STEP = 64, 16  # dense tokens of a program, and of a step
 MERGE = 16  # splits made one
 REGISTERS = 128  # of a thread where there are codes
+# Probabilities grow by this where they meet V's scales: float16 would lose small ones. Scales beyond 1,023 overflow.
+LIFT = tl.constexpr(64.0)
 # How often the programs fill the GPU, rounded down: a few left over would take as long as all the others.
 WAVES = 1
 
@@ -221,12 +223,12 @@ def _far(
         ok = held[:, None] & (r >= 0)[None, :]
         then = tl.load(tops + ((start + i) // MOST)[:, None] * LINE + r[None, :], mask=ok, other=float("-inf"))
         mass = tl.load(far + (start + i)[:, None] * BR + r[None, :], mask=ok, other=0.0)
-        mass = mass * tl.exp2(then - top[None, :]) * gain[:, None]
+        mass = mass * tl.exp2(then - top[None, :]) * (gain * LIFT)[:, None]
         high = mass.to(OWN).to(DOT)
         number = tl.trans(number.to(DOT))
         out = tl.dot(number, high, out)
         out = tl.dot(number, (mass - high.to(tl.float32)).to(OWN).to(DOT), out)
-    tl.store(part + d[:, None], out, mask=live[None, :] & (d < width)[:, None])
+    tl.store(part + d[:, None], out * (1 / LIFT), mask=live[None, :] & (d < width)[:, None])
 
 
 @triton.jit
@@ -370,7 +372,8 @@ def _mix(
 ):  # fmt: skip
     """Probabilities times V's codes of `count` pages: float32 [D, BR], rows in the order of `_product`.
 
-    Codes are planes of BITS and, above it, of ABOVE bits (0: none). weights: what a page's `mass` counts.
+    Codes are planes of BITS and, above it, of ABOVE bits (0: none). weights: what a page's `mass` counts, times LIFT,
+    as is the answer.
     """
     i, r, d = tl.arange(0, BT), tl.arange(0, BR), tl.arange(0, D)
     STRIDE: tl.constexpr = D * (BITS + ABOVE) // 16
@@ -456,7 +459,7 @@ def _mix_kernel(
         at = tops + (start + i)[:, None] * (2 * BR) + r[None, :]
         w = tl.exp2(tl.load(at, mask=held, other=float("-inf")) - peak[None, :])
         total += tl.sum(tl.load(at + BR, mask=held, other=0.0) * w, 0)
-        tl.store(at + BR, w, mask=held)  # where the sum was, which is not needed again
+        tl.store(at + BR, w * LIFT, mask=held)  # where the sum was, which is not needed again
     tl.debug_barrier()
     part = part_ptr + ((pid.to(tl.int64) * splits + split) * BR + r[None, :]) * SETS
     store = live[None, :] & (d >= 0)[:, None]
@@ -489,7 +492,7 @@ def _mix_kernel(
             )  # fmt: skip
         else:
             out = tl.zeros([D, BR], tl.float32)
-        tl.store(part + d[:, None], out, mask=store)
+        tl.store(part + d[:, None], out * (1 / LIFT), mask=store)
     if V_WIDE > 0:
         wide = tl.multiple_of(tl.where(kind == 16, channels, 0), ALIGN)
         t, c = tl.arange(0, BT), tl.arange(0, V_WIDE)
@@ -503,7 +506,7 @@ def _mix_kernel(
             p = tl.load(row_at, mask=(row >= 0)[:, None] & (r < LIVE)[None, :], other=0.0).to(tl.float32)
             p = p * tl.load(tops + of * (2 * BR) + BR + r)[None, :]
             wide_out = tl.dot(tl.trans(v.to(DOT)), p.to(OWN).to(DOT), wide_out)
-        tl.store(part + V_CODES * D + c[:, None], wide_out, mask=live[None, :] & (c >= 0)[:, None])
+        tl.store(part + V_CODES * D + c[:, None], wide_out * (1 / LIFT), mask=live[None, :] & (c >= 0)[:, None])
     if V_MOST > 0:
         far = far_ptr + line * (V_MOST * BR)
         _far(

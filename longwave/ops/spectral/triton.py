@@ -35,7 +35,7 @@ MIX_STEP = 32  # tokens of a step of V's codes
 STRETCH, DENSE_STEP = 64, 16  # dense tokens of a program, and of a step
 MERGE = 16  # splits made one
 REGISTERS = 128  # of a thread where there are codes
-# Probabilities grow by this where they meet V's scales: float16 would lose small ones. Scales beyond 1,023 overflow.
+# Probabilities grow by this where they meet V's scales: float16 would lose small ones. Scales beyond 255 overflow.
 LIFT = tl.constexpr(64.0)
 # How often the programs fill the GPU, rounded down: a few left over would take as long as all the others.
 WAVES = 1
@@ -54,74 +54,99 @@ def _halves(x):
 
 
 @triton.jit
-def _pick(w, SHIFT: tl.constexpr, MASK: tl.constexpr):
-    """float16 of (w >> SHIFT) & MASK in each word, left where it lies among the lowest 8 bits: a subnormal, exact.
+def _widen(x):
+    """x [n, BR] for the tensor cores, which take 8 columns at least: a column of zeros after each of 4. Costs nothing."""
+    if x.shape[1] == 4:
+        x = tl.reshape(tl.join(x, tl.zeros(x.shape, x.dtype)), x.shape[0], 8)
+    return x
+
+
+@triton.jit
+def _narrow(x, BR: tl.constexpr):
+    """The inverse."""
+    if BR == 4:
+        x, _ = tl.split(tl.reshape(x, x.shape[0], 4, 2))
+    return x
+
+
+@triton.jit
+def _pick(w, mask, SHIFT: tl.constexpr):
+    """float16 of (w >> SHIFT) & mask in each word, left where it lies among the lowest 8 bits: a subnormal, exact.
 
     Two words an instruction, which the compiler does not find by itself.
     """
     if INTERPRETED:
-        x = (w >> SHIFT) & MASK
+        x = (w >> SHIFT) & mask
     elif SHIFT == 0:
-        mask = tl.full(w.shape, MASK, tl.int16)
         x = tl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [w, mask], tl.int16, is_pure=True, pack=2)
     else:
-        mask = tl.full(w.shape, MASK, tl.int16)
         asm: tl.constexpr = "{ .reg .b32 t; shr.b32 t, $1, 8; and.b32 $0, t, $2; }"
         x = tl.inline_asm_elementwise(asm, "=r,r,r", [w, mask], tl.int16, is_pure=True, pack=2)
     return x.to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def _fields(
-    w, x, out, SHIFT: tl.constexpr, BITS: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr
-):
-    """out plus the products of COUNT codes of each word's byte with x, one below the other."""
+def _fields(w, mask, x, out, SHIFT: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """out plus the products of COUNT codes of each word's byte with x, one below the other; mask: the first code's."""
     if COUNT == 1:
-        return tl.dot(_pick(w, SHIFT, ((1 << BITS) - 1) << (FIRST * STEP)), x, out)
+        return tl.dot(_pick(w, mask << (FIRST * STEP), SHIFT), x, out)
     else:
         low, high = _halves(out)
-        low = _fields(w, x, low, SHIFT, BITS, STEP, FIRST, COUNT // 2)
-        return _stack(low, _fields(w, x, high, SHIFT, BITS, STEP, FIRST + COUNT // 2, COUNT // 2))
+        low = _fields(w, mask, x, low, SHIFT, STEP, FIRST, COUNT // 2)
+        return _stack(low, _fields(w, mask, x, high, SHIFT, STEP, FIRST + COUNT // 2, COUNT // 2))
+
+
+@triton.jit
+def _shifted(w, by):
+    """Words shifted right; what comes in from above is no code's. By hand for the same reason."""
+    if INTERPRETED:
+        return w >> by
+    else:
+        asm: tl.constexpr = "shf.r.wrap.b32 $0, $1, 0, $2;"
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [w, by], tl.int16, is_pure=True, pack=2)
 
 
 @triton.jit
 def _words(base, at, ok, BITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Words int16 [words of a row, rows] of packed rows of COLUMNS codes; `at` [rows] says where a row starts."""
+    """Words int16 [rows of a product, rows] of packed rows of COLUMNS codes; `at` [rows] says where a row starts."""
     WORDS: tl.constexpr = COLUMNS * BITS // 16
-    AGAIN: tl.constexpr = 16 // WORDS if WORDS < 16 else 1  # a product has 16 rows at least
-    i = tl.arange(0, WORDS * AGAIN)
-    return tl.load(base + (i % WORDS)[:, None] + at[None, :], mask=(i >= 0)[:, None] & ok[None, :], other=0)
+    i = tl.arange(0, max(16, COLUMNS * max(BITS, 2) // 16)) % WORDS
+    return tl.load(base + i[:, None] + at[None, :], mask=(i >= 0)[:, None] & ok[None, :], other=0)
 
 
 @triton.jit
-def _product(w, x, out, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+def _product(w, x, out, iota, BITS: tl.constexpr, COLUMNS: tl.constexpr):
     """out [COLUMNS, BR] plus packed rows of COLUMNS codes, transposed, times x float16 [rows, BR]; `out`
     counts as `_place` says, since a code is taken where it lies.
 
-    w: their `_words`. Packing (ops/codes.py) puts code c into byte c mod (COLUMNS * BITS / 8), above the codes before
-    it; a word is two bytes. Row i of out is column 2 i of the codes while i < COLUMNS / 2, and column 2 i + 1 - COLUMNS
-    from there on: the same for every width.
+    w: their `_words`, some of them again, for their next codes, where a product has more rows. Packing (ops/codes.py)
+    puts code c into byte c mod (COLUMNS * BITS / 8), above the codes before it; a word is two bytes. Row i of out is
+    column 2 i of the codes while i < COLUMNS / 2, and column 2 i + 1 - COLUMNS from there on: the same for every width.
+    iota: 0, 1, 2 ... int16 in memory, since what is loaded may be brought to the tensor cores' layout early.
     """
     WORDS: tl.constexpr = COLUMNS * BITS // 16
-    AGAIN: tl.constexpr = 16 // WORDS if WORDS < 16 else 1
-    if AGAIN > 1:
-        w = w >> (tl.arange(0, WORDS * AGAIN) // WORDS * BITS).to(tl.int16)[:, None]
-    COUNT: tl.constexpr = COLUMNS // (2 * WORDS * AGAIN)
+    ROWS: tl.constexpr = w.shape[0]
+    if ROWS > WORDS:
+        by = tl.load(iota + tl.arange(0, ROWS)) // WORDS * BITS
+        w = _shifted(w, tl.broadcast_to(by[:, None], w.shape))
+    mask = tl.full(w.shape, (1 << BITS) - 1, tl.int16)
+    COUNT: tl.constexpr = COLUMNS // (2 * ROWS)
+    STEP: tl.constexpr = ROWS // WORDS * BITS
     low, high = _halves(out)
-    low = _fields(w, x, low, 0, BITS, BITS * AGAIN, 0, COUNT)
-    return _stack(low, _fields(w, x, high, 8, BITS, BITS * AGAIN, 0, COUNT))
+    low = _fields(w, mask, x, low, 0, STEP, 0, COUNT)
+    return _stack(low, _fields(w, mask, x, high, 8, STEP, 0, COUNT))
 
 
 @triton.jit
 def _place(BITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """int32 [COLUMNS]: log2 of what `_product` has too little in a row, because of where a code lies; 0 bits: none."""
+    """int32 [COLUMNS]: log2 of what `_product` has too little in a row, because of where a code lies; 0 bits: none. The
+    same for 1 and 2 bits."""
     i = tl.arange(0, COLUMNS) % (COLUMNS // 2)
     if BITS == 0:
         return i * 0
     else:
-        WORDS: tl.constexpr = COLUMNS * BITS // 16
-        AGAIN: tl.constexpr = 16 // WORDS if WORDS < 16 else 1
-        return 24 - i // (WORDS * AGAIN) * (BITS * AGAIN)
+        ROWS: tl.constexpr = max(16, COLUMNS * max(BITS, 2) // 16)
+        return 24 - i // ROWS * (16 * ROWS // COLUMNS)
 
 
 @triton.jit
@@ -129,6 +154,12 @@ def _rescale(x, FROM: tl.constexpr, TO: tl.constexpr):
     """x [columns, BR] as sums of FROM bits -> as sums of TO bits; 0: as they are meant."""
     power = _place(FROM, x.shape[0]) - _place(TO, x.shape[0])
     return x * ((127 + power) << 23).to(tl.float32, bitcast=True)[:, None]
+
+
+@triton.jit
+def _between(x, FROM: tl.constexpr, TO: tl.constexpr, BR: tl.constexpr):
+    """The same of a widened x."""
+    return _widen(_rescale(_narrow(x, BR), FROM, TO))
 
 
 @triton.jit
@@ -148,9 +179,9 @@ def _states(at, data, gain_at, m, width, held, D: tl.constexpr, EIGHT: tl.conste
 
 
 @triton.jit
-def _score(s, level, piece, count, page, sorted_q, BITS: tl.constexpr, T: tl.constexpr, BR: tl.constexpr):
-    """Scores s [T, BR], as sums of BITS, plus those of `count` chunks of K's codes; level [CHUNK, BR] plus their zeros'
-    part."""
+def _score(s, level, piece, count, page, sorted_q, iota, BITS: tl.constexpr, T: tl.constexpr, BR: tl.constexpr):
+    """Scores s [T, 8 or BR], as sums of BITS, plus those of `count` chunks of K's codes; level [CHUNK, BR] plus their
+    zeros' part."""
     i, r = tl.arange(0, CHUNK), tl.arange(0, BR)
     for _ in range(count):
         data, scale_at = tl.multiple_of(tl.load(piece), T // 8), tl.load(piece + 1)
@@ -164,7 +195,7 @@ def _score(s, level, piece, count, page, sorted_q, BITS: tl.constexpr, T: tl.con
         w = _words((page + data).to(tl.pointer_type(tl.int16)), i * stride, ok, BITS, T)  # last: it is waited for first
         q = q.to(tl.float32)
         level += q * zero[:, None]
-        s = _product(w, (q * step[:, None]).to(tl.float16), s, BITS, T)
+        s = _product(w, _widen((q * step[:, None]).to(tl.float16)), s, iota, BITS, T)
         piece += PIECE
     return s, level, piece
 
@@ -182,25 +213,25 @@ def _near(
         data, gain_at = tl.load(keys + 3), tl.load(keys + 4)
         ok = d < width
         which = tl.load(order + smooth + d, mask=ok, other=0)
-        q = tl.load(q_row[None, :] + which[:, None], mask=live[None, :] & ok[:, None], other=0.0).to(DOT)
+        q = _widen(tl.load(q_row[None, :] + which[:, None], mask=live[None, :] & ok[:, None], other=0.0).to(DOT))
         for start in range(0, (end_page - first_page) * MOST, 16):
             of, m = first_page + (start + i) // MOST, (start + i) % MOST
             held = (of < end_page) & (m < states)
             page = base + of.to(tl.int64) * page_bytes
             number, gain = _states(page, data, gain_at, m, width, held, D, EIGHT, OWN)
-            a = tl.dot(number.to(DOT), q) * gain[:, None]
+            a = _narrow(tl.dot(number.to(DOT), q), BR) * gain[:, None]
             tl.store(near + (start + i)[:, None] * BR + r[None, :], a, mask=held[:, None] & (r >= 0)[None, :])
         tl.debug_barrier()
 
 
 @triton.jit
 def _wide(keys, order, q_row, live, K_WIDE: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr):
-    """A head's run of 16-bit channels of K: how many, their byte, and q of them [K_WIDE, BR]."""
+    """A head's run of 16-bit channels of K: how many, their byte, and q of them [K_WIDE, 8 or BR]."""
     cell = tl.arange(0, K_WIDE)
     width, data = tl.multiple_of(tl.load(keys + 5), ALIGN), tl.multiple_of(tl.load(keys + 6), 16)
     which = tl.load(order + tl.load(keys + 7) + cell, mask=cell < width, other=0)
     held = (cell < width)[:, None] & live[None, :]
-    return width, data, tl.load(q_row[None, :] + which[:, None], mask=held, other=0.0).to(DOT)
+    return width, data, _widen(tl.load(q_row[None, :] + which[:, None], mask=held, other=0.0).to(DOT))
 
 
 @triton.jit
@@ -214,7 +245,7 @@ def _far(
     r, d, i = tl.arange(0, BR), tl.arange(0, D), tl.arange(0, 16)
     states, width = tl.load(values), tl.load(values + 1)
     data, gain_at = tl.load(values + 3), tl.load(values + 4)
-    out = tl.zeros([D, BR], tl.float32)
+    out = _widen(tl.zeros([D, BR], tl.float32))
     for start in range(0, (end_page - first_page) * (PARTS * MOST), 16):
         of, m = first_page + (start + i) // (PARTS * MOST), (start + i) % MOST
         held = (of < end_page) & (m < states)
@@ -226,9 +257,9 @@ def _far(
         mass = mass * tl.exp2(then - top[None, :]) * (gain * LIFT)[:, None]
         high = mass.to(OWN).to(DOT)
         number = tl.trans(number.to(DOT))
-        out = tl.dot(number, high, out)
-        out = tl.dot(number, (mass - high.to(tl.float32)).to(OWN).to(DOT), out)
-    tl.store(part + d[:, None], out * (1 / LIFT), mask=live[None, :] & (d < width)[:, None])
+        out = tl.dot(number, _widen(high), out)
+        out = tl.dot(number, _widen((mass - high.to(tl.float32)).to(OWN).to(DOT)), out)
+    tl.store(part + d[:, None], _narrow(out, BR) * (1 / LIFT), mask=live[None, :] & (d < width)[:, None])
 
 
 @triton.jit
@@ -241,7 +272,7 @@ def _dense(
     """A stretch of the dense tokens: part float32 [B, H, splits, BR, D], stat float32 [B, H, splits, 2, BR]."""
     b, h = pid // H, pid % H
     r, d = tl.arange(0, BR), tl.arange(0, D)
-    q = tl.load(q_row[None, :] + d[:, None], mask=live[None, :] & (d >= 0)[:, None], other=0.0).to(DOT)
+    q = _widen(tl.load(q_row[None, :] + d[:, None], mask=live[None, :] & (d >= 0)[:, None], other=0.0).to(DOT))
     seen = tl.load(seen_ptr + b * queries + r % queries, mask=live, other=0)
     out = tl.zeros([D, BR], tl.float32)
     top = tl.full([BR], float("-inf"), tl.float32)
@@ -255,13 +286,13 @@ def _dense(
         held = (i < end)[:, None] & (d >= 0)[None, :]
         k = tl.load(k_row + i[:, None] * stride_kt + d[None, :], mask=held, other=0.0).to(DOT)
         v = tl.load(v_row + i[:, None] * stride_vt + d[None, :], mask=held, other=0.0).to(DOT)
-        s = tl.dot(k, q) * scale
+        s = _narrow(tl.dot(k, q), BR) * scale
         s = tl.where(i[:, None] < seen[None, :], s, float("-inf"))
         new = tl.maximum(top, tl.max(s, 0))
         safe = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2(s - safe[None, :])
         old = tl.exp2(top - safe)
-        out = tl.dot(tl.trans(v), p.to(OWN).to(DOT), out * old[None, :])
+        out = _narrow(tl.dot(tl.trans(v), _widen(p.to(OWN).to(DOT)), _widen(out * old[None, :])), BR)
         total = total * old + tl.sum(p, 0)
         top = new
     line = pid.to(tl.int64) * splits + split
@@ -272,17 +303,17 @@ def _dense(
 
 @triton.jit(do_not_specialize=["tokens", "per_split", "page_splits", "dense_splits", "n", "key_fields"])
 def _score_kernel(
-    q_ptr, pages_ptr, counts_ptr, basis_ptr, keys_ptr, order_k_ptr, dense_k_ptr, dense_v_ptr, seen_ptr,
+    q_ptr, pages_ptr, counts_ptr, basis_ptr, iota_ptr, keys_ptr, order_k_ptr, dense_k_ptr, dense_v_ptr, seen_ptr,
     near_ptr, sorted_ptr, far_ptr, mass_ptr, tops_ptr, dense_part_ptr, dense_stat_ptr,
     queries, scale, page_bytes, row_bytes, n, tokens, per_split, page_splits, dense_splits, key_fields,
     stride_qb, stride_qh, stride_qq, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, LIVE: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr,
     BD: tl.constexpr, STRETCH: tl.constexpr, K_WIDE: tl.constexpr, ALIGN: tl.constexpr, K_CODES: tl.constexpr,
     K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of the tokens of some pages, relative to each page's maximum; or all of a stretch of dense tokens.
 
-    mass float16 [B, H, N, T, LIVE], tops float32 [B, H, N, 2, BR] a page's maximum and sum (later its weight), far
+    mass float16 [B, H, N, T, BR], even tokens before odd ones; tops float32 [B, H, N, 2, BR] a page's maximum and sum (later its weight), far
     float32 [B, H, N, V_MOST, BR] mass times the basis. Written and read by one program alone: near float32 [B, H, page
     splits, pages a split, K_MOST, BR], q times K's states; sorted [B, H, page splits, D, BR], q by K's order."""
     pid, split = tl.program_id(0), tl.program_id(1)
@@ -326,23 +357,23 @@ def _score_kernel(
         if K_MOST + V_MOST > 0:
             row0 = tl.load(basis_ptr + token)
         for _ in range(first_page, end_page):
-            s = tl.zeros([T, BR], tl.float32)
+            s = _widen(tl.zeros([T, BR], tl.float32))
             if K_CODES:  # first, while zero is zero in any scale
                 level = tl.zeros([CHUNK, BR], tl.float32)
                 piece = keys + K_TABLE
-                s, level, piece = _score(s, level, piece, tl.load(keys + 8), page, sorted_q, 8, T, BR)
-                s = _rescale(s, 8, 4)
-                s, level, piece = _score(s, level, piece, tl.load(keys + 9), page, sorted_q, 4, T, BR)
-                s = _rescale(s, 4, 2)
-                s, level, piece = _score(s, level, piece, tl.load(keys + 10), page, sorted_q, 2, T, BR)
-                s = _rescale(s, 2, 1)
-                s, level, piece = _score(s, level, piece, tl.load(keys + 11), page, sorted_q, 1, T, BR)
-                s = _rescale(s, 1, 0) + tl.sum(level, 0)[None, :]
+                s, level, piece = _score(s, level, piece, tl.load(keys + 8), page, sorted_q, iota_ptr, 8, T, BR)
+                s = _between(s, 8, 4, BR)
+                s, level, piece = _score(s, level, piece, tl.load(keys + 9), page, sorted_q, iota_ptr, 4, T, BR)
+                s = _between(s, 4, 2, BR)
+                s, level, piece = _score(s, level, piece, tl.load(keys + 10), page, sorted_q, iota_ptr, 2, T, BR)
+                s, level, piece = _score(s, level, piece, tl.load(keys + 11), page, sorted_q, iota_ptr, 1, T, BR)
+                s = _widen(_rescale(_narrow(s, BR), 1, 0) + tl.sum(level, 0)[None, :])
             if K_WIDE > 0:
                 own = (page + k_data).to(tl.pointer_type(OWN))
                 k_held = (cell < k_wide)[None, :] & (token >= 0)[:, None]
                 k_own = tl.load(own + token[:, None] * k_wide + cell[None, :], mask=k_held, other=0.0)
                 s = tl.dot(k_own.to(DOT), q_wide, s)
+            s = _narrow(s, BR)
             if K_MOST > 0:
                 for m in tl.static_range(K_MOST):
                     a = tl.load(near + m * BR + r, mask=r * 0 + k_states > m, other=0.0)
@@ -353,8 +384,7 @@ def _score_kernel(
             p = tl.exp2(s * scale - top[None, :])
             tl.store(tops_ptr + line * 2 * BR + r, top)
             tl.store(tops_ptr + (line * 2 + 1) * BR + r, tl.sum(p, 0))
-            at = mass_ptr + (line * T + token[:, None]) * LIVE + r[None, :]
-            tl.store(at, p.to(tl.float16), mask=(token >= 0)[:, None] & (r < LIVE)[None, :])
+            tl.store(mass_ptr + (line * T + tl.arange(0, T)[:, None]) * BR + r[None, :], p.to(tl.float16))
             if V_MOST > 0:
                 for m in tl.static_range(V_MOST):
                     row = row0 if m == 0 else tl.load(basis_ptr + m * T + token)
@@ -366,8 +396,8 @@ def _score_kernel(
 
 @triton.jit
 def _mix(
-    mass, weights, page, count, page_bytes, v_data, v_scales, v_zeros,
-    BITS: tl.constexpr, ABOVE: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, LIVE: tl.constexpr,
+    mass, weights, page, count, page_bytes, v_data, v_scales, v_zeros, iota,
+    BITS: tl.constexpr, ABOVE: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BR: tl.constexpr,
     GROUPS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Probabilities times V's codes of `count` pages: float32 [D, BR], rows in the order of `_product`.
@@ -377,8 +407,7 @@ def _mix(
     """
     i, r, d = tl.arange(0, BT), tl.arange(0, BR), tl.arange(0, D)
     STRIDE: tl.constexpr = D * (BITS + ABOVE) // 16
-    out = tl.zeros([D, BR], tl.float32)
-    high = tl.zeros([D, BR], tl.float32)
+    out = _widen(tl.zeros([D, BR], tl.float32))
     flat = tl.zeros([BT, BR], tl.float32)
     for _ in range(count):
         scales = (page + v_scales).to(tl.pointer_type(tl.float16))
@@ -386,8 +415,7 @@ def _mix(
         words = (page + v_data).to(tl.pointer_type(tl.int16))
         for start in range(0, T, BT):
             row = start + i
-            held = (row >= 0)[:, None] & (r < LIVE)[None, :]
-            p = tl.load(mass + row[:, None] * LIVE + r[None, :], mask=held, other=0.0)
+            p = tl.load(mass + (row % 2 * (T // 2) + row // 2)[:, None] * BR + r[None, :])
             size = tl.load(scales + row * GROUPS).to(tl.float32)
             zero = tl.load(zeros + row * GROUPS, mask=row * 0 + v_zeros >= 0, other=0.0)
             w = _words(words, row * STRIDE, row >= 0, BITS, D)  # last: it is waited for first
@@ -400,34 +428,33 @@ def _mix(
                     zero = tl.load(zeros + row * GROUPS + g, mask=row * 0 + v_zeros >= 0, other=0.0)
                 middle = size * (((1 << (BITS + ABOVE)) - 1) * -0.5)
                 least = tl.where(v_zeros >= 0, zero.to(tl.float32), middle)
-                x = (p * size[:, None]).to(tl.float16)
+                x = _widen((p * size[:, None]).to(tl.float16))
                 if GROUPS == 1:
                     flat += p * least[:, None]
-                    out = _product(w, x, out, BITS, D)
-                    if ABOVE > 0:
-                        high = _product(w_high, x, high, ABOVE, D)
+                    out = _product(w, x, out, iota, BITS, D)
+                    if ABOVE > 0:  # in the same places
+                        out = _product(w_high, x * (1 << BITS), out, iota, ABOVE, D)
                 else:  # rows whose channel belongs to this scale
-                    more = _rescale(_product(w, x, tl.zeros([D, BR], tl.float32), BITS, D), BITS, 0)
+                    more = _product(w, x, _widen(tl.zeros([D, BR], tl.float32)), iota, BITS, D)
                     if ABOVE > 0:
-                        upper = _product(w_high, x, tl.zeros([D, BR], tl.float32), ABOVE, D)
-                        more += _rescale(upper, ABOVE, 0) * (1 << BITS)
-                    more += tl.sum(p * least[:, None], 0)[None, :]
-                    out += tl.where((d % (D // 2) * 2 // (D // GROUPS) == g)[:, None], more, 0.0)
+                        more = _product(w_high, x * (1 << BITS), more, iota, ABOVE, D)
+                    more = _rescale(_narrow(more, BR), BITS, 0) + tl.sum(p * least[:, None], 0)[None, :]
+                    mine = (d % (D // 2) * 2 // (D // GROUPS) == g)[:, None]
+                    out = _widen(_narrow(out, BR) + tl.where(mine, more, 0.0))
         page += page_bytes
-        mass += T * LIVE
+        mass += T * BR
         weights += 2 * BR
+    out = _narrow(out, BR)
     if GROUPS == 1:
         out = _rescale(out, BITS, 0) + tl.sum(flat, 0)[None, :]
-        if ABOVE > 0:
-            out += _rescale(high, ABOVE, 0) * (1 << BITS)
     return out
 
 
 @triton.jit(do_not_specialize=["per_split", "splits", "n"])
 def _mix_kernel(
-    pages_ptr, counts_ptr, values_ptr, far_ptr, mass_ptr, tops_ptr, part_ptr, stat_ptr,
+    pages_ptr, counts_ptr, iota_ptr, values_ptr, far_ptr, mass_ptr, tops_ptr, part_ptr, stat_ptr,
     queries, page_bytes, row_bytes, n, per_split, splits,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, LIVE: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr,
     BT: tl.constexpr, V_WIDE: tl.constexpr, ALIGN: tl.constexpr, GROUPS: tl.constexpr, V_CODES: tl.constexpr,
     V_MOST: tl.constexpr, V_EIGHT: tl.constexpr, SETS: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -445,7 +472,7 @@ def _mix_kernel(
     end_page = tl.minimum(first_page + per_split, tl.load(counts_ptr + b))
     count = tl.maximum(end_page - first_page, 0)
     line = pid.to(tl.int64) * n + first_page
-    mass, tops = mass_ptr + line * (T * LIVE), tops_ptr + line * (2 * BR)
+    mass, tops = mass_ptr + line * (T * BR), tops_ptr + line * (2 * BR)
     page = base + first_page.to(tl.int64) * page_bytes
     i = tl.arange(0, 16)
     peak = tl.full([BR], float("-inf"), tl.float32)
@@ -467,28 +494,28 @@ def _mix_kernel(
         codes = tl.multiple_of(v_data, D // 8)
         if kind == 8:
             out = _mix(
-                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros,
-                8, 0, T, D, BR, LIVE, GROUPS, BT // 2,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota_ptr,
+                8, 0, T, D, BR, GROUPS, BT // 2,
             )  # fmt: skip
         elif kind == 4:
             out = _mix(
-                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros,
-                4, 0, T, D, BR, LIVE, GROUPS, BT,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota_ptr,
+                4, 0, T, D, BR, GROUPS, BT,
             )  # fmt: skip
         elif kind == 3:
             out = _mix(
-                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros,
-                2, 1, T, D, BR, LIVE, GROUPS, BT,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota_ptr,
+                2, 1, T, D, BR, GROUPS, BT,
             )  # fmt: skip
         elif kind == 2:
             out = _mix(
-                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros,
-                2, 0, T, D, BR, LIVE, GROUPS, BT,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota_ptr,
+                2, 0, T, D, BR, GROUPS, BT,
             )  # fmt: skip
         elif kind == 1:
             out = _mix(
-                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros,
-                1, 0, T, D, BR, LIVE, GROUPS, BT,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota_ptr,
+                1, 0, T, D, BR, GROUPS, BT,
             )  # fmt: skip
         else:
             out = tl.zeros([D, BR], tl.float32)
@@ -496,17 +523,16 @@ def _mix_kernel(
     if V_WIDE > 0:
         wide = tl.multiple_of(tl.where(kind == 16, channels, 0), ALIGN)
         t, c = tl.arange(0, BT), tl.arange(0, V_WIDE)
-        wide_out = tl.zeros([V_WIDE, BR], tl.float32)
+        wide_out = _widen(tl.zeros([V_WIDE, BR], tl.float32))
         for step in range(0, count * (T // BT)):
             of, row = first_page * 0 + step // (T // BT), step % (T // BT) * BT + t
             own = (page + of.to(tl.int64) * page_bytes + tl.multiple_of(v_data, 16)).to(tl.pointer_type(OWN))
             inside = (c < wide)[None, :] & (row >= 0)[:, None]
             v = tl.load(own + row[:, None] * wide + c[None, :], mask=inside, other=0.0)
-            row_at = mass + of * (T * LIVE) + row[:, None] * LIVE + r[None, :]
-            p = tl.load(row_at, mask=(row >= 0)[:, None] & (r < LIVE)[None, :], other=0.0).to(tl.float32)
-            p = p * tl.load(tops + of * (2 * BR) + BR + r)[None, :]
-            wide_out = tl.dot(tl.trans(v.to(DOT)), p.to(OWN).to(DOT), wide_out)
-        tl.store(part + V_CODES * D + c[:, None], wide_out * (1 / LIFT), mask=live[None, :] & (c >= 0)[:, None])
+            row_at = mass + of * (T * BR) + (row % 2 * (T // 2) + row // 2)[:, None] * BR + r[None, :]
+            p = tl.load(row_at).to(tl.float32) * tl.load(tops + of * (2 * BR) + BR + r)[None, :]
+            wide_out = tl.dot(tl.trans(v.to(DOT)), _widen(p.to(OWN).to(DOT)), wide_out)
+        tl.store(part + V_CODES * D + c[:, None], _narrow(wide_out, BR) * (1 / LIFT), mask=live[None, :] & (c >= 0)[:, None])
     if V_MOST > 0:
         far = far_ptr + line * (V_MOST * BR)
         _far(
@@ -578,12 +604,13 @@ def _attend_kernel(
             page = base + (first_page + of).to(tl.int64) * page_bytes
             for sub in tl.static_range(PARTS):
                 row = sub * BT + t
-                s = tl.zeros([BT, BR], tl.float32)
+                s = _widen(tl.zeros([BT, BR], tl.float32))
                 if K_WIDE > 0:
                     own = (page + k_data).to(tl.pointer_type(OWN))
                     k_held = (cell < k_wide)[None, :] & (row >= 0)[:, None]
                     k = tl.load(own + row[:, None] * k_wide + cell[None, :], mask=k_held, other=0.0)
                     s = tl.dot(k.to(DOT), q_wide, s)
+                s = _narrow(s, BR)
                 if K_MOST > 0:
                     for m in tl.static_range(K_MOST):
                         a = tl.load(near + (of * K_MOST + m) * BR + r, mask=r * 0 + k_states > m, other=0.0)
@@ -602,7 +629,7 @@ def _attend_kernel(
                     own = (page + v_data).to(tl.pointer_type(OWN))
                     v_held = (c < v_wide)[:, None] & (row >= 0)[None, :]
                     v = tl.load(own + row[None, :] * v_wide + c[:, None], mask=v_held, other=0.0)
-                    out = tl.dot(v.to(DOT), p.to(OWN).to(DOT), out * old[None, :])
+                    out = _narrow(tl.dot(v.to(DOT), _widen(p.to(OWN).to(DOT)), _widen(out * old[None, :])), BR)
         part = part_ptr + (place * BR + r[None, :]) * SETS
         if V_WIDE > 0:
             tl.store(part + c[:, None], out, mask=live[None, :] & (c >= 0)[:, None])
@@ -728,7 +755,7 @@ def _resources(rows: int, dim: int, segment: int, coded: bool, traits: dict[str,
     wide = max(traits["K_WIDE"], traits["V_WIDE"])
     warps = 4 if rows > 32 or wide > 32 or dim > 128 else 2 if rows > 16 or segment > 128 else 1
     options = dict(num_warps=warps, num_stages=1)
-    if coded and warps == 1 and rows == 8:
+    if coded and warps == 1 and rows <= 8:
         return options | dict(maxnreg=REGISTERS), 1, 65536 // (32 * REGISTERS)
     page = 2 * segment * (traits["K_WIDE"] + traits["V_WIDE"])
     stages = 3 if page <= 1 << 15 else 2 if page <= 1 << 16 else 1
@@ -757,7 +784,7 @@ def attend(
     coded = bool(traits["K_CODES"] or traits["V_CODES"])
     batch, heads, queries, dim = q.shape
     group = heads // layout.heads
-    rows = max(8, triton.next_power_of_2(group * queries))
+    rows = max(4, triton.next_power_of_2(group * queries))
     if rows > ROWS:
         raise ValueError(f"{group * queries} query rows a KV head; this kernel takes {ROWS}")
     if q.stride(-1) != 1:
@@ -788,22 +815,21 @@ def attend(
         return {name: traits[name] for name in names}
 
     if coded:
-        live = triton.next_power_of_2(group * queries)
         far, tops = scratch(n, v_most, rows), scratch(n, 2, rows)
-        mass = scratch(n, segment, live, dtype=torch.float16)
+        mass = scratch(n, segment, rows, dtype=torch.float16)
         ordered = scratch(page_splits * traits["K_CODES"], dim, rows, dtype=q.dtype)
         _score_kernel[(pairs, page_splits + dense_splits)](
-            q, pages, counts, basis, plan.keys, plan.order_k, k, v, seen,
+            q, pages, counts, basis, plan.iota, plan.keys, plan.order_k, k, v, seen,
             near, ordered, far, mass, tops, dense_part, dense_stat,
             queries, scale, *bytes_of, n, k.shape[2], per_split, page_splits, dense_splits,
-            plan.keys.shape[1], *strides, T=segment, LIVE=live, **shape, **dense, **kinds,
+            plan.keys.shape[1], *strides, T=segment, **shape, **dense, **kinds,
             **traited("K_WIDE", "ALIGN", "K_CODES", "K_MOST", "V_MOST", "K_EIGHT"),
         )  # fmt: skip
         part, stat = scratch(page_splits, rows, sets), scratch(page_splits, 2, rows)
         if n:
             _mix_kernel[(pairs, page_splits)](
-                pages, counts, plan.values, far, mass, tops, part, stat, queries, *bytes_of, n, per_split, page_splits,
-                T=segment, LIVE=live, BT=MIX_STEP, SETS=sets, **shape, **kinds,
+                pages, counts, plan.iota, plan.values, far, mass, tops, part, stat, queries, *bytes_of, n, per_split, page_splits,
+                T=segment, BT=MIX_STEP, SETS=sets, **shape, **kinds,
                 **traited("V_WIDE", "ALIGN", "GROUPS", "V_CODES", "V_MOST", "V_EIGHT"),
             )  # fmt: skip
     else:

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from longwave.ops.codes import BITS, PLANES, signs
+from longwave.ops.codes import BITS, signs
 from longwave.store.layout import Field, Group, Layout
 
 VALUES = 16  # kind of a run of 16-bit values; codes are their number of bits
-WIDTHS = (8, 4, 2, 1)  # bits of a plane
-CHUNK = 32  # channels of K's codes taken at once
+WIDTHS = (8, 4, 3, 2, 1)  # of codes, in the order that they are read in
+import os
+CHUNK = int(os.environ.get('CHUNK', 32))  # channels of K's codes taken at once
 # numbers of a head before its chunks, of a chunk, and of a head of V: see `plan`
-K_TABLE, PIECE, VALUE_FIELDS = 12, 4, 11
+K_TABLE, PIECE, VALUE_FIELDS = 13, 4, 11
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,9 +82,9 @@ def plan(layout: Layout) -> Plan:
     """The tables of a layout that `fits`, on its device.
 
     A row of `keys`: states, channels that have them, the first of these, byte of the states and of the gains; channels,
-    byte and first of the run of 16-bit values; how many chunks of 8, 4, 2 and 1 bits; the chunks. A chunk: byte
-    of the codes, byte of the scales, channels of the run, and in one number its channels (6 bits), what a code counts
-    (3), its first channel (9) and words a channel.
+    byte and first of the run of 16-bit values; how many chunks of 8, 4, 3, 2 and 1 bits; the chunks. A chunk: byte
+    of the codes, byte of the scales, channels of the run, and in one number its channels (8 bits) and its first
+    channel.
     A row of `values`: the same five; kind of its one run, channels, bytes of the values, scales and zeros (-1: none),
     whether it is turned.
     """
@@ -141,20 +142,15 @@ def _at(field: Field | None, i: int) -> int:
 def _keys(layout: Layout, group: Group, i: int) -> list[int]:
     """The table's row for a group's head i of K."""
     chunks: dict[int, list[int]] = {width: [] for width in WIDTHS}
-    values, first, step = [0, 0, 0], 0, CHUNK
+    values, first = [0, 0, 0], 0
     for (bits, n), held, scales in zip(group.code.runs, group.values, group.scales, strict=True):
         data = held.at(i)
         if bits not in BITS:
             values = [n, data, first]
         else:
-            stride, plane, below = layout.segment * bits // 8, data, 0
-            for width in PLANES[bits]:
-                for j in range(0, n, step):
-                    scale_at = _at(scales, i) + 2 * j
-                    rest = min(step, n - j) | 1 << below + 6 | first + j << 9 | stride // 2 << 18
-                    chunks[width] += [plane + j * stride, scale_at, n, rest]
-                plane += layout.segment * width // 8
-                below += width
+            stride = layout.segment * bits // 8
+            for j in range(0, n, CHUNK):
+                chunks[bits] += [data + j * stride, _at(scales, i) + 2 * j, n, min(CHUNK, n - j) | first + j << 8]
         first += n
     counts = [len(chunks[width]) // PIECE for width in WIDTHS]
     return [*_smooth(group, i, layout.dim), *values, *counts, *(x for width in WIDTHS for x in chunks[width])]

@@ -31,7 +31,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _OWN = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _DOT = {kind: tl.float32 if INTERPRETED.value else own for kind, own in _OWN.items()}
 BLOCK = 64  # tokens of a step where there are no codes
-MIX_STEP = 32  # tokens of a step of V's codes
+MIX_STEP = 64  # tokens of a step of V's codes
 STRETCH, DENSE_STEP = 64, 16  # dense tokens of a program, and of a step
 MERGE = 16  # splits made one
 REGISTERS = 128  # of a thread where there are codes
@@ -107,11 +107,11 @@ def _shifted(w, by):
 
 
 @triton.jit
-def _words(base, at, ok, BITS: tl.constexpr, COLUMNS: tl.constexpr):
+def _words(base, at, BITS: tl.constexpr, COLUMNS: tl.constexpr):
     """Words int16 [rows of a product, rows] of packed rows of COLUMNS codes; `at` [rows] says where a row starts."""
     WORDS: tl.constexpr = COLUMNS * BITS // 16
     i = tl.arange(0, max(16, COLUMNS * max(BITS, 2) // 16)) % WORDS
-    return tl.load(base + i[:, None] + at[None, :], mask=(i >= 0)[:, None] & ok[None, :], other=0)
+    return tl.load(base + i[:, None] + at[None, :])
 
 
 @triton.jit
@@ -179,23 +179,31 @@ def _states(at, data, gain_at, m, width, held, D: tl.constexpr, EIGHT: tl.conste
 
 
 @triton.jit
-def _score(s, level, piece, count, page, sorted_q, iota, BITS: tl.constexpr, T: tl.constexpr, BR: tl.constexpr):
-    """Scores s [T, 8 or BR], as sums of BITS, plus those of `count` chunks of K's codes; level [CHUNK, BR] plus their
-    zeros' part."""
+def _score(
+    s, level, piece, count, page, sorted_q, iota,
+    BITS: tl.constexpr, ABOVE: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Scores s [T, 8 or BR], as sums of BITS, plus those of `count` chunks of K's codes, planes of BITS and, above it, of
+    ABOVE bits (0: none); level [CHUNK, BR] plus their zeros' part."""
     i, r = tl.arange(0, CHUNK), tl.arange(0, BR)
+    STRIDE: tl.constexpr = T * (BITS + ABOVE) // 16
     for _ in range(count):
         data, scale_at = tl.multiple_of(tl.load(piece), T // 8), tl.load(piece + 1)
         span, rest = tl.load(piece + 2), tl.load(piece + 3)
-        weight, first, stride = rest >> 6 & 7, rest >> 9 & 511, tl.multiple_of(rest >> 18, T // 16)
-        ok = i < rest & 63
+        held, first = rest & 255, rest >> 8
+        row = tl.minimum(i, held - 1)  # what is not there is the last again, times zero
         scales = (page + scale_at).to(tl.pointer_type(tl.float16))
-        step = tl.load(scales + i, mask=ok, other=0.0).to(tl.float32) * weight
-        zero = tl.load(scales + span + i, mask=ok & (i * 0 + weight == 1), other=0.0).to(tl.float32)
-        q = tl.load(sorted_q + (first + i)[:, None] * BR + r[None, :], mask=ok[:, None] & (r >= 0)[None, :], other=0.0)
-        w = _words((page + data).to(tl.pointer_type(tl.int16)), i * stride, ok, BITS, T)  # last: it is waited for first
-        q = q.to(tl.float32)
-        level += q * zero[:, None]
-        s = _product(w, _widen((q * step[:, None]).to(tl.float16)), s, iota, BITS, T)
+        words = (page + data).to(tl.pointer_type(tl.int16))
+        step, zero = tl.load(scales + row), tl.load(scales + span + row)
+        q = tl.load(sorted_q + (first + row)[:, None] * BR + r[None, :])
+        w = _words(words, row * STRIDE, BITS, T)  # last: it is waited for first
+        if ABOVE > 0:
+            w_high = _words(words + T * BITS // 16, row * STRIDE, ABOVE, T)
+        level += q * tl.where(i < held, zero.to(tl.float32), 0.0)[:, None]
+        x = _widen((q * tl.where(i < held, step.to(tl.float32), 0.0)[:, None]).to(tl.float16))
+        s = _product(w, x, s, iota, BITS, T)
+        if ABOVE > 0:  # in the same places
+            s = _product(w_high, x * (1 << BITS), s, iota, ABOVE, T)
         piece += PIECE
     return s, level, piece
 
@@ -342,7 +350,7 @@ def _score_kernel(
         if K_CODES:
             every = live[None, :] & (d >= 0)[:, None]
             mine = tl.load(q_row[None, :] + tl.load(order + d)[:, None], mask=every, other=0.0)
-            tl.store(sorted_q + d[:, None] * BR + r[None, :], mine)
+            tl.store(sorted_q + d[:, None] * BR + r[None, :], mine.to(tl.float32))
             tl.debug_barrier()
         if K_MOST > 0:
             _near(
@@ -361,12 +369,23 @@ def _score_kernel(
             if K_CODES:  # first, while zero is zero in any scale
                 level = tl.zeros([CHUNK, BR], tl.float32)
                 piece = keys + K_TABLE
-                s, level, piece = _score(s, level, piece, tl.load(keys + 8), page, sorted_q, iota_ptr, 8, T, BR)
+                s, level, piece = _score(
+                    s, level, piece, tl.load(keys + 8), page, sorted_q, iota_ptr, 8, 0, CHUNK, T, BR
+                )
                 s = _between(s, 8, 4, BR)
-                s, level, piece = _score(s, level, piece, tl.load(keys + 9), page, sorted_q, iota_ptr, 4, T, BR)
+                s, level, piece = _score(
+                    s, level, piece, tl.load(keys + 9), page, sorted_q, iota_ptr, 4, 0, CHUNK, T, BR
+                )
                 s = _between(s, 4, 2, BR)
-                s, level, piece = _score(s, level, piece, tl.load(keys + 10), page, sorted_q, iota_ptr, 2, T, BR)
-                s, level, piece = _score(s, level, piece, tl.load(keys + 11), page, sorted_q, iota_ptr, 1, T, BR)
+                s, level, piece = _score(
+                    s, level, piece, tl.load(keys + 10), page, sorted_q, iota_ptr, 2, 1, CHUNK, T, BR
+                )
+                s, level, piece = _score(
+                    s, level, piece, tl.load(keys + 11), page, sorted_q, iota_ptr, 2, 0, CHUNK, T, BR
+                )
+                s, level, piece = _score(
+                    s, level, piece, tl.load(keys + 12), page, sorted_q, iota_ptr, 1, 0, CHUNK, T, BR
+                )
                 s = _widen(_rescale(_narrow(s, BR), 1, 0) + tl.sum(level, 0)[None, :])
             if K_WIDE > 0:
                 own = (page + k_data).to(tl.pointer_type(OWN))
@@ -409,41 +428,40 @@ def _mix(
     STRIDE: tl.constexpr = D * (BITS + ABOVE) // 16
     out = _widen(tl.zeros([D, BR], tl.float32))
     flat = tl.zeros([BT, BR], tl.float32)
-    for _ in range(count):
-        scales = (page + v_scales).to(tl.pointer_type(tl.float16))
-        zeros = (page + tl.maximum(v_zeros, 0)).to(tl.pointer_type(tl.float16))
-        words = (page + v_data).to(tl.pointer_type(tl.int16))
-        for start in range(0, T, BT):
-            row = start + i
-            p = tl.load(mass + (row % 2 * (T // 2) + row // 2)[:, None] * BR + r[None, :])
-            size = tl.load(scales + row * GROUPS).to(tl.float32)
-            zero = tl.load(zeros + row * GROUPS, mask=row * 0 + v_zeros >= 0, other=0.0)
-            w = _words(words, row * STRIDE, row >= 0, BITS, D)  # last: it is waited for first
-            if ABOVE > 0:
-                w_high = _words(words + D * BITS // 16, row * STRIDE, row >= 0, ABOVE, D)
-            p = p.to(tl.float32) * tl.load(weights + r)[None, :]
-            for g in tl.static_range(GROUPS):
-                if g > 0:
-                    size = tl.load(scales + row * GROUPS + g).to(tl.float32)
-                    zero = tl.load(zeros + row * GROUPS + g, mask=row * 0 + v_zeros >= 0, other=0.0)
-                middle = size * (((1 << (BITS + ABOVE)) - 1) * -0.5)
-                least = tl.where(v_zeros >= 0, zero.to(tl.float32), middle)
-                x = _widen((p * size[:, None]).to(tl.float16))
-                if GROUPS == 1:
-                    flat += p * least[:, None]
-                    out = _product(w, x, out, iota, BITS, D)
-                    if ABOVE > 0:  # in the same places
-                        out = _product(w_high, x * (1 << BITS), out, iota, ABOVE, D)
-                else:  # rows whose channel belongs to this scale
-                    more = _product(w, x, _widen(tl.zeros([D, BR], tl.float32)), iota, BITS, D)
-                    if ABOVE > 0:
-                        more = _product(w_high, x * (1 << BITS), more, iota, ABOVE, D)
-                    more = _rescale(_narrow(more, BR), BITS, 0) + tl.sum(p * least[:, None], 0)[None, :]
-                    mine = (d % (D // 2) * 2 // (D // GROUPS) == g)[:, None]
-                    out = _widen(_narrow(out, BR) + tl.where(mine, more, 0.0))
-        page += page_bytes
-        mass += T * BR
-        weights += 2 * BR
+    STEPS: tl.constexpr = T // BT
+    for step in range(count * STEPS):
+        of, row = step // STEPS, step % STEPS * BT + i
+        at = page + of * tl.cast(page_bytes, tl.int64)
+        scales = (at + v_scales).to(tl.pointer_type(tl.float16))
+        zeros = (at + tl.multiple_of(tl.maximum(v_zeros, 0), 16)).to(tl.pointer_type(tl.float16))
+        words = (at + v_data).to(tl.pointer_type(tl.int16))
+        p = tl.load(mass + of * (T * BR) + (row % 2 * (T // 2) + row // 2)[:, None] * BR + r[None, :])
+        weight = tl.load(weights + of * (2 * BR) + r)
+        size = tl.load(scales + row * GROUPS).to(tl.float32)
+        zero = tl.load(zeros + row * GROUPS, mask=row * 0 + v_zeros >= 0, other=0.0)
+        w = _words(words, row * STRIDE, BITS, D)  # last: it is waited for first
+        if ABOVE > 0:
+            w_high = _words(words + D * BITS // 16, row * STRIDE, ABOVE, D)
+        p = p.to(tl.float32) * weight[None, :]
+        for g in tl.static_range(GROUPS):
+            if g > 0:
+                size = tl.load(scales + row * GROUPS + g).to(tl.float32)
+                zero = tl.load(zeros + row * GROUPS + g, mask=row * 0 + v_zeros >= 0, other=0.0)
+            middle = size * (((1 << (BITS + ABOVE)) - 1) * -0.5)
+            least = tl.where(v_zeros >= 0, zero.to(tl.float32), middle)
+            x = _widen((p * size[:, None]).to(tl.float16))
+            if GROUPS == 1:
+                flat += p * least[:, None]
+                out = _product(w, x, out, iota, BITS, D)
+                if ABOVE > 0:  # in the same places
+                    out = _product(w_high, x * (1 << BITS), out, iota, ABOVE, D)
+            else:  # rows whose channel belongs to this scale
+                more = _product(w, x, _widen(tl.zeros([D, BR], tl.float32)), iota, BITS, D)
+                if ABOVE > 0:
+                    more = _product(w_high, x * (1 << BITS), more, iota, ABOVE, D)
+                more = _rescale(_narrow(more, BR), BITS, 0) + tl.sum(p * least[:, None], 0)[None, :]
+                mine = (d % (D // 2) * 2 // (D // GROUPS) == g)[:, None]
+                out = _widen(_narrow(out, BR) + tl.where(mine, more, 0.0))
     out = _narrow(out, BR)
     if GROUPS == 1:
         out = _rescale(out, BITS, 0) + tl.sum(flat, 0)[None, :]
@@ -466,7 +484,7 @@ def _mix_kernel(
     live = r < G * queries
     values = values_ptr + h * VALUE_FIELDS
     kind, channels, v_data = tl.load(values + 5), tl.load(values + 6), tl.load(values + 7)
-    v_scales, v_zeros = tl.load(values + 8), tl.load(values + 9)
+    v_scales, v_zeros = tl.multiple_of(tl.load(values + 8), 16), tl.load(values + 9)
     base = pages_ptr + b.to(tl.int64) * row_bytes
     first_page = split * per_split
     end_page = tl.minimum(first_page + per_split, tl.load(counts_ptr + b))
@@ -817,7 +835,7 @@ def attend(
     if coded:
         far, tops = scratch(n, v_most, rows), scratch(n, 2, rows)
         mass = scratch(n, segment, rows, dtype=torch.float16)
-        ordered = scratch(page_splits * traits["K_CODES"], dim, rows, dtype=q.dtype)
+        ordered = scratch(page_splits * traits["K_CODES"], dim, rows)
         _score_kernel[(pairs, page_splits + dense_splits)](
             q, pages, counts, basis, plan.iota, plan.keys, plan.order_k, k, v, seen,
             near, ordered, far, mass, tops, dense_part, dense_stat,
@@ -829,7 +847,7 @@ def attend(
         if n:
             _mix_kernel[(pairs, page_splits)](
                 pages, counts, plan.iota, plan.values, far, mass, tops, part, stat, queries, *bytes_of, n, per_split, page_splits,
-                T=segment, BT=MIX_STEP, SETS=sets, **shape, **kinds,
+                T=segment, BT=min(MIX_STEP, segment), SETS=sets, **shape, **kinds,
                 **traited("V_WIDE", "ALIGN", "GROUPS", "V_CODES", "V_MOST", "V_EIGHT"),
             )  # fmt: skip
     else:

@@ -13,8 +13,7 @@ from longwave.store.layout import Field, Group, Layout
 
 VALUES = 16  # kind of a run of 16-bit values; codes are their number of bits
 WIDTHS = (8, 4, 3, 2, 1)  # of codes, in the order that they are read in
-import os
-CHUNK = int(os.environ.get('CHUNK', 32))  # channels of K's codes taken at once
+CHUNK = 32  # channels of K's codes taken at once
 # numbers of a head before its chunks, of a chunk, and of a head of V: see `plan`
 K_TABLE, PIECE, VALUE_FIELDS = 13, 4, 11
 
@@ -27,7 +26,8 @@ class Plan:
         [D, D]: V's rotation times the square root of D, 1 and -1, iota int16 [128]: 0, 1, 2 ...
     traits: compile-time facts of the layer. K_WIDE, V_WIDE: the most channels of a 16-bit run, rounded up to a power of
         two; ALIGN: a divisor of all 16-bit runs' channels; GROUPS: scales of a token of V; whether there are
-        codes of K, codes of V; K_MOST, V_MOST: the most states; K_EIGHT, V_EIGHT: whether they are int8.
+        codes of K, codes of V; K_MOST, V_MOST: the most states; K_EIGHT, V_EIGHT: whether they are int8; EVEN: a divisor of the
+        channels that have states and of half the bytes where these start.
     """
 
     layout: Layout
@@ -117,6 +117,8 @@ def plan(layout: Layout) -> Plan:
         n = max([n for side, n in whole if side == which], default=0)
         return max(16, 1 << (n - 1).bit_length()) if n else 0
 
+    smooth = [_smooth(g, i, layout.dim) for g in (*layout.k, *layout.v) for i in range(len(g.heads))]
+    found_at = [n for _, width, _, data, _ in smooth for n in (width, data // 2)]
     traits = dict(
         K_WIDE=wide("k"),
         V_WIDE=wide("v"),
@@ -128,6 +130,7 @@ def plan(layout: Layout) -> Plan:
         V_MOST=max([g.code.states for g in layout.v if g.states is not None], default=0),
         K_EIGHT=any(g.gains is not None for g in layout.k),
         V_EIGHT=any(g.gains is not None for g in layout.v),
+        EVEN=math.gcd(8, *found_at),
     )
     device = layout.k[0].heads.device
     turn, iota = signs(layout.dim), torch.arange(128, dtype=torch.int16)

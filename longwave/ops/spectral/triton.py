@@ -30,15 +30,23 @@ PIECE, VALUE_FIELDS = tl.constexpr(tables.PIECE), tl.constexpr(tables.VALUE_FIEL
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _OWN = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _DOT = {kind: tl.float32 if INTERPRETED.value else own for kind, own in _OWN.items()}
-BLOCK = 64  # tokens of a step where there are no codes
+BLOCK = 128  # tokens of a step where there are no codes
 MIX_STEP = 64  # tokens of a step of V's codes
 STRETCH, DENSE_STEP = 64, 16  # dense tokens of a program, and of a step
 MERGE = 16  # splits made one
 REGISTERS = 128  # of a thread where there are codes
+STAGES = 3
 # Probabilities grow by this where they meet V's scales: float16 would lose small ones. Scales beyond 255 overflow.
 LIFT = tl.constexpr(64.0)
 # How often the programs fill the GPU, rounded down: a few left over would take as long as all the others.
 WAVES = 1
+
+
+@triton.jit
+def _parts(x, kind: tl.constexpr):
+    """x float32 as a sum of two numbers of 16 bits."""
+    high = x.to(kind)
+    return high, (x - high.to(tl.float32)).to(kind)
 
 
 @triton.jit
@@ -163,17 +171,17 @@ def _between(x, FROM: tl.constexpr, TO: tl.constexpr, BR: tl.constexpr):
 
 
 @triton.jit
-def _states(at, data, gain_at, m, width, held, D: tl.constexpr, EIGHT: tl.constexpr, OWN: tl.constexpr):
-    """State m [n] of the page at `at` [n]: numbers [n, D] as stored, and the factors [n] that go before them."""
-    d = tl.arange(0, D)
-    ok = held[:, None] & (d < width)[None, :]
+def _states(base, page, page_bytes, data, gain_at, m, width, held, D: tl.constexpr, EIGHT: tl.constexpr, OWN: tl.constexpr):
+    """State m [n] of the pages `page` [n]: numbers [n, D] as stored, and the factors [n] that go before them."""
+    SIZE: tl.constexpr = 1 if EIGHT else 2
+    d, page = tl.arange(0, D), page.to(tl.int64)
+    first = (base + data).to(tl.pointer_type(tl.int8 if EIGHT else OWN))
+    at = page * (page_bytes // SIZE) + m * width
+    number = tl.load(first + at[:, None] + d[None, :], mask=held[:, None] & (d < width)[None, :], other=0)
     if EIGHT:
-        where = at[:, None] + data + (m * width)[:, None] + d[None, :]
-        number = tl.load(where.to(tl.pointer_type(tl.int8)), mask=ok, other=0)
-        gain = tl.load((at + gain_at + 2 * m).to(tl.pointer_type(tl.float16)), mask=held, other=0.0).to(tl.float32)
+        gains = (base + gain_at).to(tl.pointer_type(tl.float16))
+        gain = tl.load(gains + page * (page_bytes // 2) + m, mask=held, other=0.0).to(tl.float32)
     else:
-        where = at[:, None] + data + ((m * width)[:, None] + d[None, :]) * 2
-        number = tl.load(where.to(tl.pointer_type(OWN)), mask=ok, other=0.0)
         gain = tl.where(held, 1.0, 0.0)
     return number, gain
 
@@ -211,22 +219,22 @@ def _score(
 @triton.jit
 def _near(
     near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
-    D: tl.constexpr, BR: tl.constexpr, MOST: tl.constexpr, EIGHT: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, BR: tl.constexpr, MOST: tl.constexpr, EIGHT: tl.constexpr, EVEN: tl.constexpr,
+    OWN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """q times K's states of the pages of a program: float32 [pages, MOST, BR] at `near`."""
     r, d, i = tl.arange(0, BR), tl.arange(0, D), tl.arange(0, 16)
     states = tl.load(keys)
     if states > 0:
-        width, smooth = tl.load(keys + 1), tl.load(keys + 2)
-        data, gain_at = tl.load(keys + 3), tl.load(keys + 4)
+        width, smooth = tl.multiple_of(tl.load(keys + 1), EVEN), tl.load(keys + 2)
+        data, gain_at = tl.multiple_of(tl.load(keys + 3), 2 * EVEN), tl.load(keys + 4)
         ok = d < width
         which = tl.load(order + smooth + d, mask=ok, other=0)
         q = _widen(tl.load(q_row[None, :] + which[:, None], mask=live[None, :] & ok[:, None], other=0.0).to(DOT))
         for start in range(0, (end_page - first_page) * MOST, 16):
             of, m = first_page + (start + i) // MOST, (start + i) % MOST
             held = (of < end_page) & (m < states)
-            page = base + of.to(tl.int64) * page_bytes
-            number, gain = _states(page, data, gain_at, m, width, held, D, EIGHT, OWN)
+            number, gain = _states(base, of, page_bytes, data, gain_at, m, width, held, D, EIGHT, OWN)
             a = _narrow(tl.dot(number.to(DOT), q), BR) * gain[:, None]
             tl.store(near + (start + i)[:, None] * BR + r[None, :], a, mask=held[:, None] & (r >= 0)[None, :])
         tl.debug_barrier()
@@ -246,27 +254,26 @@ def _wide(keys, order, q_row, live, K_WIDE: tl.constexpr, ALIGN: tl.constexpr, D
 def _far(
     part, far, tops, top, base, first_page, end_page, page_bytes, values, live,
     D: tl.constexpr, BR: tl.constexpr, MOST: tl.constexpr, PARTS: tl.constexpr, LINE: tl.constexpr, EIGHT: tl.constexpr,
-    OWN: tl.constexpr, DOT: tl.constexpr,
+    EVEN: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """What V's states of the pages of a program add, stored at part [D, BR]: far float32 [pages, PARTS, MOST, BR] is p
     times the basis at the maximum tops [pages, PARTS, LINE], BR of them read; `top` [BR] is that of the split."""
     r, d, i = tl.arange(0, BR), tl.arange(0, D), tl.arange(0, 16)
-    states, width = tl.load(values), tl.load(values + 1)
-    data, gain_at = tl.load(values + 3), tl.load(values + 4)
+    states, width = tl.load(values), tl.multiple_of(tl.load(values + 1), EVEN)
+    data, gain_at = tl.multiple_of(tl.load(values + 3), 2 * EVEN), tl.load(values + 4)
     out = _widen(tl.zeros([D, BR], tl.float32))
     for start in range(0, (end_page - first_page) * (PARTS * MOST), 16):
         of, m = first_page + (start + i) // (PARTS * MOST), (start + i) % MOST
         held = (of < end_page) & (m < states)
-        page = base + of.to(tl.int64) * page_bytes
-        number, gain = _states(page, data, gain_at, m, width, held, D, EIGHT, OWN)
+        number, gain = _states(base, of, page_bytes, data, gain_at, m, width, held, D, EIGHT, OWN)
         ok = held[:, None] & (r >= 0)[None, :]
         then = tl.load(tops + ((start + i) // MOST)[:, None] * LINE + r[None, :], mask=ok, other=float("-inf"))
         mass = tl.load(far + (start + i)[:, None] * BR + r[None, :], mask=ok, other=0.0)
         mass = mass * tl.exp2(then - top[None, :]) * (gain * LIFT)[:, None]
-        high = mass.to(OWN).to(DOT)
+        high, low = _parts(mass, OWN)
         number = tl.trans(number.to(DOT))
-        out = tl.dot(number, _widen(high), out)
-        out = tl.dot(number, _widen((mass - high.to(tl.float32)).to(OWN).to(DOT)), out)
+        out = tl.dot(number, _widen(high.to(DOT)), out)
+        out = tl.dot(number, _widen(low.to(DOT)), out)
     tl.store(part + d[:, None], _narrow(out, BR) * (1 / LIFT), mask=live[None, :] & (d < width)[:, None])
 
 
@@ -317,7 +324,8 @@ def _score_kernel(
     stride_qb, stride_qh, stride_qq, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr,
     BD: tl.constexpr, STRETCH: tl.constexpr, K_WIDE: tl.constexpr, ALIGN: tl.constexpr, K_CODES: tl.constexpr,
-    K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
+    K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, EVEN: tl.constexpr, OWN: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of the tokens of some pages, relative to each page's maximum; or all of a stretch of dense tokens.
 
@@ -355,7 +363,7 @@ def _score_kernel(
         if K_MOST > 0:
             _near(
                 near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
-                D, BR, K_MOST, K_EIGHT, OWN, DOT,
+                D, BR, K_MOST, K_EIGHT, EVEN, OWN, DOT,
             )  # fmt: skip
         if K_WIDE > 0:
             cell = tl.arange(0, K_WIDE)
@@ -364,27 +372,29 @@ def _score_kernel(
         line = pid.to(tl.int64) * n + first_page
         if K_MOST + V_MOST > 0:
             row0 = tl.load(basis_ptr + token)
+        eight, four, three = tl.load(keys + 8), tl.load(keys + 9), tl.load(keys + 10)
+        two, one = tl.load(keys + 11), tl.load(keys + 12)
         for _ in range(first_page, end_page):
             s = _widen(tl.zeros([T, BR], tl.float32))
             if K_CODES:  # first, while zero is zero in any scale
                 level = tl.zeros([CHUNK, BR], tl.float32)
                 piece = keys + K_TABLE
                 s, level, piece = _score(
-                    s, level, piece, tl.load(keys + 8), page, sorted_q, iota_ptr, 8, 0, CHUNK, T, BR
+                    s, level, piece, eight, page, sorted_q, iota_ptr, 8, 0, CHUNK, T, BR
                 )
                 s = _between(s, 8, 4, BR)
                 s, level, piece = _score(
-                    s, level, piece, tl.load(keys + 9), page, sorted_q, iota_ptr, 4, 0, CHUNK, T, BR
+                    s, level, piece, four, page, sorted_q, iota_ptr, 4, 0, CHUNK, T, BR
                 )
                 s = _between(s, 4, 2, BR)
                 s, level, piece = _score(
-                    s, level, piece, tl.load(keys + 10), page, sorted_q, iota_ptr, 2, 1, CHUNK, T, BR
+                    s, level, piece, three, page, sorted_q, iota_ptr, 2, 1, CHUNK, T, BR
                 )
                 s, level, piece = _score(
-                    s, level, piece, tl.load(keys + 11), page, sorted_q, iota_ptr, 2, 0, CHUNK, T, BR
+                    s, level, piece, two, page, sorted_q, iota_ptr, 2, 0, CHUNK, T, BR
                 )
                 s, level, piece = _score(
-                    s, level, piece, tl.load(keys + 12), page, sorted_q, iota_ptr, 1, 0, CHUNK, T, BR
+                    s, level, piece, one, page, sorted_q, iota_ptr, 1, 0, CHUNK, T, BR
                 )
                 s = _widen(_rescale(_narrow(s, BR), 1, 0) + tl.sum(level, 0)[None, :])
             if K_WIDE > 0:
@@ -474,7 +484,8 @@ def _mix_kernel(
     queries, page_bytes, row_bytes, n, per_split, splits,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr,
     BT: tl.constexpr, V_WIDE: tl.constexpr, ALIGN: tl.constexpr, GROUPS: tl.constexpr, V_CODES: tl.constexpr,
-    V_MOST: tl.constexpr, V_EIGHT: tl.constexpr, SETS: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
+    V_MOST: tl.constexpr, V_EIGHT: tl.constexpr, EVEN: tl.constexpr, SETS: tl.constexpr, OWN: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """What `_score_kernel` found times V of some pages: part float32 [B, H, splits, BR, SETS], unnormalised (codes D,
     values V_WIDE, states D), stat float32 [B, H, splits, 2, BR] maximum and sum."""
@@ -555,11 +566,25 @@ def _mix_kernel(
         far = far_ptr + line * (V_MOST * BR)
         _far(
             part + (V_CODES * D + V_WIDE), far, tops, peak, base, first_page, end_page, page_bytes, values, live,
-            D, BR, V_MOST, 1, 2 * BR, V_EIGHT, OWN, DOT,
+            D, BR, V_MOST, 1, 2 * BR, V_EIGHT, EVEN, OWN, DOT,
         )  # fmt: skip
     stat = stat_ptr + (pid.to(tl.int64) * splits + split) * 2 * BR + r
     tl.store(stat, peak)
     tl.store(stat + BR, total)
+
+
+@triton.jit
+def _tile(
+    basis, row, MOST: tl.constexpr, LIFT: tl.constexpr, TWICE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
+    KIND: tl.constexpr,
+):  # fmt: skip
+    """The basis at tokens `row` for the tensor cores [4 ROWS, tokens], times LIFT: its high parts TWICE times or once, its
+    low parts from row 2 ROWS on."""
+    i = tl.arange(0, 4 * ROWS)
+    m, times = i % ROWS, (i // ROWS)[:, None]
+    e = tl.load(basis + m[:, None] * T + row[None, :], mask=(m < MOST)[:, None], other=0.0)
+    high, low = _parts(e * LIFT, KIND)
+    return tl.where(times < TWICE, high, tl.where(times == 2, low, 0.0))
 
 
 @triton.jit(do_not_specialize=["tokens", "per_split", "page_splits", "dense_splits", "key_fields"])
@@ -570,8 +595,8 @@ def _attend_kernel(
     stride_qb, stride_qh, stride_qq, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, STRETCH: tl.constexpr, K_WIDE: tl.constexpr, V_WIDE: tl.constexpr, ALIGN: tl.constexpr,
-    K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, V_EIGHT: tl.constexpr, SETS: tl.constexpr,
-    STAGES: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
+    K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, V_EIGHT: tl.constexpr, EVEN: tl.constexpr,
+    SETS: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Both in one where there are no codes: part and stat as `_mix_kernel` makes them."""
     pid, split = tl.program_id(0), tl.program_id(1)
@@ -600,7 +625,7 @@ def _attend_kernel(
         if K_MOST > 0:
             _near(
                 near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
-                D, BR, K_MOST, K_EIGHT, OWN, DOT,
+                D, BR, K_MOST, K_EIGHT, EVEN, OWN, DOT,
             )  # fmt: skip
         if K_WIDE > 0:
             cell = tl.arange(0, K_WIDE)
@@ -611,12 +636,12 @@ def _attend_kernel(
             out = tl.zeros([V_WIDE, BR], tl.float32)
         top = tl.full([BR], float("-inf"), tl.float32)
         total = tl.zeros([BR], tl.float32)
-        MOST: tl.constexpr = max(K_MOST, V_MOST)
-        HELD: tl.constexpr = MOST * T <= 512  # rows of the basis stay in registers
-        rows = ()
-        if HELD:
-            for at in tl.static_range(PARTS * MOST):
-                rows = rows + (tl.load(basis_ptr + at % MOST * T + at // MOST * BT + t),)  # type: ignore[assignment]  # noqa: RUF005
+        ROWS: tl.constexpr = tl.constexpr(max(4, triton.next_power_of_2(max(K_MOST, V_MOST))))
+        m, times = tl.arange(0, 4 * ROWS) % ROWS, tl.arange(0, 4 * ROWS) // ROWS
+        k_basis, v_basis = (), ()
+        for sub in tl.static_range(PARTS):
+            k_basis = k_basis + (tl.trans(_tile(basis_ptr, sub * BT + t, K_MOST, 16.0, 2, T, ROWS, tl.float16)),)  # type: ignore[assignment]  # noqa: RUF005
+            v_basis = v_basis + (_tile(basis_ptr, sub * BT + t, V_MOST, 1.0, 1, T, ROWS, OWN).to(DOT),)  # type: ignore[assignment]  # noqa: RUF005
         for n in tl.range(0, end_page - first_page, num_stages=STAGES):
             of = first_page * 0 + n
             page = base + (first_page + of).to(tl.int64) * page_bytes
@@ -628,26 +653,27 @@ def _attend_kernel(
                     k_held = (cell < k_wide)[None, :] & (row >= 0)[:, None]
                     k = tl.load(own + row[:, None] * k_wide + cell[None, :], mask=k_held, other=0.0)
                     s = tl.dot(k.to(DOT), q_wide, s)
-                s = _narrow(s, BR)
                 if K_MOST > 0:
-                    for m in tl.static_range(K_MOST):
-                        a = tl.load(near + (of * K_MOST + m) * BR + r, mask=r * 0 + k_states > m, other=0.0)
-                        s += (rows[sub * MOST + m] if HELD else tl.load(basis_ptr + m * T + row))[:, None] * a[None, :]
+                    a = tl.load(near + (of * K_MOST + m)[:, None] * BR + r, mask=(m < k_states)[:, None], other=0.0)
+                    high, low = _parts(a * (1 / 16), tl.float16)
+                    s = tl.dot(k_basis[sub], _widen(tl.where(times[:, None] == 1, low, high)), s)
+                s = _narrow(s, BR)
                 new = tl.maximum(top, tl.max(s, 0) * scale)
                 p = tl.exp2(s * scale - new[None, :])
                 old = tl.exp2(top - new)
                 total = total * old + tl.sum(p, 0)
                 top = new
+                p = _widen(p.to(OWN).to(DOT))
                 if V_MOST > 0:
                     tl.store(tops + (of * PARTS + sub) * BR + r, new)
-                    for m in tl.static_range(V_MOST):
-                        mixed = p * (rows[sub * MOST + m] if HELD else tl.load(basis_ptr + m * T + row))[:, None]
-                        tl.store(far + ((of * PARTS + sub) * V_MOST + m) * BR + r, tl.sum(mixed, 0))
+                    mixed = tl.reshape(_narrow(tl.dot(v_basis[sub], p), BR), 4, ROWS, BR)
+                    at = far + ((of * PARTS + sub) * V_MOST + tl.arange(0, ROWS)[:, None]) * BR + r[None, :]
+                    tl.store(at, tl.sum(mixed, 0), mask=(tl.arange(0, ROWS) < V_MOST)[:, None] & (r >= 0)[None, :])
                 if V_WIDE > 0:  # read the other way round: only so does the compiler ask for it ahead of time
                     own = (page + v_data).to(tl.pointer_type(OWN))
                     v_held = (c < v_wide)[:, None] & (row >= 0)[None, :]
                     v = tl.load(own + row[None, :] * v_wide + c[:, None], mask=v_held, other=0.0)
-                    out = _narrow(tl.dot(v.to(DOT), _widen(p.to(OWN).to(DOT)), _widen(out * old[None, :])), BR)
+                    out = _narrow(tl.dot(v.to(DOT), p, _widen(out * old[None, :])), BR)
         part = part_ptr + (place * BR + r[None, :]) * SETS
         if V_WIDE > 0:
             tl.store(part + c[:, None], out, mask=live[None, :] & (c >= 0)[:, None])
@@ -655,7 +681,7 @@ def _attend_kernel(
             tl.debug_barrier()
             _far(
                 part + V_WIDE, far, tops, top, base, first_page, end_page, page_bytes, values, live,
-                D, BR, V_MOST, PARTS, BR, V_EIGHT, OWN, DOT,
+                D, BR, V_MOST, PARTS, BR, V_EIGHT, EVEN, OWN, DOT,
             )  # fmt: skip
         tl.store(stat_ptr + place * 2 * BR + r, top)
         tl.store(stat_ptr + (place * 2 + 1) * BR + r, total)
@@ -776,9 +802,10 @@ def _resources(rows: int, dim: int, segment: int, coded: bool, traits: dict[str,
     if coded and warps == 1 and rows <= 8:
         return options | dict(maxnreg=REGISTERS), 1, 65536 // (32 * REGISTERS)
     page = 2 * segment * (traits["K_WIDE"] + traits["V_WIDE"])
-    stages = 3 if page <= 1 << 15 else 2 if page <= 1 << 16 else 1
-    held = page * (stages - 1) + 2048  # shared memory
-    return options, stages, max(1, min(8 // warps, (220 << 10) // held))
+    most = max(4, triton.next_power_of_2(max(traits["K_MOST"], traits["V_MOST"])))
+    stages = STAGES if page <= 1 << 14 else 2 if page <= 1 << 15 else 1
+    held = page * (stages - 1) + 16 * segment * most + 4096  # shared memory
+    return options, stages, max(1, min(8 // warps, (227 << 10) // held))
 
 
 def attend(
@@ -841,14 +868,14 @@ def attend(
             near, ordered, far, mass, tops, dense_part, dense_stat,
             queries, scale, *bytes_of, n, k.shape[2], per_split, page_splits, dense_splits,
             plan.keys.shape[1], *strides, T=segment, **shape, **dense, **kinds,
-            **traited("K_WIDE", "ALIGN", "K_CODES", "K_MOST", "V_MOST", "K_EIGHT"),
+            **traited("K_WIDE", "ALIGN", "K_CODES", "K_MOST", "V_MOST", "K_EIGHT", "EVEN"),
         )  # fmt: skip
         part, stat = scratch(page_splits, rows, sets), scratch(page_splits, 2, rows)
         if n:
             _mix_kernel[(pairs, page_splits)](
                 pages, counts, plan.iota, plan.values, far, mass, tops, part, stat, queries, *bytes_of, n, per_split, page_splits,
                 T=segment, BT=min(MIX_STEP, segment), SETS=sets, **shape, **kinds,
-                **traited("V_WIDE", "ALIGN", "GROUPS", "V_CODES", "V_MOST", "V_EIGHT"),
+                **traited("V_WIDE", "ALIGN", "GROUPS", "V_CODES", "V_MOST", "V_EIGHT", "EVEN"),
             )  # fmt: skip
     else:
         parts = segment // step
@@ -859,7 +886,7 @@ def attend(
             near, far, tops, part, stat, dense_part, dense_stat,
             queries, scale, *bytes_of, k.shape[2], per_split, page_splits, dense_splits, plan.keys.shape[1], *strides,
             T=segment, BT=step, SETS=sets, STAGES=stages, **shape, **dense, **kinds,
-            **traited("K_WIDE", "V_WIDE", "ALIGN", "K_MOST", "V_MOST", "K_EIGHT", "V_EIGHT"),
+            **traited("K_WIDE", "V_WIDE", "ALIGN", "K_MOST", "V_MOST", "K_EIGHT", "V_EIGHT", "EVEN"),
         )  # fmt: skip
     if page_splits > 2 * MERGE:
         groups = -(-page_splits // MERGE)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from longwave.ops.spectral import tables
 from longwave.ops.spectral.tables import Plan, fits, plan
@@ -38,8 +39,23 @@ REGISTERS = 128  # of a thread where there are codes
 STAGES = 3
 # Probabilities grow by this where they meet V's scales: float16 would lose small ones. Scales beyond 255 overflow.
 LIFT = tl.constexpr(64.0)
-# How often the programs fill the GPU, rounded down: a few left over would take as long as all the others.
-WAVES = 1
+# How often the programs fill the GPU where there are codes, and heads that differ; rounded down, since a few left over
+# would take as long as all the others.
+WAVES = 2
+
+
+@triton.jit
+def _open(EARLY: tl.constexpr):
+    """Let the next launch begin, up to its `_close`."""
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _close(EARLY: tl.constexpr):
+    """From here on everything that the launch before has written is there."""
+    if EARLY:
+        gdc_wait()
 
 
 @triton.jit
@@ -325,13 +341,14 @@ def _score_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr,
     BD: tl.constexpr, STRETCH: tl.constexpr, K_WIDE: tl.constexpr, ALIGN: tl.constexpr, K_CODES: tl.constexpr,
     K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, EVEN: tl.constexpr, OWN: tl.constexpr,
-    DOT: tl.constexpr,
+    DOT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of the tokens of some pages, relative to each page's maximum; or all of a stretch of dense tokens.
 
     mass float16 [B, H, N, T, BR], even tokens before odd ones; tops float32 [B, H, N, 2, BR] a page's maximum and sum (later its weight), far
     float32 [B, H, N, V_MOST, BR] mass times the basis. Written and read by one program alone: near float32 [B, H, page
     splits, pages a split, K_MOST, BR], q times K's states; sorted [B, H, page splits, D, BR], q by K's order."""
+    _open(EARLY)
     pid, split = tl.program_id(0), tl.program_id(1)
     b, h = pid // H, pid % H
     r, d = tl.arange(0, BR), tl.arange(0, D)
@@ -485,10 +502,11 @@ def _mix_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr,
     BT: tl.constexpr, V_WIDE: tl.constexpr, ALIGN: tl.constexpr, GROUPS: tl.constexpr, V_CODES: tl.constexpr,
     V_MOST: tl.constexpr, V_EIGHT: tl.constexpr, EVEN: tl.constexpr, SETS: tl.constexpr, OWN: tl.constexpr,
-    DOT: tl.constexpr,
+    DOT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """What `_score_kernel` found times V of some pages: part float32 [B, H, splits, BR, SETS], unnormalised (codes D,
     values V_WIDE, states D), stat float32 [B, H, splits, 2, BR] maximum and sum."""
+    _open(EARLY)
     pid, split = tl.program_id(0), tl.program_id(1)
     b, h = pid // H, pid % H
     r, d = tl.arange(0, BR), tl.arange(0, D)
@@ -504,6 +522,7 @@ def _mix_kernel(
     mass, tops = mass_ptr + line * (T * BR), tops_ptr + line * (2 * BR)
     page = base + first_page.to(tl.int64) * page_bytes
     i = tl.arange(0, 16)
+    _close(EARLY)
     peak = tl.full([BR], float("-inf"), tl.float32)
     for start in range(0, count, 16):
         held = (start + i < count)[:, None] & (r >= 0)[None, :]
@@ -597,8 +616,10 @@ def _attend_kernel(
     BD: tl.constexpr, STRETCH: tl.constexpr, K_WIDE: tl.constexpr, V_WIDE: tl.constexpr, ALIGN: tl.constexpr,
     K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, V_EIGHT: tl.constexpr, EVEN: tl.constexpr,
     SETS: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Both in one where there are no codes: part and stat as `_mix_kernel` makes them."""
+    _open(EARLY)
     pid, split = tl.program_id(0), tl.program_id(1)
     b, h = pid // H, pid % H
     r, t = tl.arange(0, BR), tl.arange(0, BT)
@@ -690,9 +711,11 @@ def _attend_kernel(
 @triton.jit(do_not_specialize=["splits", "groups"])
 def _merge_kernel(
     part_ptr, stat_ptr, to_part_ptr, to_stat_ptr, splits, groups,
-    BR: tl.constexpr, SETS: tl.constexpr, COLUMNS: tl.constexpr, BS: tl.constexpr,
+    BR: tl.constexpr, SETS: tl.constexpr, COLUMNS: tl.constexpr, BS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """BS splits of one query row made one, so that `_combine_kernel` has few."""
+    _open(EARLY)
+    _close(EARLY)
     pid, r, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i, c = tl.arange(0, BS), tl.arange(0, COLUMNS)
     ok = group * BS + i < splits
@@ -724,6 +747,7 @@ def _combine_kernel(
     queries, splits, dense_splits,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V_WIDE: tl.constexpr, BR: tl.constexpr, SETS: tl.constexpr,
     BS: tl.constexpr, V_CODES: tl.constexpr, V_MOST: tl.constexpr, ROOT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Splits weighed and added for one query row; out [B, H * G, queries, D], contiguous."""
     pid, r = tl.program_id(0), tl.program_id(1)
@@ -737,6 +761,9 @@ def _combine_kernel(
     dense_stat_ptr += pid.to(tl.int64) * dense_splits * (2 * BR) + r
     part_ptr += (pid.to(tl.int64) * splits * BR + r) * SETS
     dense_part_ptr += (pid.to(tl.int64) * dense_splits * BR + r) * D
+    if V_CODES:  # out[c] = sum over j of codes[j] turn[c, j]
+        turn = tl.load(turn_ptr + d[:, None] * D + d[None, :])
+    _close(EARLY)
     top, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([BS], tl.float32)
     stored, codes = tl.zeros([BS, D], tl.float32), tl.zeros([BS, D], tl.float32)
     for start in range(0, splits, BS):
@@ -781,7 +808,6 @@ def _combine_kernel(
     if V_CODES:
         mixed = tl.sum(codes, 0)
         if turned > 0:
-            turn = tl.load(turn_ptr + d[:, None] * D + d[None, :])  # out[c] = sum over j of codes[j] turn[c, j]
             out += tl.sum(turn.to(tl.float32) * mixed[None, :], 1) * ROOT
         else:
             out += mixed
@@ -837,7 +863,8 @@ def attend(
     n, pairs, segment = pages.shape[1], batch * layout.heads, layout.segment
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     resources, stages, slots = _resources(rows, dim, segment, coded, traits)
-    per_split = max(1, -(-n // max(1, WAVES * slots * processors // pairs)))
+    waves = WAVES if coded else 1
+    per_split = max(1, -(-n // max(1, waves * slots * processors // pairs)))
     page_splits, dense_splits = -(-n // per_split), -(-k.shape[2] // STRETCH)
     k_most, v_most, wide = traits["K_MOST"], traits["V_MOST"], traits["V_WIDE"]
     step = min(segment, BLOCK)  # tokens of a step where there are no codes
@@ -850,6 +877,9 @@ def attend(
     near = scratch(page_splits * per_split, k_most, rows)
     out = torch.empty(batch, heads, queries, dim, dtype=q.dtype, device=q.device)
     shape = dict(H=layout.heads, G=group, D=dim, BR=rows)
+    # Hopper and later: a launch begins while the one before ends
+    early = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    follows = dict(EARLY=early) | (dict(launch_pdl=True) if early else {})
     kinds = dict(OWN=_OWN[q.dtype], DOT=_DOT[q.dtype], **resources)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     dense = dict(BD=DENSE_STEP, STRETCH=STRETCH)
@@ -867,14 +897,14 @@ def attend(
             q, pages, counts, basis, plan.iota, plan.keys, plan.order_k, k, v, seen,
             near, ordered, far, mass, tops, dense_part, dense_stat,
             queries, scale, *bytes_of, n, k.shape[2], per_split, page_splits, dense_splits,
-            plan.keys.shape[1], *strides, T=segment, **shape, **dense, **kinds,
+            plan.keys.shape[1], *strides, EARLY=early, T=segment, **shape, **dense, **kinds,
             **traited("K_WIDE", "ALIGN", "K_CODES", "K_MOST", "V_MOST", "K_EIGHT", "EVEN"),
         )  # fmt: skip
         part, stat = scratch(page_splits, rows, sets), scratch(page_splits, 2, rows)
         if n:
             _mix_kernel[(pairs, page_splits)](
                 pages, counts, plan.iota, plan.values, far, mass, tops, part, stat, queries, *bytes_of, n, per_split, page_splits,
-                T=segment, BT=min(MIX_STEP, segment), SETS=sets, **shape, **kinds,
+                T=segment, BT=min(MIX_STEP, segment), SETS=sets, **shape, **kinds, **follows,
                 **traited("V_WIDE", "ALIGN", "GROUPS", "V_CODES", "V_MOST", "V_EIGHT", "EVEN"),
             )  # fmt: skip
     else:
@@ -885,7 +915,7 @@ def attend(
             q, pages, counts, basis, plan.keys, plan.values, plan.order_k, k, v, seen,
             near, far, tops, part, stat, dense_part, dense_stat,
             queries, scale, *bytes_of, k.shape[2], per_split, page_splits, dense_splits, plan.keys.shape[1], *strides,
-            T=segment, BT=step, SETS=sets, STAGES=stages, **shape, **dense, **kinds,
+            EARLY=early, T=segment, BT=step, SETS=sets, STAGES=stages, **shape, **dense, **kinds,
             **traited("K_WIDE", "V_WIDE", "ALIGN", "K_MOST", "V_MOST", "K_EIGHT", "V_EIGHT", "EVEN"),
         )  # fmt: skip
     if page_splits > 2 * MERGE:
@@ -894,12 +924,12 @@ def attend(
         part, stat = scratch(groups, rows, sets), scratch(groups, 2, rows)
         _merge_kernel[(pairs, group * queries, groups)](
             *many, part, stat, page_splits, groups,
-            BR=rows, SETS=sets, COLUMNS=triton.next_power_of_2(sets), BS=MERGE, num_warps=4,
+            BR=rows, SETS=sets, COLUMNS=triton.next_power_of_2(sets), BS=MERGE, num_warps=4, **follows,
         )  # fmt: skip
         page_splits = groups
     _combine_kernel[(pairs, group * queries)](
         part, stat, dense_part, dense_stat, out, plan.values, plan.order_v, plan.turn, queries,
         page_splits, dense_splits, SETS=sets, BS=16, V_WIDE=wide, V_CODES=traits["V_CODES"], V_MOST=v_most,
-        ROOT=dim**-0.5, **shape, num_warps=8,
+        ROOT=dim**-0.5, **shape, num_warps=8, **follows,
     )  # fmt: skip
     return out

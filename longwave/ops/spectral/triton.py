@@ -35,8 +35,9 @@ BLOCK = 128  # tokens of a step where there are no codes
 MIX_STEP = 64  # tokens of a step of V's codes
 STRETCH, DENSE_STEP = 64, 16  # dense tokens of a program, and of a step
 MERGE = 16  # splits made one
+LEAST = 4  # pages of a program where there are no codes, and pages for two such programs a processor
 REGISTERS = 128  # of a thread where there are codes
-STAGES = 3
+STAGES = 2  # pages under way where there are no codes
 # Probabilities grow by this where they meet V's scales: float16 would lose small ones. Scales beyond 255 overflow.
 LIFT = tl.constexpr(64.0)
 # How often the programs fill the GPU where there are codes, and heads that differ; rounded down, since a few left over
@@ -864,7 +865,8 @@ def attend(
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     resources, stages, slots = _resources(rows, dim, segment, coded, traits)
     waves = WAVES if coded else 1
-    per_split = max(1, -(-n // max(1, waves * slots * processors // pairs)))
+    least = LEAST if not coded and pairs * n >= 2 * LEAST * processors else 1
+    per_split = max(least, -(-n // max(1, waves * slots * processors // pairs)))
     page_splits, dense_splits = -(-n // per_split), -(-k.shape[2] // STRETCH)
     k_most, v_most, wide = traits["K_MOST"], traits["V_MOST"], traits["V_WIDE"]
     step = min(segment, BLOCK)  # tokens of a step where there are no codes

@@ -40,6 +40,15 @@ class Progress:
                 "the last forward pass failed half-way and layers hold different tokens: call cache.reset()"
             )
 
+    def check_lent(self) -> None:
+        if self.lent is not None:
+            raise RuntimeError("a decoder holds this cache: call the decoder's finish(), or cache.reset()")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles of the cache: what a decoder holds is not counted yet."""
+        self.check_lent()
+        return vars(self)
+
     def refused(self, index: int) -> None:
         """A layer took nothing. If it was the first one, the pass never happened."""
         if index == self.first:
@@ -145,6 +154,7 @@ class MemoryLayer(CacheLayerMixin):
         return {"dense": [*self.dense.tensors(), *(self._new or ())]}
 
     def move(self, device: torch.device | str) -> None:
+        self.progress.check_lent()
         self.dense.move(device)
 
     def select_rows(self, rows: torch.Tensor) -> None:
@@ -218,6 +228,7 @@ class MemoryLayer(CacheLayerMixin):
 
     def write(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """Store new tokens dense. `valid` [batch, t] marks the real ones, None means all."""
+        self.progress.check_lent()
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         self.check_finite(k, v, valid)
@@ -342,8 +353,7 @@ class MemoryLayer(CacheLayerMixin):
 
     def _flush(self) -> None:
         """Tokens given to `update` whose attention was never asked: store them as they are."""
-        if self.progress.lent is not None:
-            raise RuntimeError("a decoder holds this cache: call its finish() first")
+        self.progress.check_lent()
         if self._new is not None:
             self.write(*self._new)
             self._unsettled = True

@@ -8,6 +8,7 @@ knows when a segment is full and lets the layers compress it. docs/decoding.md t
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -64,24 +65,26 @@ def supports(model: PreTrainedModel, cache: Cache) -> str | None:
 class _StepLayer(CacheLayerMixin):
     """What the model sees of a memory layer during a step: it writes where the device says and answers from there."""
 
-    def __init__(self, layer: MemoryLayer, decoder: StaticDecoder):
+    def __init__(
+        self, layer: MemoryLayer, rows: torch.Tensor, at: torch.Tensor, seen: torch.Tensor, counts: torch.Tensor
+    ):
         super().__init__()
-        self.layer, self.decoder = layer, decoder
+        self.layer = layer
+        self.rows, self.at, self.seen, self.counts = rows, at, seen, counts  # the decoder's own
 
     def update(  # type: ignore[override]  # as in MemoryLayer
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Handle, Handle]:
         self.layer.check_finite(key_states, value_states)
-        rows, at = self.decoder.rows, self.decoder.at
         for held, new in zip(self.layer.dense.tensors(), (key_states, value_states), strict=True):
-            held[rows, :, at] = new[:, :, 0]
+            held[self.rows, :, self.at] = new[:, :, 0]
         handle = Handle(self)
         return handle, handle
 
     def forward(self, q: torch.Tensor, scaling: float, mask: object) -> torch.Tensor:
         if not isinstance(mask, StepMask):
             raise NotImplementedError("this model hides tokens by masks of its own, which steps do not make")
-        return self.layer.attend_step(q, scaling, self.decoder.seen, self.decoder.counts)
+        return self.layer.attend_step(q, scaling, self.seen, self.counts)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise AssertionError("a step's layer has its storage already")
@@ -102,8 +105,9 @@ class StaticDecoder:
         with StaticDecoder(model, cache, new_tokens=100) as decoder:
             logits = decoder.step(ids)
 
-    Takes the cache's storage over and hands it back in `finish`; until then every other use of the cache but its bytes
-    and `reset` is an error, and its report counts tokens as of the last compression.
+    Takes the cache's storage over and hands it back in `finish`, at the latest when the decoder is collected; until
+    then every other use of the cache but its bytes and `reset` is an error, and its report counts tokens as of the last
+    compression.
 
     new_tokens: how many steps storage is reserved for.
     graph: whether a step is captured and replayed as a CUDA graph. None: on CUDA. Elsewhere the same step runs as it
@@ -113,6 +117,8 @@ class StaticDecoder:
     Raises ValueError where `supports` gives a reason, where the cache is empty or its byte budget has no room for
     new_tokens, and for graph=True without CUDA.
     """
+
+    _key: object | None = None  # the cache's `lent` while this decoder holds it
 
     def __init__(
         self,
@@ -159,7 +165,7 @@ class StaticDecoder:
         self.at = torch.zeros(batch, dtype=torch.long, device=device)  # where the next token goes
         self.seen = torch.zeros(batch, 1, dtype=torch.int32, device=device)  # dense tokens once it is there
         self.counts = torch.zeros(batch, dtype=torch.int32, device=device)  # pages
-        self._cache = Cache(layers=[_StepLayer(layer, self) for layer in layers])
+        self._cache = Cache(layers=[_StepLayer(layer, self.rows, self.at, self.seen, self.counts) for layer in layers])
         self._name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
@@ -178,6 +184,10 @@ class StaticDecoder:
 
     def __exit__(self, *_: object) -> None:
         self.finish()
+
+    def __del__(self, ending: Any = sys.is_finalizing) -> None:
+        if self._key is not None and not ending():  # at Python's end nobody wants the cache, and torch may be gone
+            self.finish()
 
     @torch.no_grad()
     def step(self, ids: torch.Tensor) -> torch.Tensor:
@@ -203,15 +213,24 @@ class StaticDecoder:
         return self._logits
 
     def finish(self) -> None:
-        """Hand the cache back as ordinary decoding would have left it. A second call does nothing."""
+        """Hand the cache back as ordinary decoding would have left it. A second call does nothing.
+
+        Where a layer fails, out of memory, the others are still released; the first error is raised then.
+        """
         self._graph = self._logits = None
         if self.cache._progress.lent is not self._key:
             return
         self.cache._progress.lent = None
         if not self.cache._progress.broken:  # else layers differ, and only reset() helps
             self._tell_layers()
+        failed: BaseException | None = None
         for layer in self._layers:
-            layer.release()
+            try:
+                layer.release()
+            except BaseException as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     # inside
 

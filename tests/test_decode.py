@@ -1,6 +1,7 @@
 """Steps over reserved storage: the same tokens, and the same cache afterwards, as transformers' own loop gives."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -255,6 +256,12 @@ def test_a_lent_cache_refuses_other_hands(llama):
         lambda: memory.batch_repeat_interleave(2),
         layer.materialize,
         layer.offload,
+        layer.prefetch,
+        lambda: layer.move("cpu"),
+        lambda: layer.write(*torch.zeros(2, 1, 2, 1, 8)),
+        lambda: copy.deepcopy(memory),
+        lambda: copy.deepcopy(layer),
+        lambda: pickle.dumps(memory),
     ):
         with pytest.raises(RuntimeError, match=r"finish\(\)"):
             use()
@@ -281,6 +288,36 @@ def test_reset_takes_the_cache_back(llama):
             decoder.finish()  # not its cache any more
             other.step(tokens(2, 1))
     assert memory.get_seq_length() == 41
+
+
+def test_a_dropped_decoder_hands_the_cache_back(llama):
+    memories = [filled(llama) for _ in range(2)]
+    decoder = StaticDecoder(llama, memories[0], new_tokens=9)
+    for _ in range(9):
+        decoder.step(tokens(1, 1))
+    del decoder  # no cycle waits for the garbage collector
+    with StaticDecoder(llama, memories[1], new_tokens=9) as decoder:
+        for _ in range(9):
+            decoder.step(tokens(1, 1))
+    check_same(*memories)
+
+
+def test_a_layer_that_cannot_be_released_does_not_keep_the_others(llama, monkeypatch):
+    memory, twin = filled(llama), filled(llama)
+    layers = list(memory.memory_layers())
+
+    def fails():
+        raise torch.OutOfMemoryError(f"layer {len(tried)}")
+
+    tried = []
+    for layer in layers[:2]:
+        monkeypatch.setattr(layer, "release", lambda: tried.append(0) or fails())
+    decoder = StaticDecoder(llama, memory, new_tokens=100)
+    with pytest.raises(torch.OutOfMemoryError, match="layer 1"):
+        decoder.finish()
+    assert layers[2].nbytes == list(twin.memory_layers())[2].nbytes < layers[1].nbytes
+    with torch.no_grad():
+        llama(tokens(1, 1), past_key_values=memory)
 
 
 def test_storage_that_cannot_be_had_leaves_the_cache_as_it_was(llama, monkeypatch):

@@ -145,11 +145,7 @@ class StaticDecoder:
             raise ValueError(
                 "cannot decode in steps: the layers hold different numbers of tokens. model.generate works"
             )
-        if first.max_tokens is not None and first.columns + new_tokens > first.max_tokens:
-            raise ValueError(
-                f"the byte budget of this cache was computed for {first.max_tokens} tokens: it holds {first.columns}, "
-                f"and {new_tokens} more do not fit. Build it with a larger max_tokens, or ask for fewer new tokens"
-            )
+        _check_room(first, first.columns, new_tokens)
         device = first.device
         if graph and device.type != "cuda":
             raise ValueError(f"graph=True needs CUDA, and the cache lies on {device}")
@@ -307,6 +303,14 @@ class StaticDecoder:
         ]
 
 
+def _check_room(layer: MemoryLayer, held: int, new: int) -> None:
+    if layer.max_tokens is not None and held + new > layer.max_tokens:
+        raise ValueError(
+            f"the byte budget of this cache was computed for {layer.max_tokens} tokens, and {held} with {new} new ones "
+            "do not fit. Build it with a larger max_tokens, or ask for fewer new tokens"
+        )
+
+
 def _counts(layer: MemoryLayer) -> list[int]:
     """Pages of each row."""
     store = getattr(layer, "store", None)
@@ -395,9 +399,14 @@ def _loop(
     name = "cache" if "cache" in inputs else "past_key_values"
     cache = inputs[name]
     mask = inputs.get("attention_mask")
-    if ids.shape[1] and cache.get_seq_length() == ids.shape[1] == (ids if mask is None else mask).shape[1]:
+    # tokens that the cache will hold after the prompt; transformers drops a mask of ones
+    prompt = getattr(config, "_mask_length", ids.shape[1]) if mask is None else mask.shape[1]
+    if ids.shape[1] and cache.get_seq_length() == ids.shape[1] == prompt:
         # transformers would read the prompt a second time
         raise ValueError("all of the prompt is in the cache already: cache.reset(), or cache.crop(-1), and ask again")
+    longest = config.max_length if stop.max_length is None else stop.max_length
+    if longest - ids.shape[1] > 1:  # the last new token is not read
+        _check_room(next(cache.memory_layers()), prompt, longest - ids.shape[1] - 1)
     pad = config._pad_token_tensor
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stop)
     kept: dict[str, Any] = {
@@ -407,7 +416,6 @@ def _loop(
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
     logits = model._prefill(ids, config, inputs).logits[:, -1]
     positions = inputs["position_ids"][:, -1:].expand(ids.shape[0], 1) + 1
-    longest = config.max_length if stop.max_length is None else stop.max_length
     decoder: StaticDecoder | None = None
     try:
         with model._optimize_model_for_decode():

@@ -420,10 +420,33 @@ def test_refused_models_and_caches(models):
 def test_a_byte_budget_is_checked_before_decoding(llama):
     method = longwave.Fourier(segment=8, sinks=2, window=8)
     memory = longwave.cache(llama, method, budget="100KB", profile=random_profile(llama), max_tokens=60)
-    assert "ask for fewer new tokens" in refusal(llama, memory, max_new_tokens=30)
-    memory.reset()
+    assert "40 with 21 new ones do not fit" in refusal(llama, memory, max_new_tokens=22)
+    embedded = llama.get_input_embeddings()(tokens(1, 40))
+    with pytest.raises(ValueError, match="40 with 21 new"):
+        longwave.generate(llama, inputs_embeds=embedded, past_key_values=memory, max_new_tokens=22)
+    assert memory.get_seq_length() == 0  # before the prompt was read
     longwave.generate(llama, tokens(1, 40), past_key_values=memory, max_new_tokens=21)
     assert memory.get_seq_length() == 60
+    memory.reset()
+    with torch.no_grad():
+        llama(tokens(1, 20), past_key_values=memory)
+    with pytest.raises(ValueError, match="40 with 21 new"):  # new ids alone, with a mask over everything
+        both = dict(attention_mask=torch.ones(1, 40, dtype=torch.long), past_key_values=memory)
+        longwave.generate(llama, tokens(1, 20), **both, max_new_tokens=22)
+    assert memory.get_seq_length() == 20
+    with pytest.raises(ValueError, match="20 with 41 new"):
+        StaticDecoder(llama, memory, new_tokens=41)
+
+
+def test_as_many_new_ids_as_the_cache_holds_are_no_repetition(llama):
+    found, ids = [], tokens(1, 40)
+    for loop in (llama.generate, lambda *a, **k: longwave.generate(llama, *a, **k)):
+        memory = fourier(llama)
+        with torch.no_grad():
+            llama(ids[:, :20], past_key_values=memory)
+        given = dict(attention_mask=torch.ones_like(ids), past_key_values=memory, max_new_tokens=5, do_sample=False)
+        found.append(loop(ids[:, 20:], **given))
+    assert torch.equal(*found)
 
 
 # 16 bits and kernels

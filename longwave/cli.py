@@ -91,6 +91,17 @@ def check_length(model: Any, tokens: int, new: int) -> None:
         raise ValueError(f"{tokens} tokens of prompt and {new} new ones exceed this model's context of {limit}")
 
 
+def why_python(model: Any, memory: Any, graph: bool | None) -> str | None:
+    """Why transformers' own loop decodes, or None where a CUDA graph does."""
+    from longwave.decode import supports
+
+    if graph is False:
+        return "--no-graph"
+    if model.device.type != "cuda":
+        return f"a graph needs CUDA, and the model is on {model.device.type}"
+    return supports(model, memory)
+
+
 class Clock:
     """A stopping criterion that never stops: it notes when the prompt was read and when decoding was under way.
 
@@ -190,9 +201,7 @@ def generate(
         count = encoded["input_ids"].shape[1]
         check_length(loaded, count, max_new_tokens)
         memory = longwave.cache(loaded, method, budget=budget, profile=profile, **parse_options(option))
-        why = "--no-graph" if graph is False else longwave.decode.supports(loaded, memory)
-        if graph is not False and loaded.device.type != "cuda":
-            why = f"a graph needs CUDA, and the model is on {loaded.device.type}"
+        why = why_python(loaded, memory, graph)
         if graph and why:
             raise ValueError(f"--graph: {why}")
         torch.manual_seed(seed)
@@ -211,15 +220,18 @@ def generate(
         if not as_json and stderr.is_terminal:
             stderr.print(f"reading {count:,} tokens ...", style="dim")
         loop = loaded.generate if why else partial(longwave.generate, loaded)
-        out = loop(
-            **encoded,
-            past_key_values=memory,
-            max_new_tokens=max_new_tokens,
-            streamer=streamer,
-            stopping_criteria=[clock],
-            pad_token_id=tokenizer.pad_token_id,
-            **sampling,
-        )
+        try:
+            out = loop(
+                **encoded,
+                past_key_values=memory,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                stopping_criteria=[clock],
+                pad_token_id=tokenizer.pad_token_id,
+                **sampling,
+            )
+        except longwave.decode.Unsupported as error:  # seen late: much of the answer may be out
+            raise ValueError(f"{error}: pass --no-graph") from error
         pace = {"loop": "python" if why else "graph", "loop_reason": why, **clock.read(out.shape[1] - count)}
         if as_json:
             answer = tokenizer.decode(out[0, count:], skip_special_tokens=True)

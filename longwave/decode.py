@@ -28,7 +28,12 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from longwave.attention import NAME, Handle, LogicalLength, StepMask
 from longwave.cache import LongCache, MemoryLayer
 
+MEMORY = "storage for all new tokens is reserved at once: fewer of them, or fewer rows, need less"
 WARM_UP = 3  # steps before the capture: kernels compile and libraries take their workspaces
+
+
+class Unsupported(ValueError):
+    """What steps, or a graph of them, cannot do, and model.generate can."""
 
 
 def supports(model: PreTrainedModel, cache: Cache) -> str | None:
@@ -83,7 +88,9 @@ class _StepLayer(CacheLayerMixin):
 
     def forward(self, q: torch.Tensor, scaling: float, mask: object) -> torch.Tensor:
         if not isinstance(mask, StepMask):
-            raise NotImplementedError("this model hides tokens by masks of its own, which steps do not make")
+            raise Unsupported(
+                "cannot decode in steps: the model hides tokens by masks of its own. model.generate works"
+            )
         return self.layer.attend_step(q, scaling, self.seen, self.counts)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -114,8 +121,8 @@ class StaticDecoder:
         is. The capture is part of the first step.
     positions: of the next token, integers [B] or [B, 1]. None: the tokens that each row of the cache holds.
 
-    Raises ValueError where `supports` gives a reason, where the cache is empty or its byte budget has no room for
-    new_tokens, and for graph=True without CUDA.
+    Raises Unsupported, a ValueError, where `supports` gives a reason, and ValueError where the cache is empty or its
+    byte budget has no room for new_tokens, and for graph=True without CUDA.
     """
 
     _key: object | None = None  # the cache's `lent` while this decoder holds it
@@ -131,7 +138,7 @@ class StaticDecoder:
     ):
         reason = supports(model, cache)
         if reason:
-            raise ValueError(f"cannot decode in steps: {reason}. model.generate works")
+            raise Unsupported(f"cannot decode in steps: {reason}. model.generate works")
         if new_tokens < 1:
             raise ValueError(f"new_tokens is the number of steps to come, at least 1; got {new_tokens}")
         layers: list[MemoryLayer] = list(cache.memory_layers())
@@ -142,7 +149,7 @@ class StaticDecoder:
         for layer in layers:
             layer.crop(0)  # settles what a pass left open
         if len({(tuple(layer.dense.lengths), tuple(_counts(layer))) for layer in layers}) > 1:
-            raise ValueError(
+            raise Unsupported(
                 "cannot decode in steps: the layers hold different numbers of tokens. model.generate works"
             )
         _check_room(first, first.columns, new_tokens)
@@ -169,8 +176,10 @@ class StaticDecoder:
         try:
             for layer in layers:
                 layer.reserve(new_tokens)
-        except BaseException:  # out of memory
+        except BaseException as error:
             self.finish()
+            if isinstance(error, torch.OutOfMemoryError):
+                error.add_note(MEMORY)
             raise
         self._storage = self._addresses()
         self._tell_device()
@@ -189,7 +198,8 @@ class StaticDecoder:
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Read one token a row, integers [B] or [B, 1]; logits of the next one [B, vocabulary] in the model's dtype.
 
-        With a graph the next step writes over the logits. Raises RuntimeError after `finish` or `new_tokens` steps.
+        With a graph the next step writes over the logits. Raises RuntimeError after `finish` or `new_tokens` steps, and
+        Unsupported where the first step finds that the model cannot be captured, or makes masks of its own.
         """
         if self.cache._progress.lent is not self._key:
             raise RuntimeError("this decoder has handed its cache back: make another")
@@ -197,7 +207,16 @@ class StaticDecoder:
             raise RuntimeError(f"storage was reserved for {self.new_tokens} steps, and they are used up")
         self.ids.copy_(ids.reshape(self.ids.shape), non_blocking=True)
         if self.captures and self._graph is None:
-            self._capture()
+            try:
+                self._capture()
+            except torch.OutOfMemoryError as error:
+                error.add_note(MEMORY)
+                raise
+            except RuntimeError as error:
+                raise Unsupported(
+                    f"no CUDA graph could be made of a step of {type(self.model).__name__} ({error}). "
+                    "graph=False steps without one, and model.generate works"
+                ) from error
         if self._graph is None:
             self._logits = self._run()
         else:
@@ -251,14 +270,8 @@ class StaticDecoder:
                         state.copy_(was)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                    self._logits = self._run()
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"a step of {type(self.model).__name__} cannot be captured as a CUDA graph ({error}). "
-                    "graph=False steps without one, and model.generate works"
-                ) from error
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._logits = self._run()
         self._graph = graph
 
     def _settle(self) -> None:
@@ -330,9 +343,10 @@ def generate(
     `past_key_values` (or `cache`) is the LongCache; the most new tokens decide the storage that is reserved. graph: as
     in `StaticDecoder`.
 
-    Raises ValueError for what only model.generate does: what `supports` names, beams and other modes than greedy and
-    sampling, assistants, custom_generate, synced_gpus, use_cache=False, attentions and hidden states as outputs, and
-    model inputs that a step would need again.
+    Raises Unsupported, a ValueError, for what only model.generate does: what `supports` names, beams and other modes
+    than greedy and sampling, assistants, custom_generate, synced_gpus, use_cache=False, attentions and hidden states as
+    outputs, and model inputs that a step would need again. All this before the prompt is read; errors that come later,
+    such as a step that cannot be captured, have a note that the cache holds it.
     """
     cache = options.get("cache", options.get("past_key_values"))
     if cache is None:
@@ -341,7 +355,7 @@ def generate(
     for name in ("assistant_model", "custom_generate", "synced_gpus"):
         reason = reason or (f"{name} changes the loop" if options.get(name) else None)
     if reason:
-        raise ValueError(f"longwave.generate cannot do this: {reason}. model.generate works")
+        raise Unsupported(f"longwave.generate cannot do this: {reason}. model.generate works")
     if graph and model.device.type != "cuda":
         raise ValueError(f"graph=True needs CUDA, and the model is on {model.device}")
     if (generation_config or model.generation_config).stop_strings is not None:
@@ -394,7 +408,7 @@ def _loop(
             reasons[f"a step might need {name} again"] = value is not None and value is not False
     for reason, applies in reasons.items():
         if applies:
-            raise ValueError(f"longwave.generate cannot do this: {reason}. model.generate works")
+            raise Unsupported(f"longwave.generate cannot do this: {reason}. model.generate works")
 
     name = "cache" if "cache" in inputs else "past_key_values"
     cache = inputs[name]
@@ -441,6 +455,9 @@ def _loop(
                     new = longest - ids.shape[1]
                     decoder = StaticDecoder(model, cache, new_tokens=new, graph=graph, positions=positions)
                 logits = decoder.step(tokens)
+    except Exception as error:
+        error.add_note("the cache holds what was read: cache.reset() before you ask again")
+        raise
     finally:
         if decoder is not None:
             decoder.finish()

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 from PIL import Image
@@ -188,6 +189,16 @@ def test_the_loop_can_be_chosen(generate):
     prompt = [*generate, TEXT[:40], "-o", "keep=1.0"]
     assert json.loads(succeeds(*prompt, "--no-graph", "--json").stdout)["loop_reason"] == "--no-graph"
     assert "--graph: a graph needs CUDA" in refused(*prompt, "--graph")
+
+
+def test_what_steps_cannot_do_names_the_other_loop(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "beams")
+    (tmp_path / "beams" / "generation_config.json").write_text('{"num_beams": 2}')
+    prompt = ["generate", "--model", tmp_path / "beams", "--max-new-tokens", 2, TEXT[:40], "-o", "keep=1.0", "--json"]
+    monkeypatch.setattr("longwave.cli.why_python", lambda *_: None)  # as if on CUDA
+    assert "model.generate works: pass --no-graph" in refused(*prompt)
+    monkeypatch.undo()
+    succeeds(*prompt, "--no-graph")
 
 
 def test_generate_prints_the_answer_and_reports_on_stderr(generate):

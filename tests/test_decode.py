@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, TextStreamer
 
 import longwave
-from longwave.decode import StaticDecoder, supports
+from longwave.decode import StaticDecoder, Unsupported, supports
 from longwave.ops.attention import dense_attention, step_attention
 from longwave.store.pages import PageStore
 from tests.conftest import SMALL, left_padded, random_profile, tokens
@@ -320,6 +320,32 @@ def test_a_layer_that_cannot_be_released_does_not_keep_the_others(llama, monkeyp
         llama(tokens(1, 1), past_key_values=memory)
 
 
+def cannot_capture(monkeypatch, error):
+    def fails(decoder):
+        raise error
+
+    monkeypatch.setattr(StaticDecoder, "_capture", fails)
+    monkeypatch.setattr(StaticDecoder, "captures", property(lambda _: True, lambda *_: None), raising=False)
+
+
+def test_a_step_that_cannot_be_captured_says_how_to_go_on(llama, monkeypatch):
+    cannot_capture(monkeypatch, RuntimeError("stream is capturing"))
+    says = r"a step of LlamaForCausalLM \(stream is capturing\). graph=False"
+    memory, ours = filled(llama), fourier(llama)
+    with StaticDecoder(llama, memory, new_tokens=3) as decoder, pytest.raises(Unsupported, match=says):
+        decoder.step(tokens(1, 1))
+    with pytest.raises(Unsupported, match=rf"{says}(.|\n)*the cache holds what was read: cache.reset\(\)"):
+        longwave.generate(llama, tokens(1, 40), past_key_values=ours, max_new_tokens=3)
+    check_same(memory, filled(llama))
+    check_same(ours, memory)
+
+
+def test_a_capture_without_memory_is_not_blamed_on_the_model(llama, monkeypatch):
+    cannot_capture(monkeypatch, torch.OutOfMemoryError("no room"))
+    with pytest.raises(torch.OutOfMemoryError, match=r"^no room\n.*fewer rows, need less\n.*cache.reset\(\)"):
+        longwave.generate(llama, tokens(1, 40), past_key_values=fourier(llama), max_new_tokens=3)
+
+
 def test_storage_that_cannot_be_had_leaves_the_cache_as_it_was(llama, monkeypatch):
     memory = filled(llama)
     before = memory.report()
@@ -329,7 +355,7 @@ def test_storage_that_cannot_be_had_leaves_the_cache_as_it_was(llama, monkeypatc
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(last, "reserve", fails)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(torch.OutOfMemoryError, match="fewer rows"):
         StaticDecoder(llama, memory, new_tokens=50)
     assert memory.report() == before
     with torch.no_grad():
@@ -430,9 +456,9 @@ def test_a_byte_budget_is_checked_before_decoding(llama):
     memory.reset()
     with torch.no_grad():
         llama(tokens(1, 20), past_key_values=memory)
+    mask = torch.ones(1, 40, dtype=torch.long)
     with pytest.raises(ValueError, match="40 with 21 new"):  # new ids alone, with a mask over everything
-        both = dict(attention_mask=torch.ones(1, 40, dtype=torch.long), past_key_values=memory)
-        longwave.generate(llama, tokens(1, 20), **both, max_new_tokens=22)
+        longwave.generate(llama, tokens(1, 20), attention_mask=mask, past_key_values=memory, max_new_tokens=22)
     assert memory.get_seq_length() == 20
     with pytest.raises(ValueError, match="20 with 41 new"):
         StaticDecoder(llama, memory, new_tokens=41)

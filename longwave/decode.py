@@ -100,7 +100,7 @@ class _StepLayer(CacheLayerMixin):
         return LogicalLength(query_length), 0  # what a row sees is counted on the device
 
     def get_seq_length(self) -> int:
-        return self.layer.columns  # some models ask whether there is a past; positions come with every step
+        return 0  # as get_mask_sizes says: a model that makes a mask of this makes one of the new token
 
     def get_max_length(self) -> int:
         return -1
@@ -344,30 +344,36 @@ def generate(
     in `StaticDecoder`.
 
     Raises Unsupported, a ValueError, for what only model.generate does: what `supports` names, beams and other modes
-    than greedy and sampling, assistants, custom_generate, synced_gpus, use_cache=False, attentions and hidden states as
-    outputs, and model inputs that a step would need again. All this before the prompt is read; errors that come later,
-    such as a step that cannot be captured, have a note that the cache holds it.
+    than greedy and sampling, assistants, custom_generate, synced_gpus, token_healing, use_cache=False, attentions and
+    hidden states as outputs, and model inputs that a step would need again. All this before the prompt is read; errors
+    that come later, such as a step that cannot be captured, have a note that the cache holds it.
     """
     cache = options.get("cache", options.get("past_key_values"))
     if cache is None:
         raise ValueError("longwave.generate needs a cache: pass past_key_values=longwave.cache(model, ...)")
+
+    def asked(name: str) -> Any:
+        """An option as model.generate takes it: from its arguments, then the config given, then the model's own."""
+        found = [getattr(config, name) for config in (generation_config, model.generation_config) if config is not None]
+        return options.get(name, next((value for value in found if value is not None), None))
+
     reason = supports(model, cache)
     for name in ("assistant_model", "custom_generate", "synced_gpus"):
         reason = reason or (f"{name} changes the loop" if options.get(name) else None)
+    if asked("token_healing"):
+        reason = reason or "token_healing rewrites the prompt's last token"
     if reason:
         raise Unsupported(f"longwave.generate cannot do this: {reason}. model.generate works")
     if graph and model.device.type != "cuda":
         raise ValueError(f"graph=True needs CUDA, and the model is on {model.device}")
-    if (generation_config or model.generation_config).stop_strings is not None:
-        raise ValueError("give stop_strings, and tokenizer with them, to longwave.generate itself")
     # transformers keeps these two to its own loops
-    streamer, tokenizer = options.get("streamer"), options.pop("tokenizer", None)
-    strings = options.pop("stop_strings", None)
+    streamer, tokenizer, strings = options.get("streamer"), options.pop("tokenizer", None), asked("stop_strings")
     if strings is not None:
         if tokenizer is None:
-            raise ValueError("stop_strings need a tokenizer: pass tokenizer=...")
+            raise ValueError(f"stop_strings={strings!r} need a tokenizer: pass tokenizer=...")
         given = options.get("stopping_criteria") or ()
         options["stopping_criteria"] = StoppingCriteriaList([*given, StopStringCriteria(tokenizer, strings)])
+        options["stop_strings"] = None
 
     def loop(
         model: PreTrainedModel,

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, TextStreamer
+from transformers import (
+    BioGptConfig,
+    BioGptForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TextStreamer,
+)
 
 import longwave
 from longwave.decode import StaticDecoder, Unsupported, supports
@@ -173,12 +181,35 @@ def test_streamer(llama, tokenizer, capsys):
     assert texts[0] == texts[1] != ""
 
 
-def test_stop_strings(llama, tokenizer):
+@pytest.mark.parametrize("place", ["argument", "config", "model"])
+def test_stop_strings(llama, tokenizer, monkeypatch, place):
     (free, _), _ = both(llama, fourier)
-    stop = tokenizer.decode(free[0, 48:50])
-    (want, theirs), (got, ours) = both(llama, fourier, stop_strings=[stop], tokenizer=tokenizer)
+    stop = [tokenizer.decode(free[0, 48:50])]
+    if place == "model":
+        monkeypatch.setattr(llama.generation_config, "stop_strings", stop)
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, stop_strings=stop)
+    options = {"argument": dict(stop_strings=stop), "config": dict(generation_config=config), "model": {}}[place]
+    (want, theirs), (got, ours) = both(llama, fourier, tokenizer=tokenizer, **options)
     assert torch.equal(got, want)
     assert got.shape[1] <= 50
+    check_same(ours, theirs)
+    assert f"stop_strings={stop} need a tokenizer" in refusal(llama, fourier(llama), **options)
+
+
+def test_stop_strings_of_the_model_can_be_turned_off(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(llama.generation_config, "stop_strings", [tokenizer.decode(tokens(1, 40)[0, 4:5])])
+    (want, _), (got, _) = both(llama, fourier, stop_strings=None)
+    assert torch.equal(got, want)
+
+
+def test_a_model_that_makes_its_mask_of_the_length_of_the_past():
+    torch.manual_seed(0)
+    model = BioGptForCausalLM(BioGptConfig(**SMALL, num_hidden_layers=2)).eval()
+    for parameter in model.parameters():
+        parameter.data *= 20 if parameter.ndim == 2 else 1  # or it repeats one token
+    (want, theirs), (got, ours) = both(model, MEMORIES["dense"], [0, 5])
+    assert len(set(want[:, 40:].flatten().tolist())) > 2
+    assert torch.equal(got, want)
     check_same(ours, theirs)
 
 
@@ -411,6 +442,8 @@ def refusal(model, memory, **options):
         (dict(synced_gpus=True), "synced_gpus"),
         (dict(custom_generate="repo"), "custom_generate"),
         (dict(stop_strings=["a"]), "need a tokenizer"),
+        (dict(token_healing=True), "token_healing rewrites"),
+        (dict(generation_config=GenerationConfig(token_healing=True)), "token_healing rewrites"),
         (dict(graph=True), "graph=True needs CUDA"),
         (dict(past_key_values=None), "needs a cache"),
         (dict(past_key_values=DynamicCache()), "DynamicCache"),

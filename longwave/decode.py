@@ -209,10 +209,11 @@ class StaticDecoder:
         if self.captures and self._graph is None:
             try:
                 self._capture()
-            except torch.OutOfMemoryError as error:
-                error.add_note(MEMORY)
-                raise
             except RuntimeError as error:
+                full = error if isinstance(error, torch.OutOfMemoryError) else error.__context__  # ending may fail too
+                if isinstance(full, torch.OutOfMemoryError):
+                    full.add_note(MEMORY)
+                    raise full from None
                 raise Unsupported(
                     f"no CUDA graph could be made of a step of {type(self.model).__name__} ({error}). "
                     "graph=False steps without one, and model.generate works"
@@ -263,12 +264,14 @@ class StaticDecoder:
         with torch.cuda.device(self.ids.device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    self._run()  # writes behind the rows' ends, where the first real step writes again
-                    for state, was in zip(states, before, strict=True):
-                        state.copy_(was)
-            torch.cuda.current_stream().wait_stream(side)
+            try:
+                with torch.cuda.stream(side):
+                    for _ in range(WARM_UP):
+                        self._run()  # writes behind the rows' ends, where the first real step writes again
+                        for state, was in zip(states, before, strict=True):
+                            state.copy_(was)
+            finally:  # whoever takes the storage back waits for what was written
+                torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._logits = self._run()

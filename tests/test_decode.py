@@ -371,8 +371,12 @@ def test_a_step_that_cannot_be_captured_says_how_to_go_on(llama, monkeypatch):
     check_same(ours, memory)
 
 
-def test_a_capture_without_memory_is_not_blamed_on_the_model(llama, monkeypatch):
-    cannot_capture(monkeypatch, torch.OutOfMemoryError("no room"))
+@pytest.mark.parametrize("ending", [None, RuntimeError("capture_end")], ids=["ends", "ends in an error too"])
+def test_a_capture_without_memory_is_not_blamed_on_the_model(llama, monkeypatch, ending):
+    full = torch.OutOfMemoryError("no room")
+    if ending:
+        ending.__context__ = full
+    cannot_capture(monkeypatch, ending or full)
     with pytest.raises(torch.OutOfMemoryError, match=r"^no room\n.*fewer rows, need less\n.*cache.reset\(\)"):
         longwave.generate(llama, tokens(1, 40), past_key_values=fourier(llama), max_new_tokens=3)
 

@@ -79,16 +79,33 @@ def _halves(x):
 
 
 @triton.jit
-def _widen(x):
-    """x [n, BR] for the tensor cores, which take 8 columns at least: a column of zeros after each of 4. Costs nothing."""
+def _pairs(x):
+    """x [n, BR] for the tensor cores, which take 8 columns at least: each of 4 twice. Costs nothing."""
     if x.shape[1] == 4:
-        x = tl.reshape(tl.join(x, tl.zeros(x.shape, x.dtype)), x.shape[0], 8)
+        x = tl.reshape(tl.broadcast_to(x[:, :, None], x.shape[0], 4, 2), x.shape[0], 8)
     return x
 
 
 @triton.jit
+def _operand(x, KIND: tl.constexpr):
+    """float32 x [n, BR] in 16 bits, as `_pairs`.
+
+    By an instruction that the compiler does not see through: it would do what led to x once more for each copy.
+    """
+    if INTERPRETED:
+        x = x.to(KIND)
+    elif KIND == tl.float16:
+        asm: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
+        x = tl.inline_asm_elementwise(asm, "=r,r,r", [x], tl.float16, is_pure=False, pack=2)
+    else:
+        asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        x = tl.inline_asm_elementwise(asm, "=r,r,r", [x], tl.bfloat16, is_pure=False, pack=2)
+    return _pairs(x)
+
+
+@triton.jit
 def _narrow(x, BR: tl.constexpr):
-    """The inverse."""
+    """One of each pair of columns."""
     if BR == 4:
         x, _ = tl.split(tl.reshape(x, x.shape[0], 4, 2))
     return x
@@ -111,17 +128,6 @@ def _pick(w, mask, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _fields(w, mask, x, out, SHIFT: tl.constexpr, STEP: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """out plus the products of COUNT codes of each word's byte with x, one below the other; mask: the first code's."""
-    if COUNT == 1:
-        return tl.dot(_pick(w, mask << (FIRST * STEP), SHIFT), x, out)
-    else:
-        low, high = _halves(out)
-        low = _fields(w, mask, x, low, SHIFT, STEP, FIRST, COUNT // 2)
-        return _stack(low, _fields(w, mask, x, high, SHIFT, STEP, FIRST + COUNT // 2, COUNT // 2))
-
-
-@triton.jit
 def _shifted(w, by):
     """Words shifted right; what comes in from above is no code's. By hand for the same reason."""
     if INTERPRETED:
@@ -140,51 +146,79 @@ def _words(base, at, BITS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _none(BITS: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr):
+    """Sums of `_product`, empty: a tile for each code of a byte, even columns first."""
+    ROWS: tl.constexpr = max(16, COLUMNS * max(BITS, 2) // 16)
+    out = ()
+    for _ in tl.static_range(COLUMNS // ROWS):
+        out = out + (tl.zeros([ROWS, max(8, BR)], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
+    return out
+
+
+@triton.jit
 def _product(w, x, out, iota, BITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """out [COLUMNS, BR] plus packed rows of COLUMNS codes, transposed, times x float16 [rows, BR]; `out`
-    counts as `_place` says, since a code is taken where it lies.
+    """out, tiles [rows, 8 or BR], plus packed rows of COLUMNS codes, transposed, times x float16 [rows, 8 or BR].
 
     w: their `_words`, some of them again, for their next codes, where a product has more rows. Packing (ops/codes.py)
-    puts code c into byte c mod (COLUMNS * BITS / 8), above the codes before it; a word is two bytes. Row i of out is
-    column 2 i of the codes while i < COLUMNS / 2, and column 2 i + 1 - COLUMNS from there on: the same for every width.
+    puts code c into byte c mod (COLUMNS * BITS / 8), above the codes before it; a word is two bytes. So a row of the
+    tiles, one below the other, is column 2 i of the codes while i < COLUMNS / 2, and column 2 i + 1 - COLUMNS from there
+    on: the same for every width. A code is taken where it lies; `_whole` makes up for that.
     iota: 0, 1, 2 ... int16 in memory, since what is loaded may be brought to the tensor cores' layout early.
     """
     WORDS: tl.constexpr = COLUMNS * BITS // 16
     ROWS: tl.constexpr = w.shape[0]
     if ROWS > WORDS:
-        by = tl.load(iota + tl.arange(0, ROWS)) // WORDS * BITS
+        by = iota // WORDS * BITS
         w = _shifted(w, tl.broadcast_to(by[:, None], w.shape))
-    mask = tl.full(w.shape, (1 << BITS) - 1, tl.int16)
     COUNT: tl.constexpr = COLUMNS // (2 * ROWS)
     STEP: tl.constexpr = ROWS // WORDS * BITS
-    low, high = _halves(out)
-    low = _fields(w, mask, x, low, 0, STEP, 0, COUNT)
-    return _stack(low, _fields(w, mask, x, high, 8, STEP, 0, COUNT))
+    first = tl.full(w.shape, (1 << BITS) - 1, tl.int16)
+    new = ()
+    mask = first
+    for tile in tl.static_range(COUNT):
+        new = new + (tl.dot(_pick(w, mask, 0), x, out[tile]),)  # type: ignore[assignment]  # noqa: RUF005
+        mask = mask << STEP
+    mask = first
+    for tile in tl.static_range(COUNT):
+        new = new + (tl.dot(_pick(w, mask, 8), x, out[COUNT + tile]),)  # type: ignore[assignment]  # noqa: RUF005
+        mask = mask << STEP
+    return new
 
 
 @triton.jit
-def _place(BITS: tl.constexpr, COLUMNS: tl.constexpr):
-    """int32 [COLUMNS]: log2 of what `_product` has too little in a row, because of where a code lies; 0 bits: none. The
-    same for 1 and 2 bits."""
-    i = tl.arange(0, COLUMNS) % (COLUMNS // 2)
-    if BITS == 0:
-        return i * 0
+def _finer(out, FROM: tl.constexpr, TO: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of FROM bits as sums of TO bits, whose tiles are smaller and count otherwise."""
+    ROWS: tl.constexpr = max(16, COLUMNS * max(FROM, 2) // 16)
+    SMALL: tl.constexpr = max(16, COLUMNS * max(TO, 2) // 16)
+    new = ()
+    for tile in tl.static_range(COLUMNS // ROWS):
+        if SMALL == ROWS:
+            new = new + (out[tile],)  # type: ignore[assignment]  # noqa: RUF005
+        else:  # twice as many: 8 bits to 4, 4 to 2
+            low, high = _halves(out[tile])
+            new = new + (low, high * (1 << (16 * SMALL // COLUMNS)))  # type: ignore[assignment]  # noqa: RUF005
+    return new
+
+
+@triton.jit
+def _whole(out, BITS: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr):
+    """The sums [COLUMNS, BR] as they are meant."""
+    ROWS: tl.constexpr = max(16, COLUMNS * max(BITS, 2) // 16)
+    COUNT: tl.constexpr = COLUMNS // (2 * ROWS)
+    STEP: tl.constexpr = 16 * ROWS // COLUMNS
+    tiles = ()
+    for half in tl.static_range(2):
+        power = 1 << 24
+        for tile in tl.static_range(COUNT):
+            tiles = tiles + (_narrow(out[half * COUNT + tile], BR) * power,)  # type: ignore[assignment]  # noqa: RUF005
+            power = power >> STEP
+    if COUNT == 1:
+        return _stack(tiles[0], tiles[1])
+    elif COUNT == 2:
+        return _stack(_stack(tiles[0], tiles[1]), _stack(tiles[2], tiles[3]))
     else:
-        ROWS: tl.constexpr = max(16, COLUMNS * max(BITS, 2) // 16)
-        return 24 - i // ROWS * (16 * ROWS // COLUMNS)
-
-
-@triton.jit
-def _rescale(x, FROM: tl.constexpr, TO: tl.constexpr):
-    """x [columns, BR] as sums of FROM bits -> as sums of TO bits; 0: as they are meant."""
-    power = _place(FROM, x.shape[0]) - _place(TO, x.shape[0])
-    return x * ((127 + power) << 23).to(tl.float32, bitcast=True)[:, None]
-
-
-@triton.jit
-def _between(x, FROM: tl.constexpr, TO: tl.constexpr, BR: tl.constexpr):
-    """The same of a widened x."""
-    return _widen(_rescale(_narrow(x, BR), FROM, TO))
+        low = _stack(_stack(tiles[0], tiles[1]), _stack(tiles[2], tiles[3]))
+        return _stack(low, _stack(_stack(tiles[4], tiles[5]), _stack(tiles[6], tiles[7])))
 
 
 @triton.jit
@@ -225,7 +259,7 @@ def _score(
         if ABOVE > 0:
             w_high = _words(words + T * BITS // 16, row * STRIDE, ABOVE, T)
         level += q * tl.where(i < held, zero.to(tl.float32), 0.0)[:, None]
-        x = _widen((q * tl.where(i < held, step.to(tl.float32), 0.0)[:, None]).to(tl.float16))
+        x = _operand(q * tl.where(i < held, step.to(tl.float32), 0.0)[:, None], tl.float16)
         s = _product(w, x, s, iota, BITS, T)
         if ABOVE > 0:  # in the same places
             s = _product(w_high, x * (1 << BITS), s, iota, ABOVE, T)
@@ -247,7 +281,7 @@ def _near(
         data, gain_at = tl.multiple_of(tl.load(keys + 3), 2 * EVEN), tl.load(keys + 4)
         ok = d < width
         which = tl.load(order + smooth + d, mask=ok, other=0)
-        q = _widen(tl.load(q_row[None, :] + which[:, None], mask=live[None, :] & ok[:, None], other=0.0).to(DOT))
+        q = _pairs(tl.load(q_row[None, :] + which[:, None], mask=live[None, :] & ok[:, None], other=0.0).to(DOT))
         for start in range(0, (end_page - first_page) * MOST, 16):
             of, m = first_page + (start + i) // MOST, (start + i) % MOST
             held = (of < end_page) & (m < states)
@@ -264,7 +298,7 @@ def _wide(keys, order, q_row, live, K_WIDE: tl.constexpr, ALIGN: tl.constexpr, D
     width, data = tl.multiple_of(tl.load(keys + 5), ALIGN), tl.multiple_of(tl.load(keys + 6), 16)
     which = tl.load(order + tl.load(keys + 7) + cell, mask=cell < width, other=0)
     held = (cell < width)[:, None] & live[None, :]
-    return width, data, _widen(tl.load(q_row[None, :] + which[:, None], mask=held, other=0.0).to(DOT))
+    return width, data, _pairs(tl.load(q_row[None, :] + which[:, None], mask=held, other=0.0).to(DOT))
 
 
 @triton.jit
@@ -278,7 +312,7 @@ def _far(
     r, d, i = tl.arange(0, BR), tl.arange(0, D), tl.arange(0, 16)
     states, width = tl.load(values), tl.multiple_of(tl.load(values + 1), EVEN)
     data, gain_at = tl.multiple_of(tl.load(values + 3), 2 * EVEN), tl.load(values + 4)
-    out = _widen(tl.zeros([D, BR], tl.float32))
+    out = tl.zeros([D, max(8, BR)], tl.float32)
     for start in range(0, (end_page - first_page) * (PARTS * MOST), 16):
         of, m = first_page + (start + i) // (PARTS * MOST), (start + i) % MOST
         held = (of < end_page) & (m < states)
@@ -289,8 +323,8 @@ def _far(
         mass = mass * tl.exp2(then - top[None, :]) * (gain * LIFT)[:, None]
         high, low = _parts(mass, OWN)
         number = tl.trans(number.to(DOT))
-        out = tl.dot(number, _widen(high.to(DOT)), out)
-        out = tl.dot(number, _widen(low.to(DOT)), out)
+        out = tl.dot(number, _pairs(high.to(DOT)), out)
+        out = tl.dot(number, _pairs(low.to(DOT)), out)
     tl.store(part + d[:, None], _narrow(out, BR) * (1 / LIFT), mask=live[None, :] & (d < width)[:, None])
 
 
@@ -304,9 +338,9 @@ def _dense(
     """A stretch of the dense tokens: part float32 [B, H, splits, BR, D], stat float32 [B, H, splits, 2, BR]."""
     b, h = pid // H, pid % H
     r, d = tl.arange(0, BR), tl.arange(0, D)
-    q = _widen(tl.load(q_row[None, :] + d[:, None], mask=live[None, :] & (d >= 0)[:, None], other=0.0).to(DOT))
+    q = _pairs(tl.load(q_row[None, :] + d[:, None], mask=live[None, :] & (d >= 0)[:, None], other=0.0).to(DOT))
     seen = tl.load(seen_ptr + b * queries + r % queries, mask=live, other=0)
-    out = tl.zeros([D, BR], tl.float32)
+    out = tl.zeros([D, max(8, BR)], tl.float32)
     top = tl.full([BR], float("-inf"), tl.float32)
     total = tl.zeros([BR], tl.float32)
     k_row = dense_k_ptr + b.to(tl.int64) * stride_kb + h.to(tl.int64) * stride_kh
@@ -324,10 +358,11 @@ def _dense(
         safe = tl.where(new == float("-inf"), 0.0, new)
         p = tl.exp2(s - safe[None, :])
         old = tl.exp2(top - safe)
-        out = _narrow(tl.dot(tl.trans(v), _widen(p.to(OWN).to(DOT)), _widen(out * old[None, :])), BR)
+        out = tl.dot(tl.trans(v), _operand(p, OWN).to(DOT), out * _pairs(old[None, :]))
         total = total * old + tl.sum(p, 0)
         top = new
     line = pid.to(tl.int64) * splits + split
+    out = _narrow(out, BR)
     tl.store(part_ptr + (line * BR + r[None, :]) * D + d[:, None], out, mask=live[None, :] & (d >= 0)[:, None])
     tl.store(stat_ptr + line * 2 * BR + r, top)
     tl.store(stat_ptr + (line * 2 + 1) * BR + r, total)
@@ -390,37 +425,39 @@ def _score_kernel(
         line = pid.to(tl.int64) * n + first_page
         if K_MOST + V_MOST > 0:
             row0 = tl.load(basis_ptr + token)
+        iota = tl.load(iota_ptr + tl.arange(0, max(16, T // 8)))
         eight, four, three = tl.load(keys + 8), tl.load(keys + 9), tl.load(keys + 10)
         two, one = tl.load(keys + 11), tl.load(keys + 12)
         for _ in range(first_page, end_page):
-            s = _widen(tl.zeros([T, BR], tl.float32))
-            if K_CODES:  # first, while zero is zero in any scale
-                level = tl.zeros([CHUNK, BR], tl.float32)
-                piece = keys + K_TABLE
-                s, level, piece = _score(
-                    s, level, piece, eight, page, sorted_q, iota_ptr, 8, 0, CHUNK, T, BR
-                )
-                s = _between(s, 8, 4, BR)
-                s, level, piece = _score(
-                    s, level, piece, four, page, sorted_q, iota_ptr, 4, 0, CHUNK, T, BR
-                )
-                s = _between(s, 4, 2, BR)
-                s, level, piece = _score(
-                    s, level, piece, three, page, sorted_q, iota_ptr, 2, 1, CHUNK, T, BR
-                )
-                s, level, piece = _score(
-                    s, level, piece, two, page, sorted_q, iota_ptr, 2, 0, CHUNK, T, BR
-                )
-                s, level, piece = _score(
-                    s, level, piece, one, page, sorted_q, iota_ptr, 1, 0, CHUNK, T, BR
-                )
-                s = _widen(_rescale(_narrow(s, BR), 1, 0) + tl.sum(level, 0)[None, :])
+            s = tl.zeros([T, max(8, BR)], tl.float32)
             if K_WIDE > 0:
                 own = (page + k_data).to(tl.pointer_type(OWN))
                 k_held = (cell < k_wide)[None, :] & (token >= 0)[:, None]
                 k_own = tl.load(own + token[:, None] * k_wide + cell[None, :], mask=k_held, other=0.0)
                 s = tl.dot(k_own.to(DOT), q_wide, s)
             s = _narrow(s, BR)
+            if K_CODES:
+                sums = _none(8, T, BR)
+                level = tl.zeros([CHUNK, BR], tl.float32)
+                piece = keys + K_TABLE
+                sums, level, piece = _score(
+                    sums, level, piece, eight, page, sorted_q, iota, 8, 0, CHUNK, T, BR
+                )
+                sums = _finer(sums, 8, 4, T)
+                sums, level, piece = _score(
+                    sums, level, piece, four, page, sorted_q, iota, 4, 0, CHUNK, T, BR
+                )
+                sums = _finer(sums, 4, 2, T)
+                sums, level, piece = _score(
+                    sums, level, piece, three, page, sorted_q, iota, 2, 1, CHUNK, T, BR
+                )
+                sums, level, piece = _score(
+                    sums, level, piece, two, page, sorted_q, iota, 2, 0, CHUNK, T, BR
+                )
+                sums, level, piece = _score(
+                    sums, level, piece, one, page, sorted_q, iota, 1, 0, CHUNK, T, BR
+                )
+                s += _whole(sums, 2, T, BR) + tl.sum(level, 0)[None, :]
             if K_MOST > 0:
                 for m in tl.static_range(K_MOST):
                     a = tl.load(near + m * BR + r, mask=r * 0 + k_states > m, other=0.0)
@@ -454,7 +491,8 @@ def _mix(
     """
     i, r, d = tl.arange(0, BT), tl.arange(0, BR), tl.arange(0, D)
     STRIDE: tl.constexpr = D * (BITS + ABOVE) // 16
-    out = _widen(tl.zeros([D, BR], tl.float32))
+    out = _none(BITS, D, BR)
+    spread = tl.zeros([D, BR], tl.float32)
     flat = tl.zeros([BT, BR], tl.float32)
     STEPS: tl.constexpr = T // BT
     for step in range(count * STEPS):
@@ -477,23 +515,22 @@ def _mix(
                 zero = tl.load(zeros + row * GROUPS + g, mask=row * 0 + v_zeros >= 0, other=0.0)
             middle = size * (((1 << (BITS + ABOVE)) - 1) * -0.5)
             least = tl.where(v_zeros >= 0, zero.to(tl.float32), middle)
-            x = _widen((p * size[:, None]).to(tl.float16))
+            x = _operand(p * size[:, None], tl.float16)
             if GROUPS == 1:
                 flat += p * least[:, None]
                 out = _product(w, x, out, iota, BITS, D)
                 if ABOVE > 0:  # in the same places
                     out = _product(w_high, x * (1 << BITS), out, iota, ABOVE, D)
             else:  # rows whose channel belongs to this scale
-                more = _product(w, x, _widen(tl.zeros([D, BR], tl.float32)), iota, BITS, D)
+                more = _product(w, x, _none(BITS, D, BR), iota, BITS, D)
                 if ABOVE > 0:
                     more = _product(w_high, x * (1 << BITS), more, iota, ABOVE, D)
-                more = _rescale(_narrow(more, BR), BITS, 0) + tl.sum(p * least[:, None], 0)[None, :]
+                more = _whole(more, BITS, D, BR) + tl.sum(p * least[:, None], 0)[None, :]
                 mine = (d % (D // 2) * 2 // (D // GROUPS) == g)[:, None]
-                out = _widen(_narrow(out, BR) + tl.where(mine, more, 0.0))
-    out = _narrow(out, BR)
+                spread += tl.where(mine, more, 0.0)
     if GROUPS == 1:
-        out = _rescale(out, BITS, 0) + tl.sum(flat, 0)[None, :]
-    return out
+        spread = _whole(out, BITS, D, BR) + tl.sum(flat, 0)[None, :]
+    return spread
 
 
 @triton.jit(do_not_specialize=["per_split", "splits", "n"])
@@ -540,30 +577,31 @@ def _mix_kernel(
     part = part_ptr + ((pid.to(tl.int64) * splits + split) * BR + r[None, :]) * SETS
     store = live[None, :] & (d >= 0)[:, None]
     if V_CODES:
+        iota = tl.load(iota_ptr + tl.arange(0, max(16, D // 8)))
         codes = tl.multiple_of(v_data, D // 8)
         if kind == 8:
             out = _mix(
-                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota_ptr,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota,
                 8, 0, T, D, BR, GROUPS, BT // 2,
             )  # fmt: skip
         elif kind == 4:
             out = _mix(
-                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota_ptr,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota,
                 4, 0, T, D, BR, GROUPS, BT,
             )  # fmt: skip
         elif kind == 3:
             out = _mix(
-                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota_ptr,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota,
                 2, 1, T, D, BR, GROUPS, BT,
             )  # fmt: skip
         elif kind == 2:
             out = _mix(
-                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota_ptr,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota,
                 2, 0, T, D, BR, GROUPS, BT,
             )  # fmt: skip
         elif kind == 1:
             out = _mix(
-                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota_ptr,
+                mass, tops + BR, page, count, page_bytes, codes, v_scales, v_zeros, iota,
                 1, 0, T, D, BR, GROUPS, BT,
             )  # fmt: skip
         else:
@@ -572,7 +610,7 @@ def _mix_kernel(
     if V_WIDE > 0:
         wide = tl.multiple_of(tl.where(kind == 16, channels, 0), ALIGN)
         t, c = tl.arange(0, BT), tl.arange(0, V_WIDE)
-        wide_out = _widen(tl.zeros([V_WIDE, BR], tl.float32))
+        wide_out = tl.zeros([V_WIDE, max(8, BR)], tl.float32)
         for step in range(0, count * (T // BT)):
             of, row = first_page * 0 + step // (T // BT), step % (T // BT) * BT + t
             own = (page + of.to(tl.int64) * page_bytes + tl.multiple_of(v_data, 16)).to(tl.pointer_type(OWN))
@@ -580,7 +618,7 @@ def _mix_kernel(
             v = tl.load(own + row[:, None] * wide + c[None, :], mask=inside, other=0.0)
             row_at = mass + of * (T * BR) + (row % 2 * (T // 2) + row // 2)[:, None] * BR + r[None, :]
             p = tl.load(row_at).to(tl.float32) * tl.load(tops + of * (2 * BR) + BR + r)[None, :]
-            wide_out = tl.dot(tl.trans(v.to(DOT)), _widen(p.to(OWN).to(DOT)), wide_out)
+            wide_out = tl.dot(tl.trans(v.to(DOT)), _operand(p, OWN).to(DOT), wide_out)
         tl.store(part + V_CODES * D + c[:, None], _narrow(wide_out, BR) * (1 / LIFT), mask=live[None, :] & (c >= 0)[:, None])
     if V_MOST > 0:
         far = far_ptr + line * (V_MOST * BR)
@@ -655,7 +693,7 @@ def _attend_kernel(
         if V_WIDE > 0:
             c = tl.arange(0, V_WIDE)
             v_wide, v_data = tl.multiple_of(tl.load(values + 6), ALIGN), tl.multiple_of(tl.load(values + 7), 16)
-            out = tl.zeros([V_WIDE, BR], tl.float32)
+            out = tl.zeros([V_WIDE, max(8, BR)], tl.float32)
         top = tl.full([BR], float("-inf"), tl.float32)
         total = tl.zeros([BR], tl.float32)
         ROWS: tl.constexpr = tl.constexpr(max(4, triton.next_power_of_2(max(K_MOST, V_MOST))))
@@ -669,7 +707,7 @@ def _attend_kernel(
             page = base + (first_page + of).to(tl.int64) * page_bytes
             for sub in tl.static_range(PARTS):
                 row = sub * BT + t
-                s = _widen(tl.zeros([BT, BR], tl.float32))
+                s = tl.zeros([BT, max(8, BR)], tl.float32)
                 if K_WIDE > 0:
                     own = (page + k_data).to(tl.pointer_type(OWN))
                     k_held = (cell < k_wide)[None, :] & (row >= 0)[:, None]
@@ -678,14 +716,14 @@ def _attend_kernel(
                 if K_MOST > 0:
                     a = tl.load(near + (of * K_MOST + m)[:, None] * BR + r, mask=(m < k_states)[:, None], other=0.0)
                     high, low = _parts(a * (1 / 16), tl.float16)
-                    s = tl.dot(k_basis[sub], _widen(tl.where(times[:, None] == 1, low, high)), s)
+                    s = tl.dot(k_basis[sub], _pairs(tl.where(times[:, None] == 1, low, high)), s)
                 s = _narrow(s, BR)
                 new = tl.maximum(top, tl.max(s, 0) * scale)
                 p = tl.exp2(s * scale - new[None, :])
                 old = tl.exp2(top - new)
                 total = total * old + tl.sum(p, 0)
                 top = new
-                p = _widen(p.to(OWN).to(DOT))
+                p = _operand(p, OWN).to(DOT)
                 if V_MOST > 0:
                     tl.store(tops + (of * PARTS + sub) * BR + r, new)
                     mixed = tl.reshape(_narrow(tl.dot(v_basis[sub], p), BR), 4, ROWS, BR)
@@ -695,10 +733,10 @@ def _attend_kernel(
                     own = (page + v_data).to(tl.pointer_type(OWN))
                     v_held = (c < v_wide)[:, None] & (row >= 0)[None, :]
                     v = tl.load(own + row[None, :] * v_wide + c[:, None], mask=v_held, other=0.0)
-                    out = _narrow(tl.dot(v.to(DOT), p, _widen(out * old[None, :])), BR)
+                    out = tl.dot(v.to(DOT), p, out * _pairs(old[None, :]))
         part = part_ptr + (place * BR + r[None, :]) * SETS
         if V_WIDE > 0:
-            tl.store(part + c[:, None], out, mask=live[None, :] & (c >= 0)[:, None])
+            tl.store(part + c[:, None], _narrow(out, BR), mask=live[None, :] & (c >= 0)[:, None])
         if V_MOST > 0:
             tl.debug_barrier()
             _far(

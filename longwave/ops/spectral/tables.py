@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from longwave.ops.codes import BITS, signs
+from longwave.ops.codes import BITS
 from longwave.store.layout import Field, Group, Layout
 
 VALUES = 16  # kind of a run of 16-bit values; codes are their number of bits
@@ -22,8 +22,8 @@ K_TABLE, PIECE, VALUE_FIELDS = 13, 4, 11
 class Plan:
     """Where the kernel finds what.
 
-    keys int32 [H, numbers], values int32 [H, 11], order_k and order_v int32 [H, D], turn int8
-        [D, D]: V's rotation times the square root of D, 1 and -1, iota int16 [128]: 0, 1, 2 ...
+    keys int32 [H, numbers], values int32 [H, 11], order_k and order_v int32 [H, D], iota int16
+        [128]: 0, 1, 2 ...
     traits: compile-time facts of the layer. K_WIDE, V_WIDE: the most channels of a 16-bit run, rounded up to a power of
         two; ALIGN: a divisor of all 16-bit runs' channels; GROUPS: scales of a token of V; whether there are
         codes of K, codes of V; K_MOST, V_MOST: the most states; K_EIGHT, V_EIGHT: whether they are int8; EVEN: a divisor of the
@@ -35,7 +35,6 @@ class Plan:
     values: torch.Tensor
     order_k: torch.Tensor
     order_v: torch.Tensor
-    turn: torch.Tensor
     iota: torch.Tensor
     traits: dict[str, int | bool]
 
@@ -133,9 +132,9 @@ def plan(layout: Layout) -> Plan:
         EVEN=math.gcd(8, *found_at),
     )
     device = layout.k[0].heads.device
-    turn, iota = signs(layout.dim), torch.arange(128, dtype=torch.int16)
-    keys, values, order_k, order_v, turn, iota = (x.to(device) for x in (keys, values, order_k, order_v, turn, iota))
-    return Plan(layout, keys, values, order_k, order_v, turn, iota, traits)
+    iota = torch.arange(128, dtype=torch.int16)
+    keys, values, order_k, order_v, iota = (x.to(device) for x in (keys, values, order_k, order_v, iota))
+    return Plan(layout, keys, values, order_k, order_v, iota, traits)
 
 
 def _at(field: Field | None, i: int) -> int:

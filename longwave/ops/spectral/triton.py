@@ -32,12 +32,12 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _OWN = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _DOT = {kind: tl.float32 if INTERPRETED.value else own for kind, own in _OWN.items()}
 BLOCK = 128  # tokens of a step where there are no codes
-MIX_STEP = 64  # tokens of a step of V's codes
+MIX_STEP = 32  # tokens of a step of V's codes
 STRETCH, DENSE_STEP = 64, 16  # dense tokens of a program, and of a step
-MERGE = 16  # splits made one
+MERGE = 16  # splits made one, or more of very many
 LEAST = 4  # pages of a program where there are no codes, and pages for two such programs a processor
 REGISTERS = 128  # of a thread where there are codes
-STAGES = 2  # pages under way where there are no codes
+STAGES = (3, 2)  # pages under way where there are no codes: while all programs fit at once, and else
 # Probabilities grow by this where they meet V's scales: float16 would lose small ones. Scales beyond 255 overflow.
 LIFT = tl.constexpr(64.0)
 # How often the programs fill the GPU where there are codes, and heads that differ; rounded down, since a few left over
@@ -782,10 +782,10 @@ def _weigh(top, tops):
 
 @triton.jit(do_not_specialize=["splits", "dense_splits"])
 def _combine_kernel(
-    part_ptr, stat_ptr, dense_part_ptr, dense_stat_ptr, out_ptr, values_ptr, order_v_ptr, turn_ptr,
+    part_ptr, stat_ptr, dense_part_ptr, dense_stat_ptr, out_ptr, values_ptr, order_v_ptr,
     queries, splits, dense_splits,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V_WIDE: tl.constexpr, BR: tl.constexpr, SETS: tl.constexpr,
-    BS: tl.constexpr, V_CODES: tl.constexpr, V_MOST: tl.constexpr, ROOT: tl.constexpr,
+    BS: tl.constexpr, V_CODES: tl.constexpr, V_MOST: tl.constexpr, ROOT: tl.constexpr, BITS_OF_D: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
     """Splits weighed and added for one query row; out [B, H * G, queries, D], contiguous."""
@@ -800,8 +800,6 @@ def _combine_kernel(
     dense_stat_ptr += pid.to(tl.int64) * dense_splits * (2 * BR) + r
     part_ptr += (pid.to(tl.int64) * splits * BR + r) * SETS
     dense_part_ptr += (pid.to(tl.int64) * dense_splits * BR + r) * D
-    if V_CODES:  # out[c] = sum over j of codes[j] turn[c, j]
-        turn = tl.load(turn_ptr + d[:, None] * D + d[None, :])
     _close(EARLY)
     top, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([BS], tl.float32)
     stored, codes = tl.zeros([BS, D], tl.float32), tl.zeros([BS, D], tl.float32)
@@ -846,17 +844,22 @@ def _combine_kernel(
     out = tl.sum(stored, 0)
     if V_CODES:
         mixed = tl.sum(codes, 0)
-        if turned > 0:
-            out += tl.sum(turn.to(tl.float32) * mixed[None, :], 1) * ROOT
-        else:
-            out += mixed
+        if turned > 0:  # by the Hadamard table of ops/codes.py, one bit of the columns at a time
+            step = 1
+            for _ in tl.static_range(BITS_OF_D):
+                mixed = tl.gather(mixed, d ^ step, 0) + tl.where((d & step) == 0, mixed, -mixed)
+                step = step * 2
+            mixed = mixed * ROOT
+        out += mixed
     mass = tl.sum(total, 0)
     out = out / tl.where(mass > 0, mass, 1.0)
     to = out_ptr + ((b * H * G + h * G + r // queries).to(tl.int64) * queries + r % queries) * D
     tl.store(to + order, out)
 
 
-def _resources(rows: int, dim: int, segment: int, coded: bool, traits: dict[str, int | bool]) -> tuple[dict, int, int]:
+def _resources(
+    rows: int, dim: int, segment: int, coded: bool, stages: int, traits: dict[str, int | bool]
+) -> tuple[dict, int, int]:
     """Options of a launch, pages under way where there are no codes, and programs a multiprocessor runs at once.
 
     One warp waits for nobody; more where its registers would not do. Half of them let twice as many warps wait.
@@ -868,7 +871,7 @@ def _resources(rows: int, dim: int, segment: int, coded: bool, traits: dict[str,
         return options | dict(maxnreg=REGISTERS), 1, 65536 // (32 * REGISTERS)
     page = 2 * segment * (traits["K_WIDE"] + traits["V_WIDE"])
     most = max(4, triton.next_power_of_2(max(traits["K_MOST"], traits["V_MOST"])))
-    stages = STAGES if page <= 1 << 14 else 2 if page <= 1 << 15 else 1
+    stages = stages if page <= 1 << 14 else 2 if page <= 1 << 15 else 1
     held = page * (stages - 1) + 16 * segment * most + 4096  # shared memory
     return options, stages, max(1, min(8 // warps, (227 << 10) // held))
 
@@ -901,7 +904,10 @@ def attend(
         q = q.contiguous()
     n, pairs, segment = pages.shape[1], batch * layout.heads, layout.segment
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    resources, stages, slots = _resources(rows, dim, segment, coded, traits)
+    for stages in STAGES:
+        resources, stages, slots = _resources(rows, dim, segment, coded, stages, traits)
+        if coded or pairs * -(-n // LEAST) <= slots * processors:
+            break
     waves = WAVES if coded else 1
     least = LEAST if not coded and pairs * n >= 2 * LEAST * processors else 1
     per_split = max(least, -(-n // max(1, waves * slots * processors // pairs)))
@@ -959,17 +965,18 @@ def attend(
             **traited("K_WIDE", "V_WIDE", "ALIGN", "K_MOST", "V_MOST", "K_EIGHT", "V_EIGHT", "EVEN"),
         )  # fmt: skip
     if page_splits > 2 * MERGE:
-        groups = -(-page_splits // MERGE)
+        merge = max(MERGE, triton.next_power_of_2(-(-page_splits // 16)))  # combined are 16 at once
+        groups = -(-page_splits // merge)
         many = (part, stat)
         part, stat = scratch(groups, rows, sets), scratch(groups, 2, rows)
         _merge_kernel[(pairs, group * queries, groups)](
             *many, part, stat, page_splits, groups,
-            BR=rows, SETS=sets, COLUMNS=triton.next_power_of_2(sets), BS=MERGE, num_warps=4, **follows,
+            BR=rows, SETS=sets, COLUMNS=triton.next_power_of_2(sets), BS=merge, num_warps=4, **follows,
         )  # fmt: skip
         page_splits = groups
     _combine_kernel[(pairs, group * queries)](
-        part, stat, dense_part, dense_stat, out, plan.values, plan.order_v, plan.turn, queries,
+        part, stat, dense_part, dense_stat, out, plan.values, plan.order_v, queries,
         page_splits, dense_splits, SETS=sets, BS=16, V_WIDE=wide, V_CODES=traits["V_CODES"], V_MOST=v_most,
-        ROOT=dim**-0.5, **shape, num_warps=8, **follows,
+        ROOT=dim**-0.5, BITS_OF_D=dim.bit_length() - 1, **shape, num_warps=8, **follows,
     )  # fmt: skip
     return out

@@ -26,8 +26,8 @@ class Plan:
         [128]: 0, 1, 2 ...
     traits: compile-time facts of the layer. K_WIDE, V_WIDE: the most channels of a 16-bit run, rounded up to a power of
         two; ALIGN: a divisor of all 16-bit runs' channels; GROUPS: scales of a token of V; whether there are
-        codes of K, codes of V; K_MOST, V_MOST: the most states; K_EIGHT, V_EIGHT: whether they are int8; EVEN: a divisor of the
-        channels that have states and of half the bytes where these start.
+        codes of K, codes of V; K_MOST, V_MOST: the most states; K_EIGHT, V_EIGHT: whether they are int8; EVEN: a
+        divisor of the channels that have states and of half the bytes where these start.
     """
 
     layout: Layout

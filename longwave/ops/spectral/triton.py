@@ -94,12 +94,12 @@ def _operand(x, KIND: tl.constexpr):
     """
     if INTERPRETED:
         x = x.to(KIND)
-    elif KIND == tl.float16:
+    elif tl.float16 == KIND:
         asm: tl.constexpr = "cvt.rn.f16x2.f32 $0, $2, $1;"
         x = tl.inline_asm_elementwise(asm, "=r,r,r", [x], tl.float16, is_pure=False, pack=2)
     else:
-        asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
-        x = tl.inline_asm_elementwise(asm, "=r,r,r", [x], tl.bfloat16, is_pure=False, pack=2)
+        wide: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        x = tl.inline_asm_elementwise(wide, "=r,r,r", [x], tl.bfloat16, is_pure=False, pack=2)
     return _pairs(x)
 
 
@@ -160,9 +160,9 @@ def _product(w, x, out, iota, BITS: tl.constexpr, COLUMNS: tl.constexpr):
     """out, tiles [rows, 8 or BR], plus packed rows of COLUMNS codes, transposed, times x float16 [rows, 8 or BR].
 
     w: their `_words`, some of them again, for their next codes, where a product has more rows. Packing (ops/codes.py)
-    puts code c into byte c mod (COLUMNS * BITS / 8), above the codes before it; a word is two bytes. So a row of the
-    tiles, one below the other, is column 2 i of the codes while i < COLUMNS / 2, and column 2 i + 1 - COLUMNS from there
-    on: the same for every width. A code is taken where it lies; `_whole` makes up for that.
+    puts code c into byte c mod (COLUMNS * BITS / 8), above the codes before it; a word is two bytes. So row i of
+    the tiles, one below the other, is column 2 i of the codes while i < COLUMNS / 2, and column 2 i + 1 - COLUMNS from
+    there on: the same for every width. A code is taken where it lies; `_whole` makes up for that.
     iota: 0, 1, 2 ... int16 in memory, since what is loaded may be brought to the tensor cores' layout early.
     """
     WORDS: tl.constexpr = COLUMNS * BITS // 16
@@ -213,16 +213,19 @@ def _whole(out, BITS: tl.constexpr, COLUMNS: tl.constexpr, BR: tl.constexpr):
             tiles = tiles + (_narrow(out[half * COUNT + tile], BR) * power,)  # type: ignore[assignment]  # noqa: RUF005
             power = power >> STEP
     if COUNT == 1:
-        return _stack(tiles[0], tiles[1])
+        return _stack(tiles[0], tiles[1])  # type: ignore[misc]
     elif COUNT == 2:
-        return _stack(_stack(tiles[0], tiles[1]), _stack(tiles[2], tiles[3]))
+        return _stack(_stack(tiles[0], tiles[1]), _stack(tiles[2], tiles[3]))  # type: ignore[misc]
     else:
-        low = _stack(_stack(tiles[0], tiles[1]), _stack(tiles[2], tiles[3]))
-        return _stack(low, _stack(_stack(tiles[4], tiles[5]), _stack(tiles[6], tiles[7])))
+        low = _stack(_stack(tiles[0], tiles[1]), _stack(tiles[2], tiles[3]))  # type: ignore[misc]
+        high = _stack(_stack(tiles[4], tiles[5]), _stack(tiles[6], tiles[7]))  # type: ignore[misc]
+        return _stack(low, high)
 
 
 @triton.jit
-def _states(base, page, page_bytes, data, gain_at, m, width, held, D: tl.constexpr, EIGHT: tl.constexpr, OWN: tl.constexpr):
+def _states(
+    base, page, page_bytes, data, gain_at, m, width, held, D: tl.constexpr, EIGHT: tl.constexpr, OWN: tl.constexpr
+):
     """State m [n] of the pages `page` [n]: numbers [n, D] as stored, and the factors [n] that go before them."""
     SIZE: tl.constexpr = 1 if EIGHT else 2
     d, page = tl.arange(0, D), page.to(tl.int64)
@@ -242,8 +245,8 @@ def _score(
     s, level, piece, count, page, sorted_q, iota,
     BITS: tl.constexpr, ABOVE: tl.constexpr, CHUNK: tl.constexpr, T: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Scores s [T, 8 or BR], as sums of BITS, plus those of `count` chunks of K's codes, planes of BITS and, above it, of
-    ABOVE bits (0: none); level [CHUNK, BR] plus their zeros' part."""
+    """Scores s [T, 8 or BR], as sums of BITS, plus those of `count` chunks of K's codes, planes of BITS and, above it,
+    of ABOVE bits (0: none); level [CHUNK, BR] plus their zeros' part."""
     i, r = tl.arange(0, CHUNK), tl.arange(0, BR)
     STRIDE: tl.constexpr = T * (BITS + ABOVE) // 16
     for _ in range(count):
@@ -381,9 +384,10 @@ def _score_kernel(
 ):  # fmt: skip
     """Probabilities of the tokens of some pages, relative to each page's maximum; or all of a stretch of dense tokens.
 
-    mass float16 [B, H, N, T, BR], even tokens before odd ones; tops float32 [B, H, N, 2, BR] a page's maximum and sum (later its weight), far
-    float32 [B, H, N, V_MOST, BR] mass times the basis. Written and read by one program alone: near float32 [B, H, page
-    splits, pages a split, K_MOST, BR], q times K's states; sorted [B, H, page splits, D, BR], q by K's order."""
+    mass float16 [B, H, N, T, BR], even tokens before odd ones; tops float32 [B, H, N, 2, BR] a page's maximum and sum
+    (later its weight), far float32 [B, H, N, V_MOST, BR] mass times the basis. Written and read by one program alone:
+    near float32 [B, H, page splits, pages a split, K_MOST, BR], q times K's states; sorted float32 [B, H, page splits,
+    D, BR], q by K's order."""
     _open(EARLY)
     pid, split = tl.program_id(0), tl.program_id(1)
     b, h = pid // H, pid % H
@@ -440,23 +444,13 @@ def _score_kernel(
                 sums = _none(8, T, BR)
                 level = tl.zeros([CHUNK, BR], tl.float32)
                 piece = keys + K_TABLE
-                sums, level, piece = _score(
-                    sums, level, piece, eight, page, sorted_q, iota, 8, 0, CHUNK, T, BR
-                )
+                sums, level, piece = _score(sums, level, piece, eight, page, sorted_q, iota, 8, 0, CHUNK, T, BR)
                 sums = _finer(sums, 8, 4, T)
-                sums, level, piece = _score(
-                    sums, level, piece, four, page, sorted_q, iota, 4, 0, CHUNK, T, BR
-                )
+                sums, level, piece = _score(sums, level, piece, four, page, sorted_q, iota, 4, 0, CHUNK, T, BR)
                 sums = _finer(sums, 4, 2, T)
-                sums, level, piece = _score(
-                    sums, level, piece, three, page, sorted_q, iota, 2, 1, CHUNK, T, BR
-                )
-                sums, level, piece = _score(
-                    sums, level, piece, two, page, sorted_q, iota, 2, 0, CHUNK, T, BR
-                )
-                sums, level, piece = _score(
-                    sums, level, piece, one, page, sorted_q, iota, 1, 0, CHUNK, T, BR
-                )
+                sums, level, piece = _score(sums, level, piece, three, page, sorted_q, iota, 2, 1, CHUNK, T, BR)
+                sums, level, piece = _score(sums, level, piece, two, page, sorted_q, iota, 2, 0, CHUNK, T, BR)
+                sums, level, piece = _score(sums, level, piece, one, page, sorted_q, iota, 1, 0, CHUNK, T, BR)
                 s += _whole(sums, 2, T, BR) + tl.sum(level, 0)[None, :]
             if K_MOST > 0:
                 for m in tl.static_range(K_MOST):
@@ -619,7 +613,9 @@ def _mix_kernel(
             row_at = mass + of * (T * BR) + (row % 2 * (T // 2) + row // 2)[:, None] * BR + r[None, :]
             p = tl.load(row_at).to(tl.float32) * tl.load(tops + of * (2 * BR) + BR + r)[None, :]
             wide_out = tl.dot(tl.trans(v.to(DOT)), _operand(p, OWN).to(DOT), wide_out)
-        tl.store(part + V_CODES * D + c[:, None], _narrow(wide_out, BR) * (1 / LIFT), mask=live[None, :] & (c >= 0)[:, None])
+        tl.store(
+            part + V_CODES * D + c[:, None], _narrow(wide_out, BR) * (1 / LIFT), mask=live[None, :] & (c >= 0)[:, None]
+        )
     if V_MOST > 0:
         far = far_ptr + line * (V_MOST * BR)
         _far(
@@ -636,8 +632,8 @@ def _tile(
     basis, row, MOST: tl.constexpr, LIFT: tl.constexpr, TWICE: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
     KIND: tl.constexpr,
 ):  # fmt: skip
-    """The basis at tokens `row` for the tensor cores [4 ROWS, tokens], times LIFT: its high parts TWICE times or once, its
-    low parts from row 2 ROWS on."""
+    """The basis at tokens `row` for the tensor cores [4 ROWS, tokens], times LIFT: its high parts TWICE times or once,
+    its low parts from row 2 ROWS on."""
     i = tl.arange(0, 4 * ROWS)
     m, times = i % ROWS, (i // ROWS)[:, None]
     e = tl.load(basis + m[:, None] * T + row[None, :], mask=(m < MOST)[:, None], other=0.0)
@@ -949,7 +945,8 @@ def attend(
         part, stat = scratch(page_splits, rows, sets), scratch(page_splits, 2, rows)
         if n:
             _mix_kernel[(pairs, page_splits)](
-                pages, counts, plan.iota, plan.values, far, mass, tops, part, stat, queries, *bytes_of, n, per_split, page_splits,
+                pages, counts, plan.iota, plan.values, far, mass, tops, part, stat,
+                queries, *bytes_of, n, per_split, page_splits,
                 T=segment, BT=min(MIX_STEP, segment), SETS=sets, **shape, **kinds, **follows,
                 **traited("V_WIDE", "ALIGN", "GROUPS", "V_CODES", "V_MOST", "V_EIGHT", "EVEN"),
             )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -192,7 +193,8 @@ class StaticDecoder:
 
     def __del__(self, ending: Any = sys.is_finalizing) -> None:
         if self._key is not None and not ending():  # at Python's end nobody wants the cache, and torch may be gone
-            self.finish()
+            with suppress(torch.OutOfMemoryError):  # storage then stays as large as it is
+                self.finish()
 
     @torch.no_grad()
     def step(self, ids: torch.Tensor) -> torch.Tensor:

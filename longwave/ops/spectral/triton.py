@@ -163,7 +163,7 @@ def _product(w, x, out, iota, BITS: tl.constexpr, COLUMNS: tl.constexpr):
     puts code c into byte c mod (COLUMNS * BITS / 8), above the codes before it; a word is two bytes. So row i of
     the tiles, one below the other, is column 2 i of the codes while i < COLUMNS / 2, and column 2 i + 1 - COLUMNS from
     there on: the same for every width. A code is taken where it lies; `_whole` makes up for that.
-    iota: 0, 1, 2 ... int16 in memory, since what is loaded may be brought to the tensor cores' layout early.
+    iota: 0, 1, 2 ... int16, loaded: what is loaded may be brought to the tensor cores' layout early.
     """
     WORDS: tl.constexpr = COLUMNS * BITS // 16
     ROWS: tl.constexpr = w.shape[0]

@@ -14,6 +14,7 @@ docs/kernels.md has the figures; tables.py says what a head stores.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -57,6 +58,29 @@ def _close(EARLY: tl.constexpr):
     """From here on everything that the launch before has written is there."""
     if EARLY:
         gdc_wait()
+
+
+@triton.jit
+def _share(costs, share, cap, h, H: tl.constexpr):
+    """The first program of head h and how many it has: see `_shares`. In scalars: all threads go the same way."""
+    first, own = 0, 0
+    for i in tl.static_range(H):
+        first += own * (h >= i)
+        own = tl.where(h >= i, tl.minimum(tl.maximum((tl.load(costs + i).to(tl.float32) * share).to(tl.int32), 1), cap), own)
+    return first, own
+
+
+@triton.jit
+def _job(costs, counts, b, job, share, cap, H: tl.constexpr):
+    """The head that program `job` of row b works for, and its pages: from, up to."""
+    h, first, own, start = 0, 0, 1, 0
+    for i in tl.static_range(H):
+        programs = tl.minimum(tl.maximum((tl.load(costs + i).to(tl.float32) * share).to(tl.int32), 1), cap)
+        here = job >= start
+        h, first, own = tl.where(here, i, h), tl.where(here, start, first), tl.where(here, programs, own)
+        start += programs
+    count = tl.load(counts + b)
+    return h, count * (job - first) // own, count * (job - first + 1) // own
 
 
 @triton.jit
@@ -371,11 +395,12 @@ def _dense(
     tl.store(stat_ptr + (line * 2 + 1) * BR + r, total)
 
 
-@triton.jit(do_not_specialize=["tokens", "per_split", "page_splits", "dense_splits", "n", "key_fields"])
+@triton.jit(do_not_specialize=["tokens", "cap", "jobs", "dense_splits", "n", "key_fields"])
 def _score_kernel(
-    q_ptr, pages_ptr, counts_ptr, basis_ptr, iota_ptr, keys_ptr, order_k_ptr, dense_k_ptr, dense_v_ptr, seen_ptr,
+    q_ptr, pages_ptr, counts_ptr, basis_ptr, iota_ptr, keys_ptr, values_ptr, costs_ptr, order_k_ptr, dense_k_ptr,
+    dense_v_ptr, seen_ptr,
     near_ptr, sorted_ptr, far_ptr, mass_ptr, tops_ptr, dense_part_ptr, dense_stat_ptr,
-    queries, scale, page_bytes, row_bytes, n, tokens, per_split, page_splits, dense_splits, key_fields,
+    queries, scale, page_bytes, row_bytes, n, tokens, share, cap, jobs, dense_splits, key_fields,
     stride_qb, stride_qh, stride_qq, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr,
     BD: tl.constexpr, STRETCH: tl.constexpr, K_WIDE: tl.constexpr, ALIGN: tl.constexpr, K_CODES: tl.constexpr,
@@ -386,32 +411,30 @@ def _score_kernel(
 
     mass float16 [B, H, N, T, BR], even tokens before odd ones; tops float32 [B, H, N, 2, BR] a page's maximum and sum
     (later its weight), far float32 [B, H, N, V_MOST, BR] mass times the basis. Written and read by one program alone:
-    near float32 [B, H, page splits, pages a split, K_MOST, BR], q times K's states; sorted float32 [B, H, page splits,
-    D, BR], q by K's order."""
+    near float32 [B, H, N, K_MOST, BR], q times K's states; sorted float32 [B, programs, D, BR], q by K's order."""
     _open(EARLY)
-    pid, split = tl.program_id(0), tl.program_id(1)
-    b, h = pid // H, pid % H
+    b, job = tl.program_id(0), tl.program_id(1) - dense_splits * H
     r, d = tl.arange(0, BR), tl.arange(0, D)
     live = r < G * queries
-    q_row = q_ptr + b.to(tl.int64) * stride_qb + (h * G + r // queries) * stride_qh + r % queries * stride_qq
-    if split < dense_splits:  # first, so that none of them is left over for the end
+    q_row = q_ptr + b.to(tl.int64) * stride_qb + r // queries * stride_qh + r % queries * stride_qq
+    if job < 0:  # first, so that none of them is left over for the end
+        h, split = tl.program_id(1) % H, tl.program_id(1) // H
         _dense(
-            q_row, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr, pid, split,
-            dense_splits, queries, scale, tokens, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+            q_row + h * G * stride_qh, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr, b * H + h,
+            split, dense_splits, queries, scale, tokens, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
             H, D, BR, BD, STRETCH, OWN, DOT,
         )  # fmt: skip
     else:
-        split -= dense_splits
+        h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, H)
+        q_row += h * G * stride_qh
         # token i of a page where `_product` puts it
         token = tl.arange(0, T) % (T // 2) * 2 + tl.arange(0, T) // (T // 2)
         keys, order = keys_ptr + h * key_fields, order_k_ptr + h * D
         base = pages_ptr + b.to(tl.int64) * row_bytes
-        first_page = split * per_split
-        end_page = tl.minimum(first_page + per_split, tl.load(counts_ptr + b))
-        place = pid.to(tl.int64) * page_splits + split
+        line = (b * H + h).to(tl.int64) * n + first_page
         k_states = tl.load(keys)
-        near = near_ptr + place * per_split * (K_MOST * BR)
-        sorted_q = sorted_ptr + place * (D * BR)
+        near = near_ptr + line * (K_MOST * BR)
+        sorted_q = sorted_ptr + (b.to(tl.int64) * jobs + job) * (D * BR)
         if K_CODES:
             every = live[None, :] & (d >= 0)[:, None]
             mine = tl.load(q_row[None, :] + tl.load(order + d)[:, None], mask=every, other=0.0)
@@ -426,12 +449,33 @@ def _score_kernel(
             cell = tl.arange(0, K_WIDE)
             k_wide, k_data, q_wide = _wide(keys, order, q_row, live, K_WIDE, ALIGN, DOT)
         page = base + first_page.to(tl.int64) * page_bytes
-        line = pid.to(tl.int64) * n + first_page
         if K_MOST + V_MOST > 0:
             row0 = tl.load(basis_ptr + token)
         iota = tl.load(iota_ptr + tl.arange(0, max(16, T // 8)))
         eight, four, three = tl.load(keys + 8), tl.load(keys + 9), tl.load(keys + 10)
         two, one = tl.load(keys + 11), tl.load(keys + 12)
+        kind = tl.load(values_ptr + h * VALUE_FIELDS + 5)
+        bare = (kind == 0) & (eight + four + three + two + one == 0) & (k_states <= 1)
+        if K_WIDE > 0:
+            bare = bare & (k_wide == 0)
+        if K_MOST + V_MOST > 0:
+            bare = bare & (tl.max(row0, 0) == tl.min(row0, 0))
+        if bare:  # all tokens of a page score alike
+            i = tl.arange(0, 16)
+            for start in range(first_page, end_page, 16):
+                at = line + start - first_page + i[:, None]
+                held = (start + i < end_page)[:, None] & (r >= 0)[None, :]
+                s = tl.zeros([16, BR], tl.float32)
+                if K_MOST > 0:
+                    a = tl.load(near_ptr + at * (K_MOST * BR) + r[None, :], mask=held & (k_states > 0), other=0.0)
+                    s += a * (tl.max(row0, 0) * scale)
+                tl.store(tops_ptr + at * (2 * BR) + r[None, :], s, mask=held)
+                tl.store(tops_ptr + at * (2 * BR) + BR + r[None, :], s * 0 + T, mask=held)
+                if V_MOST > 0:
+                    for m in tl.static_range(V_MOST):
+                        whole = tl.sum(tl.load(basis_ptr + m * T + token), 0)
+                        tl.store(far_ptr + (at * V_MOST + m) * BR + r[None, :], s * 0 + whole, mask=held)
+            end_page = first_page
         for _ in range(first_page, end_page):
             s = tl.zeros([T, max(8, BR)], tl.float32)
             if K_WIDE > 0:
@@ -462,7 +506,8 @@ def _score_kernel(
             p = tl.exp2(s * scale - top[None, :])
             tl.store(tops_ptr + line * 2 * BR + r, top)
             tl.store(tops_ptr + (line * 2 + 1) * BR + r, tl.sum(p, 0))
-            tl.store(mass_ptr + (line * T + tl.arange(0, T)[:, None]) * BR + r[None, :], p.to(tl.float16))
+            if kind > 0:
+                tl.store(mass_ptr + (line * T + tl.arange(0, T)[:, None]) * BR + r[None, :], p.to(tl.float16))
             if V_MOST > 0:
                 for m in tl.static_range(V_MOST):
                     row = row0 if m == 0 else tl.load(basis_ptr + m * T + token)
@@ -527,30 +572,28 @@ def _mix(
     return spread
 
 
-@triton.jit(do_not_specialize=["per_split", "splits", "n"])
+@triton.jit(do_not_specialize=["cap", "jobs", "n"])
 def _mix_kernel(
-    pages_ptr, counts_ptr, iota_ptr, values_ptr, far_ptr, mass_ptr, tops_ptr, part_ptr, stat_ptr,
-    queries, page_bytes, row_bytes, n, per_split, splits,
+    pages_ptr, counts_ptr, iota_ptr, values_ptr, costs_ptr, far_ptr, mass_ptr, tops_ptr, part_ptr, stat_ptr,
+    queries, page_bytes, row_bytes, n, share, cap, jobs,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr,
     BT: tl.constexpr, V_WIDE: tl.constexpr, ALIGN: tl.constexpr, GROUPS: tl.constexpr, V_CODES: tl.constexpr,
     V_MOST: tl.constexpr, V_EIGHT: tl.constexpr, EVEN: tl.constexpr, SETS: tl.constexpr, OWN: tl.constexpr,
     DOT: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """What `_score_kernel` found times V of some pages: part float32 [B, H, splits, BR, SETS], unnormalised (codes D,
-    values V_WIDE, states D), stat float32 [B, H, splits, 2, BR] maximum and sum."""
+    """What `_score_kernel` found times V of some pages: part float32 [B, programs, BR, SETS], unnormalised (codes D,
+    values V_WIDE, states D), stat float32 [B, programs, 2, BR] maximum and sum."""
     _open(EARLY)
-    pid, split = tl.program_id(0), tl.program_id(1)
-    b, h = pid // H, pid % H
+    b, job = tl.program_id(0), tl.program_id(1)
+    h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, H)
     r, d = tl.arange(0, BR), tl.arange(0, D)
     live = r < G * queries
     values = values_ptr + h * VALUE_FIELDS
     kind, channels, v_data = tl.load(values + 5), tl.load(values + 6), tl.load(values + 7)
     v_scales, v_zeros = tl.multiple_of(tl.load(values + 8), 16), tl.load(values + 9)
     base = pages_ptr + b.to(tl.int64) * row_bytes
-    first_page = split * per_split
-    end_page = tl.minimum(first_page + per_split, tl.load(counts_ptr + b))
-    count = tl.maximum(end_page - first_page, 0)
-    line = pid.to(tl.int64) * n + first_page
+    count = end_page - first_page
+    line = (b * H + h).to(tl.int64) * n + first_page
     mass, tops = mass_ptr + line * (T * BR), tops_ptr + line * (2 * BR)
     page = base + first_page.to(tl.int64) * page_bytes
     i = tl.arange(0, 16)
@@ -568,7 +611,8 @@ def _mix_kernel(
         total += tl.sum(tl.load(at + BR, mask=held, other=0.0) * w, 0)
         tl.store(at + BR, w * LIFT, mask=held)  # where the sum was, which is not needed again
     tl.debug_barrier()
-    part = part_ptr + ((pid.to(tl.int64) * splits + split) * BR + r[None, :]) * SETS
+    place = b.to(tl.int64) * jobs + job
+    part = part_ptr + (place * BR + r[None, :]) * SETS
     store = live[None, :] & (d >= 0)[:, None]
     if V_CODES:
         iota = tl.load(iota_ptr + tl.arange(0, max(16, D // 8)))
@@ -622,7 +666,7 @@ def _mix_kernel(
             part + (V_CODES * D + V_WIDE), far, tops, peak, base, first_page, end_page, page_bytes, values, live,
             D, BR, V_MOST, 1, 2 * BR, V_EIGHT, EVEN, OWN, DOT,
         )  # fmt: skip
-    stat = stat_ptr + (pid.to(tl.int64) * splits + split) * 2 * BR + r
+    stat = stat_ptr + place * 2 * BR + r
     tl.store(stat, peak)
     tl.store(stat + BR, total)
 
@@ -641,11 +685,11 @@ def _tile(
     return tl.where(times < TWICE, high, tl.where(times == 2, low, 0.0))
 
 
-@triton.jit(do_not_specialize=["tokens", "per_split", "page_splits", "dense_splits", "key_fields"])
+@triton.jit(do_not_specialize=["tokens", "cap", "jobs", "dense_splits", "n", "key_fields"])
 def _attend_kernel(
-    q_ptr, pages_ptr, counts_ptr, basis_ptr, keys_ptr, values_ptr, order_k_ptr, dense_k_ptr, dense_v_ptr, seen_ptr,
+    q_ptr, pages_ptr, counts_ptr, basis_ptr, keys_ptr, values_ptr, costs_ptr, order_k_ptr, dense_k_ptr, dense_v_ptr, seen_ptr,
     near_ptr, far_ptr, tops_ptr, part_ptr, stat_ptr, dense_part_ptr, dense_stat_ptr,
-    queries, scale, page_bytes, row_bytes, tokens, per_split, page_splits, dense_splits, key_fields,
+    queries, scale, page_bytes, row_bytes, n, tokens, share, cap, jobs, dense_splits, key_fields,
     stride_qb, stride_qh, stride_qq, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, STRETCH: tl.constexpr, K_WIDE: tl.constexpr, V_WIDE: tl.constexpr, ALIGN: tl.constexpr,
@@ -655,28 +699,27 @@ def _attend_kernel(
 ):  # fmt: skip
     """Both in one where there are no codes: part and stat as `_mix_kernel` makes them."""
     _open(EARLY)
-    pid, split = tl.program_id(0), tl.program_id(1)
-    b, h = pid // H, pid % H
+    b, job = tl.program_id(0), tl.program_id(1) - dense_splits * H
     r, t = tl.arange(0, BR), tl.arange(0, BT)
     live = r < G * queries
-    q_row = q_ptr + b.to(tl.int64) * stride_qb + (h * G + r // queries) * stride_qh + r % queries * stride_qq
-    if split < dense_splits:  # first, so that none of them is left over for the end
+    q_row = q_ptr + b.to(tl.int64) * stride_qb + r // queries * stride_qh + r % queries * stride_qq
+    if job < 0:  # first, so that none of them is left over for the end
+        h, split = tl.program_id(1) % H, tl.program_id(1) // H
         _dense(
-            q_row, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr, pid, split,
-            dense_splits, queries, scale, tokens, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+            q_row + h * G * stride_qh, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr, b * H + h,
+            split, dense_splits, queries, scale, tokens, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
             H, D, BR, BD, STRETCH, OWN, DOT,
         )  # fmt: skip
     else:
-        split -= dense_splits
+        h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, H)
+        q_row += h * G * stride_qh
         PARTS: tl.constexpr = T // BT
         keys, values, order = keys_ptr + h * key_fields, values_ptr + h * VALUE_FIELDS, order_k_ptr + h * D
         base = pages_ptr + b.to(tl.int64) * row_bytes
-        first_page = split * per_split
-        end_page = tl.minimum(first_page + per_split, tl.load(counts_ptr + b))
-        place = pid.to(tl.int64) * page_splits + split
-        near = near_ptr + place * per_split * (K_MOST * BR)
-        far = far_ptr + place * per_split * (PARTS * V_MOST * BR)
-        tops = tops_ptr + place * per_split * (PARTS * BR)
+        line, place = (b * H + h).to(tl.int64) * n + first_page, b.to(tl.int64) * jobs + job
+        near = near_ptr + line * (K_MOST * BR)
+        far = far_ptr + line * (PARTS * V_MOST * BR)
+        tops = tops_ptr + line * (PARTS * BR)
         k_states = tl.load(keys)
         if K_MOST > 0:
             _near(
@@ -698,8 +741,8 @@ def _attend_kernel(
         for sub in tl.static_range(PARTS):
             k_basis = k_basis + (tl.trans(_tile(basis_ptr, sub * BT + t, K_MOST, 16.0, 2, T, ROWS, tl.float16)),)  # type: ignore[assignment]  # noqa: RUF005
             v_basis = v_basis + (_tile(basis_ptr, sub * BT + t, V_MOST, 1.0, 1, T, ROWS, OWN).to(DOT),)  # type: ignore[assignment]  # noqa: RUF005
-        for n in tl.range(0, end_page - first_page, num_stages=STAGES):
-            of = first_page * 0 + n
+        for j in tl.range(0, end_page - first_page, num_stages=STAGES):
+            of = first_page * 0 + j
             page = base + (first_page + of).to(tl.int64) * page_bytes
             for sub in tl.static_range(PARTS):
                 row = sub * BT + t
@@ -743,18 +786,19 @@ def _attend_kernel(
         tl.store(stat_ptr + (place * 2 + 1) * BR + r, total)
 
 
-@triton.jit(do_not_specialize=["splits", "groups"])
+@triton.jit(do_not_specialize=["cap", "jobs", "groups"])
 def _merge_kernel(
-    part_ptr, stat_ptr, to_part_ptr, to_stat_ptr, splits, groups,
-    BR: tl.constexpr, SETS: tl.constexpr, COLUMNS: tl.constexpr, BS: tl.constexpr, EARLY: tl.constexpr,
+    part_ptr, stat_ptr, to_part_ptr, to_stat_ptr, costs_ptr, share, cap, jobs, groups,
+    H: tl.constexpr, BR: tl.constexpr, SETS: tl.constexpr, COLUMNS: tl.constexpr, BS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """BS splits of one query row made one, so that `_combine_kernel` has few."""
+    """BS splits of one query row made one, so that `_combine_kernel` has few: part [B, H, groups, BR, SETS]."""
     _open(EARLY)
     _close(EARLY)
     pid, r, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i, c = tl.arange(0, BS), tl.arange(0, COLUMNS)
+    first, splits = _share(costs_ptr, share, cap, pid % H, H)
     ok = group * BS + i < splits
-    line = pid.to(tl.int64) * splits + group * BS + i
+    line = (pid // H).to(tl.int64) * jobs + first + group * BS + i
     tops = tl.load(stat_ptr + line * 2 * BR + r, mask=ok, other=float("-inf"))
     top = tl.max(tops, 0)
     w = tl.exp2(tops - tl.where(top == float("-inf"), 0.0, top))
@@ -776,13 +820,13 @@ def _weigh(top, tops):
     return new, tl.exp2(top - safe), tl.exp2(tops - safe)
 
 
-@triton.jit(do_not_specialize=["splits", "dense_splits"])
+@triton.jit(do_not_specialize=["cap", "jobs", "groups", "dense_splits"])
 def _combine_kernel(
-    part_ptr, stat_ptr, dense_part_ptr, dense_stat_ptr, out_ptr, values_ptr, order_v_ptr,
-    queries, splits, dense_splits,
+    part_ptr, stat_ptr, dense_part_ptr, dense_stat_ptr, out_ptr, values_ptr, order_v_ptr, costs_ptr,
+    queries, share, cap, jobs, groups, dense_splits,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V_WIDE: tl.constexpr, BR: tl.constexpr, SETS: tl.constexpr,
     BS: tl.constexpr, V_CODES: tl.constexpr, V_MOST: tl.constexpr, ROOT: tl.constexpr, BITS_OF_D: tl.constexpr,
-    EARLY: tl.constexpr,
+    MERGED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Splits weighed and added for one query row; out [B, H * G, queries, D], contiguous."""
     pid, r = tl.program_id(0), tl.program_id(1)
@@ -792,9 +836,14 @@ def _combine_kernel(
     width, first = tl.load(values + 1), tl.load(values + 2)
     channels, turned = tl.load(values + 6), tl.load(values + 10)
     order = tl.load(order_v_ptr + h * D + d)
-    stat_ptr += pid.to(tl.int64) * splits * (2 * BR) + r
+    if MERGED:
+        line, splits = pid.to(tl.int64) * groups, groups
+    else:
+        start, splits = _share(costs_ptr, share, cap, h, H)
+        line = b.to(tl.int64) * jobs + start
+    stat_ptr += line * (2 * BR) + r
     dense_stat_ptr += pid.to(tl.int64) * dense_splits * (2 * BR) + r
-    part_ptr += (pid.to(tl.int64) * splits * BR + r) * SETS
+    part_ptr += (line * BR + r) * SETS
     dense_part_ptr += (pid.to(tl.int64) * dense_splits * BR + r) * D
     _close(EARLY)
     top, total = tl.full([1], float("-inf"), tl.float32), tl.zeros([BS], tl.float32)
@@ -872,6 +921,17 @@ def _resources(
     return options, stages, max(1, min(8 // warps, (227 << 10) // held))
 
 
+def _shares(costs: list[int], n: int, most: int, least: int) -> tuple[tuple[float, int, int], int]:
+    """How a row's programs are shared among heads, by what a page of each costs, n pages each.
+
+    About `most` programs, none with fewer than `least` pages: the three numbers that kernels take (programs a cost, the
+    most programs of a head, programs), and how many the first of heads has.
+    """
+    share, cap = np.float32(most / sum(costs)), -(-n // least)
+    own = [min(max(int(np.float32(cost) * share), 1), cap) for cost in costs]  # to the last bit as `_job` has it
+    return (float(share), cap, sum(own)), max(own)
+
+
 def attend(
     plan: Plan,
     pages: torch.Tensor,
@@ -890,7 +950,7 @@ def attend(
     the first seen[b, i] (int32 [B, Q]). scaling multiplies the scores. A query that sees nothing gets zeros.
     """
     layout, traits = plan.layout, plan.traits
-    coded = bool(traits["K_CODES"] or traits["V_CODES"])
+    coded = traits["CODED"]
     batch, heads, queries, dim = q.shape
     group = heads // layout.heads
     rows = max(4, triton.next_power_of_2(group * queries))
@@ -906,8 +966,9 @@ def attend(
             break
     waves = WAVES if coded else 1
     least = LEAST if not coded and pairs * n >= 2 * LEAST * processors else 1
-    per_split = max(least, -(-n // max(1, waves * slots * processors // pairs)))
-    page_splits, dense_splits = -(-n // per_split), -(-k.shape[2] // STRETCH)
+    most = waves * slots * processors // batch  # programs of a row
+    shares = [_shares(costs, n, most, least) for costs in plan.costs]
+    dense_splits = -(-k.shape[2] // STRETCH)
     k_most, v_most, wide = traits["K_MOST"], traits["V_MOST"], traits["V_WIDE"]
     step = min(segment, BLOCK)  # tokens of a step where there are no codes
     sets = max(1, dim * traits["V_CODES"] + wide + dim * (v_most > 0))
@@ -916,7 +977,7 @@ def attend(
         return torch.empty(pairs, *shape, dtype=dtype, device=q.device)
 
     dense_part, dense_stat = scratch(dense_splits, rows, dim), scratch(dense_splits, 2, rows)
-    near = scratch(page_splits * per_split, k_most, rows)
+    near = scratch(n, k_most, rows)
     out = torch.empty(batch, heads, queries, dim, dtype=q.dtype, device=q.device)
     shape = dict(H=layout.heads, G=group, D=dim, BR=rows)
     # Hopper and later: a launch begins while the one before ends
@@ -931,49 +992,51 @@ def attend(
     def traited(*names: str) -> dict[str, int | bool]:
         return {name: traits[name] for name in names}
 
+    (score_share, _), (mix_share, splits) = shares
+    jobs = mix_share[-1]
+    part = torch.empty(batch, jobs, rows, sets, dtype=torch.float32, device=q.device)
+    stat = torch.empty(batch, jobs, 2, rows, dtype=torch.float32, device=q.device)
     if coded:
         far, tops = scratch(n, v_most, rows), scratch(n, 2, rows)
-        mass = scratch(n, segment, rows, dtype=torch.float16)
-        ordered = scratch(page_splits * traits["K_CODES"], dim, rows)
-        _score_kernel[(pairs, page_splits + dense_splits)](
-            q, pages, counts, basis, plan.iota, plan.keys, plan.order_k, k, v, seen,
+        mass = scratch(n * bool(traits["V_CODES"] or wide), segment, rows, dtype=torch.float16)
+        ordered = torch.empty(batch, score_share[-1] * traits["K_CODES"], dim, rows, device=q.device)
+        _score_kernel[(batch, dense_splits * layout.heads + score_share[-1])](
+            q, pages, counts, basis, plan.iota, plan.keys, plan.values, plan.cost_k, plan.order_k, k, v, seen,
             near, ordered, far, mass, tops, dense_part, dense_stat,
-            queries, scale, *bytes_of, n, k.shape[2], per_split, page_splits, dense_splits,
+            queries, scale, *bytes_of, n, k.shape[2], *score_share, dense_splits,
             plan.keys.shape[1], *strides, EARLY=early, T=segment, **shape, **dense, **kinds,
             **traited("K_WIDE", "ALIGN", "K_CODES", "K_MOST", "V_MOST", "K_EIGHT", "EVEN"),
         )  # fmt: skip
-        part, stat = scratch(page_splits, rows, sets), scratch(page_splits, 2, rows)
         if n:
-            _mix_kernel[(pairs, page_splits)](
-                pages, counts, plan.iota, plan.values, far, mass, tops, part, stat,
-                queries, *bytes_of, n, per_split, page_splits,
+            _mix_kernel[(batch, jobs)](
+                pages, counts, plan.iota, plan.values, plan.cost_v, far, mass, tops, part, stat,
+                queries, *bytes_of, n, *mix_share,
                 T=segment, BT=min(MIX_STEP, segment), SETS=sets, **shape, **kinds, **follows,
                 **traited("V_WIDE", "ALIGN", "GROUPS", "V_CODES", "V_MOST", "V_EIGHT", "EVEN"),
             )  # fmt: skip
     else:
         parts = segment // step
-        part, stat = scratch(page_splits, rows, sets), scratch(page_splits, 2, rows)
-        far, tops = scratch(page_splits * per_split, parts, v_most, rows), scratch(page_splits * per_split, parts, rows)
-        _attend_kernel[(pairs, page_splits + dense_splits)](
-            q, pages, counts, basis, plan.keys, plan.values, plan.order_k, k, v, seen,
+        far, tops = scratch(n, parts, v_most, rows), scratch(n, parts, rows)
+        _attend_kernel[(batch, dense_splits * layout.heads + jobs)](
+            q, pages, counts, basis, plan.keys, plan.values, plan.cost_v, plan.order_k, k, v, seen,
             near, far, tops, part, stat, dense_part, dense_stat,
-            queries, scale, *bytes_of, k.shape[2], per_split, page_splits, dense_splits, plan.keys.shape[1], *strides,
+            queries, scale, *bytes_of, n, k.shape[2], *mix_share, dense_splits, plan.keys.shape[1], *strides,
             EARLY=early, T=segment, BT=step, SETS=sets, STAGES=stages, **shape, **dense, **kinds,
             **traited("K_WIDE", "V_WIDE", "ALIGN", "K_MOST", "V_MOST", "K_EIGHT", "V_EIGHT", "EVEN"),
         )  # fmt: skip
-    if page_splits > 2 * MERGE:
-        merge = max(MERGE, triton.next_power_of_2(-(-page_splits // 16)))  # combined are 16 at once
-        groups = -(-page_splits // merge)
+    groups = 0
+    if splits > 2 * MERGE:
+        merge = max(MERGE, triton.next_power_of_2(-(-splits // 16)))  # combined are 16 at once
+        groups = -(-splits // merge)
         many = (part, stat)
         part, stat = scratch(groups, rows, sets), scratch(groups, 2, rows)
         _merge_kernel[(pairs, group * queries, groups)](
-            *many, part, stat, page_splits, groups,
+            *many, part, stat, plan.cost_v, *mix_share, groups, H=layout.heads,
             BR=rows, SETS=sets, COLUMNS=triton.next_power_of_2(sets), BS=merge, num_warps=4, **follows,
         )  # fmt: skip
-        page_splits = groups
     _combine_kernel[(pairs, group * queries)](
-        part, stat, dense_part, dense_stat, out, plan.values, plan.order_v, queries,
-        page_splits, dense_splits, SETS=sets, BS=16, V_WIDE=wide, V_CODES=traits["V_CODES"], V_MOST=v_most,
-        ROOT=dim**-0.5, BITS_OF_D=dim.bit_length() - 1, **shape, num_warps=8, **follows,
+        part, stat, dense_part, dense_stat, out, plan.values, plan.order_v, plan.cost_v, queries,
+        *mix_share, groups, dense_splits, SETS=sets, BS=16, V_WIDE=wide, V_CODES=traits["V_CODES"], V_MOST=v_most,
+        ROOT=dim**-0.5, BITS_OF_D=dim.bit_length() - 1, MERGED=groups > 0, **shape, num_warps=8, **follows,
     )  # fmt: skip
     return out

@@ -50,6 +50,12 @@ LAYOUTS = {
         128,
         128,
     ),
+    "some give up everything": ([PLANNED_K, Code((), 1, state_bits=8)], [V2, Code((), 1, state_bits=8)], 128, 64),
+    "all give up everything": ([Code((), 1, state_bits=8)], [Code((), 2, state_bits=8)], 64, 64),
+    "states alone": ([Code((), 3), Code((), 1)], [Code((), 2)], 32, 64),
+    "three bits, segments of 32": ([Code(((3, 64),), 0)], [Code((), 1)], 32, 64),
+    "three bits, segments of 64": ([Code(((3, 64),), 0)], [Code((), 1)], 64, 64),
+    "three bits, segments of 256": ([Code(((3, 64),), 0)], [Code((), 1)], 256, 64),
     "head of 256": (
         [Code(((2, 200),), 1, state_bits=8)],
         [Code(((3, 256),), 1, axis="token", residual=True, state_bits=8, zero=False)],
@@ -157,6 +163,50 @@ def test_small_values_beside_a_token_that_dominates(monkeypatch):
     scaling = 6 / (k[0, 0, 40] @ q[0, 0, 0]).item()
     args = (layout, pages, [3], q.half(), scaling, none, none, torch.zeros(1, 1, dtype=torch.int32))
     assert error(run(*args, monkeypatch), wanted(*args)) < 1e-3
+
+
+def test_more_pages_than_programs_beside_fewer(monkeypatch):
+    layout, pages, g = made("some give up everything", torch.float16, pages=(19, 1))
+    q = torch.randn(2, 2 * layout.heads, 1, layout.dim, generator=g).half()
+    k, v = torch.randn(2, 2, layout.heads, 3, layout.dim, generator=g).half()
+    args = (layout, pages, [19, 1], q, 0.3, k, v, torch.full((2, 1), 3).int())
+    assert error(run(*args, monkeypatch), wanted(*args)) < 3e-3
+
+
+@pytest.mark.parametrize(
+    ("costs", "n", "most", "least", "expected"),
+    [
+        ([100, 100], 1000, 20, 1, [10, 10]),
+        ([300, 100], 1000, 20, 1, [15, 5]),
+        ([300, 1], 1000, 20, 1, [19, 1]),  # one at least
+        ([100, 100], 3, 20, 1, [3, 3]),  # no program without a page
+        ([100, 100], 17, 20, 4, [5, 5]),
+        ([100, 100, 100], 1000, 2, 1, [1, 1, 1]),
+        ([100, 50], 0, 20, 1, [0, 0]),
+    ],
+)
+def test_heads_share_programs_by_their_cost(costs, n, most, least, expected):
+    (_, cap, programs), most_of_one = kernel._shares(costs, n, most, least)
+    assert programs == sum(expected)
+    assert most_of_one == max(expected) <= cap
+
+
+def test_a_head_that_gives_up_everything_costs_least():
+    plan = kernel.plan(made("some give up everything", torch.float16)[0])
+    for costs in plan.costs:
+        assert costs[1] < costs[0] / 10
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_numbers_of_another_kind_are_refused(which):
+    layout, pages, _ = made("planned", torch.float16)
+    q, k, v = (
+        torch.zeros(2, layout.heads, 1, 64).to(torch.bfloat16 if i == which else torch.float16) for i in range(3)
+    )
+    with pytest.raises(ValueError, match=r"pages were made of torch\.float16"):
+        kernel.attend(
+            kernel.plan(layout), pages, torch.zeros(2).int(), torch.zeros(1, 128), q, 1.0, k, v, q[:, 0].int()
+        )
 
 
 def test_strided_inputs(monkeypatch):

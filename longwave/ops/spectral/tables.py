@@ -140,15 +140,15 @@ def plan(layout: Layout) -> Plan:
         EVEN=math.gcd(8, *found_at),
     )
     traits["CODED"] = bool(traits["K_CODES"] or traits["V_CODES"] or not whole)
-    rows = list(zip(keys.tolist(), values.tolist(), strict=True))
-    costs = [_score_cost(k, v) for k, v in rows], [_mix_cost(v) for _, v in rows]
+    found_rows = list(zip(keys.tolist(), values.tolist(), strict=True))
+    score, mix = [_score_cost(k, v) for k, v in found_rows], [_mix_cost(v) for _, v in found_rows]
     if not traits["CODED"]:
-        costs = ([k + v for k, v in zip(*costs, strict=True)],) * 2
+        score = mix = [a + b for a, b in zip(score, mix, strict=True)]
     device = layout.k[0].heads.device
     iota = torch.arange(128, dtype=torch.int16)
     keys, values, order_k, order_v, iota = (x.to(device) for x in (keys, values, order_k, order_v, iota))
-    cost_k, cost_v = (torch.tensor(side, dtype=torch.int32, device=device) for side in costs)
-    return Plan(layout, keys, values, order_k, order_v, iota, traits, costs, cost_k, cost_v)
+    cost_k, cost_v = (torch.tensor(side, dtype=torch.int32, device=device) for side in (score, mix))
+    return Plan(layout, keys, values, order_k, order_v, iota, traits, (score, mix), cost_k, cost_v)
 
 
 def _score_cost(k: list[int], v: list[int]) -> int:

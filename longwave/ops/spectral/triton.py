@@ -41,9 +41,6 @@ REGISTERS = 128  # of a thread where there are codes
 STAGES = (3, 2)  # pages under way where there are no codes: while all programs fit at once, and else
 # Probabilities grow by this where they meet V's scales: float16 would lose small ones. Scales beyond 255 overflow.
 LIFT = tl.constexpr(64.0)
-# How often the programs fill the GPU where there are codes, and heads that differ; rounded down, since a few left over
-# would take as long as all the others.
-WAVES = 2
 
 
 @triton.jit
@@ -60,26 +57,38 @@ def _close(EARLY: tl.constexpr):
         gdc_wait()
 
 
+# In scalars: all threads go the same way, and the compiler knows it.
 @triton.jit
-def _share(costs, share, cap, h, H: tl.constexpr):
-    """The first program of head h and how many it has: see `_shares`. In scalars: all threads go the same way."""
-    first, own = 0, 0
-    for i in tl.static_range(H):
-        first += own * (h >= i)
-        own = tl.where(h >= i, tl.minimum(tl.maximum((tl.load(costs + i).to(tl.float32) * share).to(tl.int32), 1), cap), own)
+def _programs(costs, h, share, cap):
+    """How many programs head h has: see `_shares`."""
+    return tl.minimum(tl.maximum((tl.load(costs + h).to(tl.float32) * share).to(tl.int32), 1), cap)
+
+
+@triton.jit
+def _share(costs, share, cap, h, H: tl.constexpr, EQUAL: tl.constexpr):
+    """The first program of head h and how many it has."""
+    own = _programs(costs, h, share, cap)
+    first = h * own
+    if not EQUAL:
+        first = 0
+        for i in tl.static_range(H - 1):
+            first += _programs(costs, i, share, cap) * (i < h)
     return first, own
 
 
 @triton.jit
-def _job(costs, counts, b, job, share, cap, H: tl.constexpr):
+def _job(costs, counts, b, job, share, cap, H: tl.constexpr, EQUAL: tl.constexpr):
     """The head that program `job` of row b works for, and its pages: from, up to."""
-    h, first, own, start = 0, 0, 1, 0
-    for i in tl.static_range(H):
-        programs = tl.minimum(tl.maximum((tl.load(costs + i).to(tl.float32) * share).to(tl.int32), 1), cap)
-        here = job >= start
-        h, first, own = tl.where(here, i, h), tl.where(here, start, first), tl.where(here, programs, own)
-        start += programs
-    count = tl.load(counts + b)
+    count, own = tl.load(counts + b), _programs(costs, 0, share, cap)
+    h, first = job // own, job // own * own
+    if not EQUAL:
+        h, first = 0, 0
+        start = own
+        for i in tl.static_range(1, H):
+            programs = _programs(costs, i, share, cap)
+            if job >= start:
+                h, first, own = i, start, programs
+            start += programs
     return h, count * (job - first) // own, count * (job - first + 1) // own
 
 
@@ -152,6 +161,28 @@ def _pick(w, mask, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def _pick_both(w, mask, high, high_mask):
+    """The same from two planes of the same codes."""
+    if INTERPRETED:
+        x = (w & mask) | (high & high_mask)
+    else:  # (w & mask) | t
+        asm: tl.constexpr = "{ .reg .b32 t; and.b32 t, $3, $4; lop3.b32 $0, $1, $2, t, 0xEA; }"
+        args = [w, mask, high, high_mask]
+        x = tl.inline_asm_elementwise(asm, "=r,r,r,r,r", args, tl.int16, is_pure=True, pack=2)
+    return x.to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _raised(w, by):
+    """Words shifted left; what comes in from below is no code's."""
+    if INTERPRETED:
+        return w << by
+    else:
+        asm: tl.constexpr = "shf.l.wrap.b32 $0, 0, $1, $2;"
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [w, by], tl.int16, is_pure=True, pack=2)
+
+
+@triton.jit
 def _shifted(w, by):
     """Words shifted right; what comes in from above is no code's. By hand for the same reason."""
     if INTERPRETED:
@@ -206,6 +237,36 @@ def _product(w, x, out, iota, BITS: tl.constexpr, COLUMNS: tl.constexpr):
     for tile in tl.static_range(COUNT):
         new = new + (tl.dot(_pick(w, mask, 8), x, out[COUNT + tile]),)  # type: ignore[assignment]  # noqa: RUF005
         mask = mask << STEP
+    return new
+
+
+@triton.jit
+def _product_of_planes(w, high, x, out, iota, COLUMNS: tl.constexpr):
+    """The same for codes of 3 bits, whose upper bits are a plane of their own: `high`, one bit a code."""
+    ROWS: tl.constexpr = w.shape[0]
+    WORDS: tl.constexpr = COLUMNS * 2 // 16
+    tl.static_assert(high.shape[0] == ROWS)
+    COUNT: tl.constexpr = COLUMNS // (2 * ROWS)
+    again = iota // (COLUMNS // 16)  # rows of `high` with the word's next code
+    if ROWS > WORDS:
+        twice = iota // WORDS * 2
+        w = _shifted(w, tl.broadcast_to(twice[:, None], w.shape))
+    new = ()
+    for half in tl.static_range(2):
+        low = w
+        if half == 0:
+            if ROWS * 16 // COLUMNS <= 2:  # at most once
+                upper = _raised(high, tl.broadcast_to((2 - again)[:, None], w.shape))
+            else:
+                upper = _shifted(_raised(high, tl.full(w.shape, 2, tl.int16)), tl.broadcast_to(again[:, None], w.shape))
+        else:
+            low = _shifted(w, tl.full(w.shape, 8, tl.int16))
+            upper = _shifted(high, tl.broadcast_to((6 + again)[:, None], w.shape))
+        mask, high_mask = tl.full(w.shape, 3, tl.int16), tl.full(w.shape, 4, tl.int16)
+        for tile in tl.static_range(COUNT):
+            picked = _pick_both(low, mask, upper, high_mask)
+            new = new + (tl.dot(picked, x, out[half * COUNT + tile]),)  # type: ignore[assignment]  # noqa: RUF005
+            mask, high_mask = mask << 2 * ROWS // WORDS, high_mask << 2 * ROWS // WORDS
     return new
 
 
@@ -287,9 +348,7 @@ def _score(
             w_high = _words(words + T * BITS // 16, row * STRIDE, ABOVE, T)
         level += q * tl.where(i < held, zero.to(tl.float32), 0.0)[:, None]
         x = _operand(q * tl.where(i < held, step.to(tl.float32), 0.0)[:, None], tl.float16)
-        s = _product(w, x, s, iota, BITS, T)
-        if ABOVE > 0:  # in the same places
-            s = _product(w_high, x * (1 << BITS), s, iota, ABOVE, T)
+        s = _product_of_planes(w, w_high, x, s, iota, T) if ABOVE > 0 else _product(w, x, s, iota, BITS, T)
         piece += PIECE
     return s, level, piece
 
@@ -405,7 +464,7 @@ def _score_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr,
     BD: tl.constexpr, STRETCH: tl.constexpr, K_WIDE: tl.constexpr, ALIGN: tl.constexpr, K_CODES: tl.constexpr,
     K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, EVEN: tl.constexpr, OWN: tl.constexpr,
-    DOT: tl.constexpr, EARLY: tl.constexpr,
+    DOT: tl.constexpr, EARLY: tl.constexpr, EQUAL: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of the tokens of some pages, relative to each page's maximum; or all of a stretch of dense tokens.
 
@@ -420,12 +479,12 @@ def _score_kernel(
     if job < 0:  # first, so that none of them is left over for the end
         h, split = tl.program_id(1) % H, tl.program_id(1) // H
         _dense(
-            q_row + h * G * stride_qh, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr, b * H + h,
-            split, dense_splits, queries, scale, tokens, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-            H, D, BR, BD, STRETCH, OWN, DOT,
+            q_row + h * G * stride_qh, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr,
+            b * H + h, split, dense_splits, queries, scale, tokens,
+            stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, H, D, BR, BD, STRETCH, OWN, DOT,
         )  # fmt: skip
     else:
-        h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, H)
+        h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, H, EQUAL)
         q_row += h * G * stride_qh
         # token i of a page where `_product` puts it
         token = tl.arange(0, T) % (T // 2) * 2 + tl.arange(0, T) // (T // 2)
@@ -467,7 +526,7 @@ def _score_kernel(
                 held = (start + i < end_page)[:, None] & (r >= 0)[None, :]
                 s = tl.zeros([16, BR], tl.float32)
                 if K_MOST > 0:
-                    a = tl.load(near_ptr + at * (K_MOST * BR) + r[None, :], mask=held & (k_states > 0), other=0.0)
+                    a = tl.load(near_ptr + at * (K_MOST * BR) + r[None, :], mask=held & (r * 0 + k_states > 0)[None, :], other=0.0)
                     s += a * (tl.max(row0, 0) * scale)
                 tl.store(tops_ptr + at * (2 * BR) + r[None, :], s, mask=held)
                 tl.store(tops_ptr + at * (2 * BR) + BR + r[None, :], s * 0 + T, mask=held)
@@ -557,13 +616,16 @@ def _mix(
             x = _operand(p * size[:, None], tl.float16)
             if GROUPS == 1:
                 flat += p * least[:, None]
-                out = _product(w, x, out, iota, BITS, D)
-                if ABOVE > 0:  # in the same places
-                    out = _product(w_high, x * (1 << BITS), out, iota, ABOVE, D)
-            else:  # rows whose channel belongs to this scale
-                more = _product(w, x, _none(BITS, D, BR), iota, BITS, D)
                 if ABOVE > 0:
-                    more = _product(w_high, x * (1 << BITS), more, iota, ABOVE, D)
+                    out = _product_of_planes(w, w_high, x, out, iota, D)
+                else:
+                    out = _product(w, x, out, iota, BITS, D)
+            else:  # rows whose channel belongs to this scale
+                more = _none(BITS, D, BR)
+                if ABOVE > 0:
+                    more = _product_of_planes(w, w_high, x, more, iota, D)
+                else:
+                    more = _product(w, x, more, iota, BITS, D)
                 more = _whole(more, BITS, D, BR) + tl.sum(p * least[:, None], 0)[None, :]
                 mine = (d % (D // 2) * 2 // (D // GROUPS) == g)[:, None]
                 spread += tl.where(mine, more, 0.0)
@@ -579,13 +641,13 @@ def _mix_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr,
     BT: tl.constexpr, V_WIDE: tl.constexpr, ALIGN: tl.constexpr, GROUPS: tl.constexpr, V_CODES: tl.constexpr,
     V_MOST: tl.constexpr, V_EIGHT: tl.constexpr, EVEN: tl.constexpr, SETS: tl.constexpr, OWN: tl.constexpr,
-    DOT: tl.constexpr, EARLY: tl.constexpr,
+    DOT: tl.constexpr, EARLY: tl.constexpr, EQUAL: tl.constexpr,
 ):  # fmt: skip
     """What `_score_kernel` found times V of some pages: part float32 [B, programs, BR, SETS], unnormalised (codes D,
     values V_WIDE, states D), stat float32 [B, programs, 2, BR] maximum and sum."""
     _open(EARLY)
     b, job = tl.program_id(0), tl.program_id(1)
-    h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, H)
+    h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, H, EQUAL)
     r, d = tl.arange(0, BR), tl.arange(0, D)
     live = r < G * queries
     values = values_ptr + h * VALUE_FIELDS
@@ -687,15 +749,15 @@ def _tile(
 
 @triton.jit(do_not_specialize=["tokens", "cap", "jobs", "dense_splits", "n", "key_fields"])
 def _attend_kernel(
-    q_ptr, pages_ptr, counts_ptr, basis_ptr, keys_ptr, values_ptr, costs_ptr, order_k_ptr, dense_k_ptr, dense_v_ptr, seen_ptr,
-    near_ptr, far_ptr, tops_ptr, part_ptr, stat_ptr, dense_part_ptr, dense_stat_ptr,
+    q_ptr, pages_ptr, counts_ptr, basis_ptr, keys_ptr, values_ptr, costs_ptr, order_k_ptr, dense_k_ptr, dense_v_ptr,
+    seen_ptr, near_ptr, far_ptr, tops_ptr, part_ptr, stat_ptr, dense_part_ptr, dense_stat_ptr,
     queries, scale, page_bytes, row_bytes, n, tokens, share, cap, jobs, dense_splits, key_fields,
     stride_qb, stride_qh, stride_qq, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, STRETCH: tl.constexpr, K_WIDE: tl.constexpr, V_WIDE: tl.constexpr, ALIGN: tl.constexpr,
     K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, V_EIGHT: tl.constexpr, EVEN: tl.constexpr,
     SETS: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
-    EARLY: tl.constexpr,
+    EARLY: tl.constexpr, EQUAL: tl.constexpr,
 ):  # fmt: skip
     """Both in one where there are no codes: part and stat as `_mix_kernel` makes them."""
     _open(EARLY)
@@ -706,12 +768,12 @@ def _attend_kernel(
     if job < 0:  # first, so that none of them is left over for the end
         h, split = tl.program_id(1) % H, tl.program_id(1) // H
         _dense(
-            q_row + h * G * stride_qh, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr, b * H + h,
-            split, dense_splits, queries, scale, tokens, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-            H, D, BR, BD, STRETCH, OWN, DOT,
+            q_row + h * G * stride_qh, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr,
+            b * H + h, split, dense_splits, queries, scale, tokens,
+            stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, H, D, BR, BD, STRETCH, OWN, DOT,
         )  # fmt: skip
     else:
-        h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, H)
+        h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, H, EQUAL)
         q_row += h * G * stride_qh
         PARTS: tl.constexpr = T // BT
         keys, values, order = keys_ptr + h * key_fields, values_ptr + h * VALUE_FIELDS, order_k_ptr + h * D
@@ -789,14 +851,15 @@ def _attend_kernel(
 @triton.jit(do_not_specialize=["cap", "jobs", "groups"])
 def _merge_kernel(
     part_ptr, stat_ptr, to_part_ptr, to_stat_ptr, costs_ptr, share, cap, jobs, groups,
-    H: tl.constexpr, BR: tl.constexpr, SETS: tl.constexpr, COLUMNS: tl.constexpr, BS: tl.constexpr, EARLY: tl.constexpr,
+    H: tl.constexpr, BR: tl.constexpr, SETS: tl.constexpr, COLUMNS: tl.constexpr, BS: tl.constexpr,
+    EARLY: tl.constexpr, EQUAL: tl.constexpr,
 ):  # fmt: skip
     """BS splits of one query row made one, so that `_combine_kernel` has few: part [B, H, groups, BR, SETS]."""
     _open(EARLY)
-    _close(EARLY)
     pid, r, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i, c = tl.arange(0, BS), tl.arange(0, COLUMNS)
-    first, splits = _share(costs_ptr, share, cap, pid % H, H)
+    first, splits = _share(costs_ptr, share, cap, pid % H, H, EQUAL)
+    _close(EARLY)
     ok = group * BS + i < splits
     line = (pid // H).to(tl.int64) * jobs + first + group * BS + i
     tops = tl.load(stat_ptr + line * 2 * BR + r, mask=ok, other=float("-inf"))
@@ -826,7 +889,7 @@ def _combine_kernel(
     queries, share, cap, jobs, groups, dense_splits,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, V_WIDE: tl.constexpr, BR: tl.constexpr, SETS: tl.constexpr,
     BS: tl.constexpr, V_CODES: tl.constexpr, V_MOST: tl.constexpr, ROOT: tl.constexpr, BITS_OF_D: tl.constexpr,
-    MERGED: tl.constexpr, EARLY: tl.constexpr,
+    MERGED: tl.constexpr, EARLY: tl.constexpr, EQUAL: tl.constexpr,
 ):  # fmt: skip
     """Splits weighed and added for one query row; out [B, H * G, queries, D], contiguous."""
     pid, r = tl.program_id(0), tl.program_id(1)
@@ -839,7 +902,7 @@ def _combine_kernel(
     if MERGED:
         line, splits = pid.to(tl.int64) * groups, groups
     else:
-        start, splits = _share(costs_ptr, share, cap, h, H)
+        start, splits = _share(costs_ptr, share, cap, h, H, EQUAL)
         line = b.to(tl.int64) * jobs + start
     stat_ptr += line * (2 * BR) + r
     dense_stat_ptr += pid.to(tl.int64) * dense_splits * (2 * BR) + r
@@ -922,10 +985,11 @@ def _resources(
 
 
 def _shares(costs: list[int], n: int, most: int, least: int) -> tuple[tuple[float, int, int], int]:
-    """How a row's programs are shared among heads, by what a page of each costs, n pages each.
+    """How the programs of a row, about `most`, are shared among its heads, by what a page of each costs.
 
-    About `most` programs, none with fewer than `least` pages: the three numbers that kernels take (programs a cost, the
-    most programs of a head, programs), and how many the first of heads has.
+    n: pages of the row; a program has `least` or more. The three numbers that kernels take (programs a cost, the most
+    that a head may have, programs of the row), and the most that one has. Once around: a few programs left over for a
+    second time would take as long as all the others.
     """
     share, cap = np.float32(most / sum(costs)), -(-n // least)
     own = [min(max(int(np.float32(cost) * share), 1), cap) for cost in costs]  # to the last bit as `_job` has it
@@ -950,24 +1014,24 @@ def attend(
     the first seen[b, i] (int32 [B, Q]). scaling multiplies the scores. A query that sees nothing gets zeros.
     """
     layout, traits = plan.layout, plan.traits
-    coded = traits["CODED"]
+    coded = bool(traits["CODED"])
     batch, heads, queries, dim = q.shape
+    if {q.dtype, k.dtype, v.dtype} != {layout.dtype}:
+        raise ValueError(f"q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; the pages were made of {layout.dtype}")
     group = heads // layout.heads
     rows = max(4, triton.next_power_of_2(group * queries))
     if rows > ROWS:
         raise ValueError(f"{group * queries} query rows a KV head; this kernel takes {ROWS}")
-    if q.stride(-1) != 1:
-        q = q.contiguous()
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     n, pairs, segment = pages.shape[1], batch * layout.heads, layout.segment
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     for stages in STAGES:
         resources, stages, slots = _resources(rows, dim, segment, coded, stages, traits)
         if coded or pairs * -(-n // LEAST) <= slots * processors:
             break
-    waves = WAVES if coded else 1
     least = LEAST if not coded and pairs * n >= 2 * LEAST * processors else 1
-    most = waves * slots * processors // batch  # programs of a row
-    shares = [_shares(costs, n, most, least) for costs in plan.costs]
+    shares = [_shares(costs, n, slots * processors // batch, least) for costs in plan.costs]
+    equal = [len(set(costs)) == 1 for costs in plan.costs]
     dense_splits = -(-k.shape[2] // STRETCH)
     k_most, v_most, wide = traits["K_MOST"], traits["V_MOST"], traits["V_WIDE"]
     step = min(segment, BLOCK)  # tokens of a step where there are no codes
@@ -982,7 +1046,7 @@ def attend(
     shape = dict(H=layout.heads, G=group, D=dim, BR=rows)
     # Hopper and later: a launch begins while the one before ends
     early = q.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    follows = dict(EARLY=early) | (dict(launch_pdl=True) if early else {})
+    follows = dict(EARLY=early, EQUAL=equal[1]) | (dict(launch_pdl=True) if early else {})
     kinds = dict(OWN=_OWN[q.dtype], DOT=_DOT[q.dtype], **resources)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     dense = dict(BD=DENSE_STEP, STRETCH=STRETCH)
@@ -1004,7 +1068,7 @@ def attend(
             q, pages, counts, basis, plan.iota, plan.keys, plan.values, plan.cost_k, plan.order_k, k, v, seen,
             near, ordered, far, mass, tops, dense_part, dense_stat,
             queries, scale, *bytes_of, n, k.shape[2], *score_share, dense_splits,
-            plan.keys.shape[1], *strides, EARLY=early, T=segment, **shape, **dense, **kinds,
+            plan.keys.shape[1], *strides, EARLY=early, EQUAL=equal[0], T=segment, **shape, **dense, **kinds,
             **traited("K_WIDE", "ALIGN", "K_CODES", "K_MOST", "V_MOST", "K_EIGHT", "EVEN"),
         )  # fmt: skip
         if n:
@@ -1021,7 +1085,7 @@ def attend(
             q, pages, counts, basis, plan.keys, plan.values, plan.cost_v, plan.order_k, k, v, seen,
             near, far, tops, part, stat, dense_part, dense_stat,
             queries, scale, *bytes_of, n, k.shape[2], *mix_share, dense_splits, plan.keys.shape[1], *strides,
-            EARLY=early, T=segment, BT=step, SETS=sets, STAGES=stages, **shape, **dense, **kinds,
+            EARLY=early, EQUAL=equal[1], T=segment, BT=step, SETS=sets, STAGES=stages, **shape, **dense, **kinds,
             **traited("K_WIDE", "V_WIDE", "ALIGN", "K_MOST", "V_MOST", "K_EIGHT", "V_EIGHT", "EVEN"),
         )  # fmt: skip
     groups = 0

@@ -5,6 +5,7 @@ A page is made once from dense values and never touched again, so the order in w
 
 import importlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from longwave.ops.spectral import cpu, reference
 from longwave.ops.spectral.basis import table
 from longwave.store.layout import Layout
 from longwave.store.tokens import writable
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU, wherever its tensors lie: with layers on several GPUs, on the wrong one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class PageStore:
@@ -69,7 +75,8 @@ class PageStore:
         kernels = self._triton("triton_encode", "kernels cannot compress", k.device)
         if kernels is None:
             return reference.encode(self.layout, k, v, rows)
-        return kernels.encode(self._plans["triton_encode"], k, v, rows)
+        with _current(k.device):
+            return kernels.encode(self._plans["triton_encode"], k, v, rows)
 
     def _triton(self, name: str, cannot: str, device: torch.device, rows: int = 0) -> Any:
         """The module ops/spectral/`name`, with its plan of these pages in `_plans`; None where the reference answers.
@@ -132,7 +139,8 @@ class PageStore:
         else:
             seen = visible.to(q.device, torch.int32).expand(q.shape[0], q.shape[2]).contiguous()
         basis = self._table(q.dtype, q.device)
-        return fused.attend(self._plans["triton"], self.pages, counts, basis, q, scaling, k, v, seen)
+        with _current(q.device):
+            return fused.attend(self._plans["triton"], self.pages, counts, basis, q, scaling, k, v, seen)
 
     def _kernel(self, q: torch.Tensor) -> cpu.Plan | None:
         """The CPU kernel's plan, if it answers for such q."""

@@ -526,7 +526,8 @@ def _score_kernel(
                 held = (start + i < end_page)[:, None] & (r >= 0)[None, :]
                 s = tl.zeros([16, BR], tl.float32)
                 if K_MOST > 0:
-                    a = tl.load(near_ptr + at * (K_MOST * BR) + r[None, :], mask=held & (r * 0 + k_states > 0)[None, :], other=0.0)
+                    scored = held & (r * 0 + k_states > 0)[None, :]
+                    a = tl.load(near_ptr + at * (K_MOST * BR) + r[None, :], mask=scored, other=0.0)
                     s += a * (tl.max(row0, 0) * scale)
                 tl.store(tops_ptr + at * (2 * BR) + r[None, :], s, mask=held)
                 tl.store(tops_ptr + at * (2 * BR) + BR + r[None, :], s * 0 + T, mask=held)

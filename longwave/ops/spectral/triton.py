@@ -65,11 +65,13 @@ def _programs(costs, h, share, cap):
 
 
 @triton.jit
-def _share(costs, share, cap, h, H: tl.constexpr, EQUAL: tl.constexpr):
+def _share(costs, share, cap, jobs, h, H: tl.constexpr, EQUAL: tl.constexpr):
     """The first program of head h and how many it has."""
-    own = _programs(costs, h, share, cap)
-    first = h * own
-    if not EQUAL:
+    if EQUAL:
+        own = jobs // H
+        first = h * own
+    else:
+        own = _programs(costs, h, share, cap)
         first = 0
         for i in tl.static_range(H - 1):
             first += _programs(costs, i, share, cap) * (i < h)
@@ -77,12 +79,15 @@ def _share(costs, share, cap, h, H: tl.constexpr, EQUAL: tl.constexpr):
 
 
 @triton.jit
-def _job(costs, counts, b, job, share, cap, H: tl.constexpr, EQUAL: tl.constexpr):
+def _job(costs, counts, b, job, share, cap, jobs, H: tl.constexpr, EQUAL: tl.constexpr):
     """The head that program `job` of row b works for, and its pages: from, up to."""
-    count, own = tl.load(counts + b), _programs(costs, 0, share, cap)
-    h, first = job // own, job // own * own
-    if not EQUAL:
-        h, first = 0, 0
+    count = tl.load(counts + b)
+    if EQUAL:
+        own = jobs // H
+        h = job // own
+        first = h * own
+    else:
+        h, first, own = 0, 0, _programs(costs, 0, share, cap)
         start = own
         for i in tl.static_range(1, H):
             programs = _programs(costs, i, share, cap)
@@ -484,7 +489,7 @@ def _score_kernel(
             stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, H, D, BR, BD, STRETCH, OWN, DOT,
         )  # fmt: skip
     else:
-        h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, H, EQUAL)
+        h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
         q_row += h * G * stride_qh
         # token i of a page where `_product` puts it
         token = tl.arange(0, T) % (T // 2) * 2 + tl.arange(0, T) // (T // 2)
@@ -648,7 +653,7 @@ def _mix_kernel(
     values V_WIDE, states D), stat float32 [B, programs, 2, BR] maximum and sum."""
     _open(EARLY)
     b, job = tl.program_id(0), tl.program_id(1)
-    h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, H, EQUAL)
+    h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
     r, d = tl.arange(0, BR), tl.arange(0, D)
     live = r < G * queries
     values = values_ptr + h * VALUE_FIELDS
@@ -774,7 +779,7 @@ def _attend_kernel(
             stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, H, D, BR, BD, STRETCH, OWN, DOT,
         )  # fmt: skip
     else:
-        h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, H, EQUAL)
+        h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
         q_row += h * G * stride_qh
         PARTS: tl.constexpr = T // BT
         keys, values, order = keys_ptr + h * key_fields, values_ptr + h * VALUE_FIELDS, order_k_ptr + h * D
@@ -859,7 +864,7 @@ def _merge_kernel(
     _open(EARLY)
     pid, r, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i, c = tl.arange(0, BS), tl.arange(0, COLUMNS)
-    first, splits = _share(costs_ptr, share, cap, pid % H, H, EQUAL)
+    first, splits = _share(costs_ptr, share, cap, jobs, pid % H, H, EQUAL)
     _close(EARLY)
     ok = group * BS + i < splits
     line = (pid // H).to(tl.int64) * jobs + first + group * BS + i
@@ -903,7 +908,7 @@ def _combine_kernel(
     if MERGED:
         line, splits = pid.to(tl.int64) * groups, groups
     else:
-        start, splits = _share(costs_ptr, share, cap, h, H, EQUAL)
+        start, splits = _share(costs_ptr, share, cap, jobs, h, H, EQUAL)
         line = b.to(tl.int64) * jobs + start
     stat_ptr += line * (2 * BR) + r
     dense_stat_ptr += pid.to(tl.int64) * dense_splits * (2 * BR) + r

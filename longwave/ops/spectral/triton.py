@@ -79,13 +79,24 @@ def _share(costs, share, cap, jobs, h, H: tl.constexpr, EQUAL: tl.constexpr):
 
 
 @triton.jit
+def _place(H: tl.constexpr, EQUAL: tl.constexpr):
+    """Row and number of this program in its row, heads being equal: heads of the same pages side by side, then rows."""
+    b, number = tl.program_id(0), tl.program_id(1)
+    if EQUAL:
+        rows = tl.num_programs(0)
+        line = number * rows + b
+        b, number = line // H % rows, line // (H * rows) * H + line % H
+    return b, number
+
+
+@triton.jit
 def _job(costs, counts, b, job, share, cap, jobs, H: tl.constexpr, EQUAL: tl.constexpr):
-    """The head that program `job` of row b works for, and its pages: from, up to."""
+    """The head that program `job` of row b works for, its pages from and up to, and its place among the row's."""
     count = tl.load(counts + b)
     if EQUAL:
         own = jobs // H
-        h = job // own
-        first = h * own
+        h = job % H
+        first = job - job // H
     else:
         h, first, own = 0, 0, _programs(costs, 0, share, cap)
         start = own
@@ -94,7 +105,9 @@ def _job(costs, counts, b, job, share, cap, jobs, H: tl.constexpr, EQUAL: tl.con
             if job >= start:
                 h, first, own = i, start, programs
             start += programs
-    return h, count * (job - first) // own, count * (job - first + 1) // own
+    split = job - first
+    place = h * own + split if EQUAL else job
+    return h, count * split // own, count * (split + 1) // own, b.to(tl.int64) * jobs + place
 
 
 @triton.jit
@@ -477,19 +490,20 @@ def _score_kernel(
     (later its weight), far float32 [B, H, N, V_MOST, BR] mass times the basis. Written and read by one program alone:
     near float32 [B, H, N, K_MOST, BR], q times K's states; sorted float32 [B, programs, D, BR], q by K's order."""
     _open(EARLY)
-    b, job = tl.program_id(0), tl.program_id(1) - dense_splits * H
+    b, number = _place(H, EQUAL)
+    job = number - dense_splits * H
     r, d = tl.arange(0, BR), tl.arange(0, D)
     live = r < G * queries
     q_row = q_ptr + b.to(tl.int64) * stride_qb + r // queries * stride_qh + r % queries * stride_qq
     if job < 0:  # first, so that none of them is left over for the end
-        h, split = tl.program_id(1) % H, tl.program_id(1) // H
+        h, split = number % H, number // H
         _dense(
             q_row + h * G * stride_qh, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr,
             b * H + h, split, dense_splits, queries, scale, tokens,
             stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, H, D, BR, BD, STRETCH, OWN, DOT,
         )  # fmt: skip
     else:
-        h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
+        h, first_page, end_page, place = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
         q_row += h * G * stride_qh
         # token i of a page where `_product` puts it
         token = tl.arange(0, T) % (T // 2) * 2 + tl.arange(0, T) // (T // 2)
@@ -498,7 +512,7 @@ def _score_kernel(
         line = (b * H + h).to(tl.int64) * n + first_page
         k_states = tl.load(keys)
         near = near_ptr + line * (K_MOST * BR)
-        sorted_q = sorted_ptr + (b.to(tl.int64) * jobs + job) * (D * BR)
+        sorted_q = sorted_ptr + place * (D * BR)
         if K_CODES:
             every = live[None, :] & (d >= 0)[:, None]
             mine = tl.load(q_row[None, :] + tl.load(order + d)[:, None], mask=every, other=0.0)
@@ -652,8 +666,8 @@ def _mix_kernel(
     """What `_score_kernel` found times V of some pages: part float32 [B, programs, BR, SETS], unnormalised (codes D,
     values V_WIDE, states D), stat float32 [B, programs, 2, BR] maximum and sum."""
     _open(EARLY)
-    b, job = tl.program_id(0), tl.program_id(1)
-    h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
+    b, job = _place(H, EQUAL)
+    h, first_page, end_page, place = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
     r, d = tl.arange(0, BR), tl.arange(0, D)
     live = r < G * queries
     values = values_ptr + h * VALUE_FIELDS
@@ -679,7 +693,6 @@ def _mix_kernel(
         total += tl.sum(tl.load(at + BR, mask=held, other=0.0) * w, 0)
         tl.store(at + BR, w * LIFT, mask=held)  # where the sum was, which is not needed again
     tl.debug_barrier()
-    place = b.to(tl.int64) * jobs + job
     part = part_ptr + (place * BR + r[None, :]) * SETS
     store = live[None, :] & (d >= 0)[:, None]
     if V_CODES:
@@ -767,24 +780,25 @@ def _attend_kernel(
 ):  # fmt: skip
     """Both in one where there are no codes: part and stat as `_mix_kernel` makes them."""
     _open(EARLY)
-    b, job = tl.program_id(0), tl.program_id(1) - dense_splits * H
+    b, number = _place(H, EQUAL)
+    job = number - dense_splits * H
     r, t = tl.arange(0, BR), tl.arange(0, BT)
     live = r < G * queries
     q_row = q_ptr + b.to(tl.int64) * stride_qb + r // queries * stride_qh + r % queries * stride_qq
     if job < 0:  # first, so that none of them is left over for the end
-        h, split = tl.program_id(1) % H, tl.program_id(1) // H
+        h, split = number % H, number // H
         _dense(
             q_row + h * G * stride_qh, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr,
             b * H + h, split, dense_splits, queries, scale, tokens,
             stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, H, D, BR, BD, STRETCH, OWN, DOT,
         )  # fmt: skip
     else:
-        h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
+        h, first_page, end_page, place = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
         q_row += h * G * stride_qh
         PARTS: tl.constexpr = T // BT
         keys, values, order = keys_ptr + h * key_fields, values_ptr + h * VALUE_FIELDS, order_k_ptr + h * D
         base = pages_ptr + b.to(tl.int64) * row_bytes
-        line, place = (b * H + h).to(tl.int64) * n + first_page, b.to(tl.int64) * jobs + job
+        line = (b * H + h).to(tl.int64) * n + first_page
         near = near_ptr + line * (K_MOST * BR)
         far = far_ptr + line * (PARTS * V_MOST * BR)
         tops = tops_ptr + line * (PARTS * BR)
@@ -990,16 +1004,17 @@ def _resources(
     return options, stages, max(1, min(8 // warps, (227 << 10) // held))
 
 
-def _shares(costs: list[int], n: int, most: int, least: int) -> tuple[tuple[float, int, int], int]:
+def _shares(costs: list[int], n: int, most: float, least: int) -> tuple[float, int, list[int]]:
     """How the programs of a row, about `most`, are shared among its heads, by what a page of each costs.
 
-    n: pages of the row; a program has `least` or more. The three numbers that kernels take (programs a cost, the most
-    that a head may have, programs of the row), and the most that one has. Once around: a few programs left over for a
-    second time would take as long as all the others.
+    n: pages of the row; a program has `least` or more. Programs a cost, the most that a head may have, and how many
+    each has. Once around: a few programs left over for a second time would take as long as all the others.
     """
     share, cap = np.float32(most / sum(costs)), -(-n // least)
-    own = [min(max(int(np.float32(cost) * share), 1), cap) for cost in costs]  # to the last bit as `_job` has it
-    return (float(share), cap, sum(own)), max(own)
+    own = [min(max(int(np.float32(cost) * share), 1), cap) for cost in costs]  # to the last bit as `_programs` has it
+    if len(set(own)) == 1 and n:  # kernels are told so: no more programs than the longest of them needs
+        own = [-(-n // -(-n // own[0]))] * len(own)
+    return float(share), cap, own
 
 
 def attend(
@@ -1036,9 +1051,15 @@ def attend(
         if coded or pairs * -(-n // LEAST) <= slots * processors:
             break
     least = LEAST if not coded and pairs * n >= 2 * LEAST * processors else 1
-    shares = [_shares(costs, n, slots * processors // batch, least) for costs in plan.costs]
-    equal = [len(set(costs)) == 1 for costs in plan.costs]
     dense_splits = -(-k.shape[2] // STRETCH)
+    most = slots * processors / batch  # programs of a row
+    beside = most * n / max(1, n + dense_splits / 2)  # where dense tokens take their part: two stretches are a page
+    score, mix = (_shares(costs, n, room, least) for costs, room in zip(plan.costs, (beside, most), strict=True))
+    if not coded:
+        mix = score
+    equal = [len(set(own)) == 1 for *_, own in (score, mix)]
+    score_share, mix_share = ((share, cap, sum(own)) for share, cap, own in (score, mix))
+    splits, jobs = max(mix[-1]), mix_share[-1]
     k_most, v_most, wide = traits["K_MOST"], traits["V_MOST"], traits["V_WIDE"]
     step = min(segment, BLOCK)  # tokens of a step where there are no codes
     sets = max(1, dim * traits["V_CODES"] + wide + dim * (v_most > 0))
@@ -1062,8 +1083,6 @@ def attend(
     def traited(*names: str) -> dict[str, int | bool]:
         return {name: traits[name] for name in names}
 
-    (score_share, _), (mix_share, splits) = shares
-    jobs = mix_share[-1]
     part = torch.empty(batch, jobs, rows, sets, dtype=torch.float32, device=q.device)
     stat = torch.empty(batch, jobs, 2, rows, dtype=torch.float32, device=q.device)
     if coded:

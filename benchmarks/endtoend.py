@@ -8,10 +8,10 @@ The model has the published configuration and random weights, bfloat16: times an
 Methods: "dense", and layouts "a" and "b" of benchmarks/kernels.py (b's 30 layers are repeated to fill 32).
 
 decode    time of an output token from CUDA graphs. Dense: K and V preallocated for exactly this context, the fastest
-          form of PyTorch's SDPA. Longwave: `StaticDecoder`, over the second segment, so that one compression is among the
-          steps: the median is a plain step, the mean has its share of that. What the memory holds is synthetic, since
-          time does not depend on values either: random dense tokens, and 16 pages of random K and V, compressed once
-          a layer and drawn from at random.
+          form of PyTorch's SDPA. Longwave: `StaticDecoder`, over the second segment, so that one compression is among
+          the steps: the median is a plain step, the mean has its share of that. What the memory holds is synthetic,
+          since time does not depend on values either: random dense tokens, and 16 pages of random K and V, compressed
+          once a layer and drawn from at random.
 prefill   time, peak memory and what the cache then holds, of a random prompt given at once, logits of the last token:
           transformers' DynamicCache ("dense"), our dense method ("dense, ours") and a, b, compressed layer by layer.
 capacity  the largest batch that has room for one such decode step, by trying: doubled, then bisected.

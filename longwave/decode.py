@@ -28,6 +28,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from longwave.attention import NAME, Handle, LogicalLength, StepMask
 from longwave.cache import LongCache, MemoryLayer
+from longwave.ops.write import write_step
 
 MEMORY = "storage for all new tokens is reserved at once: fewer of them, or fewer rows, need less"
 WARM_UP = 3  # steps before the capture: kernels compile and libraries take their workspaces
@@ -82,8 +83,8 @@ class _StepLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Handle, Handle]:
         self.layer.check_finite(key_states, value_states)
-        for held, new in zip(self.layer.dense.tensors(), (key_states, value_states), strict=True):
-            held[self.rows, :, self.at] = new[:, :, 0]
+        k, v = self.layer.dense.tensors()
+        write_step(k, v, key_states, value_states, self.rows, self.at)
         handle = Handle(self)
         return handle, handle
 

@@ -5,6 +5,10 @@ triton: Triton or an error, on a CPU in Triton's interpreter (TRITON_INTERPRET=1
 """
 
 import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
 
 NAMES = ("auto", "reference", "triton")
 
@@ -15,3 +19,8 @@ def choice() -> str:
     if value not in NAMES:
         raise ValueError(f"LONGWAVE_KERNELS is one of {', '.join(NAMES)}; it is set to {value!r}")
     return value
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU, wherever its tensors lie: with layers on several GPUs, on the wrong one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

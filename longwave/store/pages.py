@@ -5,21 +5,15 @@ A page is made once from dense values and never touched again, so the order in w
 
 import importlib
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from longwave.ops.kernels import choice
+from longwave.ops.kernels import choice, on_device
 from longwave.ops.spectral import cpu, reference
 from longwave.ops.spectral.basis import table
 from longwave.store.layout import Layout
 from longwave.store.tokens import writable
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current GPU, wherever its tensors lie: with layers on several GPUs, on the wrong one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class PageStore:
@@ -75,7 +69,7 @@ class PageStore:
         kernels = self._triton("triton_encode", "kernels cannot compress", k.device)
         if kernels is None:
             return reference.encode(self.layout, k, v, rows)
-        with _current(k.device):
+        with on_device(k.device):
             return kernels.encode(self._plans["triton_encode"], k, v, rows)
 
     def _triton(self, name: str, cannot: str, device: torch.device, rows: int = 0) -> Any:
@@ -139,7 +133,7 @@ class PageStore:
         else:
             seen = visible.to(q.device, torch.int32).expand(q.shape[0], q.shape[2]).contiguous()
         basis = self._table(q.dtype, q.device)
-        with _current(q.device):
+        with on_device(q.device):
             return fused.attend(self._plans["triton"], self.pages, counts, basis, q, scaling, k, v, seen)
 
     def _kernel(self, q: torch.Tensor) -> cpu.Plan | None:

@@ -187,8 +187,8 @@ def test_more_pages_than_programs_beside_fewer(monkeypatch):
     ],
 )
 def test_heads_share_programs_by_their_cost(costs, n, most, least, expected):
-    _, cap, own = kernel._shares(costs, n, most, least)
-    assert own == expected
+    _, cap, own = kernel._shares(tuple(costs), n, most, least)
+    assert list(own) == expected
     assert max(own) <= cap
 
 

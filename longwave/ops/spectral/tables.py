@@ -14,7 +14,7 @@ from longwave.store.layout import Field, Group, Layout
 VALUES = 16  # kind of a run of 16-bit values; codes are their number of bits
 WIDTHS = (8, 4, 3, 2, 1)  # of codes, in the order that they are read in
 CHUNK = 32  # channels of K's codes taken at once
-# What a page of a head costs to score and to mix, from its codes' widths, in no unit: measured on an H200 at 16 x 32k.
+# What a page of a head costs to score and to mix, from its codes' widths, in no unit: fitted to layers on an H200.
 SCORE_COST = {8: 330, 4: 200, 3: 290, 2: 172, 1: 175}  # of a chunk
 MIX_COST = {8: 2200, 4: 1375, 3: 1560, 2: 1270, 1: 1200}
 # numbers of a head before its chunks, of a chunk, and of a head of V: see `plan`
@@ -42,7 +42,7 @@ class Plan:
     order_v: torch.Tensor
     iota: torch.Tensor
     traits: dict[str, int | bool]
-    costs: tuple[list[int], list[int]]
+    costs: tuple[tuple[int, ...], tuple[int, ...]]
     cost_k: torch.Tensor
     cost_v: torch.Tensor
 
@@ -141,9 +141,9 @@ def plan(layout: Layout) -> Plan:
     )
     traits["CODED"] = bool(traits["K_CODES"] or traits["V_CODES"] or not whole)
     found_rows = list(zip(keys.tolist(), values.tolist(), strict=True))
-    score, mix = [_score_cost(k, v) for k, v in found_rows], [_mix_cost(v) for _, v in found_rows]
+    score, mix = tuple(_score_cost(k, v) for k, v in found_rows), tuple(_mix_cost(v) for _, v in found_rows)
     if not traits["CODED"]:
-        score = mix = [a + b for a, b in zip(score, mix, strict=True)]
+        score = mix = tuple(a + b for a, b in zip(score, mix, strict=True))
     device = layout.k[0].heads.device
     iota = torch.arange(128, dtype=torch.int16)
     keys, values, order_k, order_v, iota = (x.to(device) for x in (keys, values, order_k, order_v, iota))

@@ -14,6 +14,8 @@ docs/kernels.md has the figures; tables.py says what a head stores.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 import triton
@@ -39,7 +41,7 @@ MERGE = 16  # splits made one, or more of very many
 LEAST = 4  # pages of a program where there are no codes, and pages for two such programs a processor
 REGISTERS = 128  # of a thread where there are codes
 STAGES = (3, 2)  # pages under way where there are no codes: while all programs fit at once, and else
-# Probabilities grow by this where they meet V's scales: float16 would lose small ones. Scales beyond 255 overflow.
+# Probabilities grow by this where they meet V's scales: float16 would lose small ones. Scales beyond 1023 overflow.
 LIFT = tl.constexpr(64.0)
 
 
@@ -1004,16 +1006,19 @@ def _resources(
     return options, stages, max(1, min(8 // warps, (227 << 10) // held))
 
 
-def _shares(costs: list[int], n: int, most: float, least: int) -> tuple[float, int, list[int]]:
+@lru_cache(1024)  # asked by every layer of every step, and answered anew once in a segment
+def _shares(costs: tuple[int, ...], n: int, most: float, least: int) -> tuple[float, int, tuple[int, ...]]:
     """How the programs of a row, about `most`, are shared among its heads, by what a page of each costs.
 
     n: pages of the row; a program has `least` or more. Programs a cost, the most that a head may have, and how many
     each has. Once around: a few programs left over for a second time would take as long as all the others.
     """
     share, cap = np.float32(most / sum(costs)), -(-n // least)
-    own = [min(max(int(np.float32(cost) * share), 1), cap) for cost in costs]  # to the last bit as `_programs` has it
+    own = tuple(
+        min(max(int(np.float32(cost) * share), 1), cap) for cost in costs
+    )  # to the last bit as `_programs` has it
     if len(set(own)) == 1 and n:  # kernels are told so: no more programs than the longest of them needs
-        own = [-(-n // -(-n // own[0]))] * len(own)
+        own = (-(-n // -(-n // own[0])),) * len(own)
     return float(share), cap, own
 
 

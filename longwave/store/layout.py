@@ -1,8 +1,8 @@
 """The layout of a page: where a segment of T tokens of one layer keeps what.
 
-A page is one run of bytes: K's fields, then V's, aligned to 16 bytes. Heads whose channels are stored alike form a
-group. What a head keeps lies together, its scales before its values and codes: it is read together, and memory gives
-neighbours faster. States and gains of a group's heads follow, side by side. Shapes, with h heads in the group:
+A page is one run of bytes. K's fields come first, then V's; a field is the part of one head group, aligned to 16 bytes.
+Heads whose channels are stored alike form a group and lie side by side in its fields, the channels of a head
+contiguous. Shapes, with h heads in the group:
 
     values   [h, T, n]             channels kept at 16 bits or the model's own type
     codes    [h, n, T * bits / 8]  channels in few bits, axis "time": one scale and zero a channel
@@ -73,11 +73,9 @@ class Code:
 
 @dataclass(frozen=True)
 class Field:
-    """A tensor inside a page: a part for each head of a group, `stride` bytes from one to the next."""
+    """A tensor inside a page."""
 
-    start: int  # byte of what the heads' records hold
-    stride: int
-    inside: int  # byte of a record where its part starts
+    offset: int  # bytes
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -87,16 +85,12 @@ class Field:
 
     def at(self, i: int) -> int:
         """Byte of a page where the part of the group's i-th head starts."""
-        return self.start + i * self.stride + self.inside
+        return self.offset + i * (self.nbytes // self.shape[0])
 
     def view(self, pages: torch.Tensor) -> torch.Tensor:
         """pages [..., page bytes] uint8 -> [..., *shape], the same memory."""
-        if not self.nbytes:
-            return pages.new_zeros(*pages.shape[:-1], *self.shape, dtype=self.dtype)
-        heads = self.shape[0]
-        records = pages[..., self.start : self.start + heads * self.stride].unflatten(-1, (heads, self.stride))
-        part = records[..., self.inside : self.inside + self.nbytes // heads].view(self.dtype)
-        return part.unflatten(-1, self.shape[1:])
+        part = pages[..., self.offset : self.offset + self.nbytes].view(self.dtype)
+        return part.unflatten(-1, self.shape) if self.nbytes else part.reshape(*pages.shape[:-1], *self.shape)
 
 
 @dataclass
@@ -139,30 +133,25 @@ class Layout:
             heads = torch.tensor([i for i, other in enumerate(codes) if other == code])
             group = Group(code, heads, order[heads].to(torch.int16))
             h, t = len(heads), self.segment
-            kept, scales = [], []
             for bits, n in code.runs:
-                scale: tuple[int, ...] | None = None
                 if bits in (16, OWN):
-                    kept.append(((h, t, n), self._float(bits)))
+                    group.values.append(self._field((h, t, n), self._float(bits)))
+                    group.scales.append(None)
                 elif code.axis == "time":
-                    kept.append(((h, n, packed_bytes(t, bits)), torch.uint8))
-                    scale = (h, 2, n)
+                    group.values.append(self._field((h, n, packed_bytes(t, bits)), torch.uint8))
+                    group.scales.append(self._field((h, 2, n), torch.float16))
                 else:
                     shared = code.group or n
                     if n % shared:
                         raise ValueError(f"{n} channels do not divide into groups of {shared}")
-                    kept.append(((h, t, packed_bytes(n, bits)), torch.uint8))
-                    scale = (h, 2 if code.zero else 1, t, n // shared)
-                scales.append(None if scale is None else (scale, torch.float16))
-            fields = self._records([*scales, *kept])
-            group.scales, group.values = fields[: len(scales)], [f for f in fields[len(scales) :] if f is not None]
+                    group.values.append(self._field((h, t, packed_bytes(n, bits)), torch.uint8))
+                    group.scales.append(self._field((h, 2 if code.zero else 1, t, n // shared), torch.float16))
             smooth = code.smooth(self.dim)
             if smooth and code.states:
                 eight = code.state_bits == 8
                 kind = torch.int8 if eight else self._float(code.state_bits)
-                (group.states,) = self._records([((h, code.states, smooth), kind)])
-                if eight:
-                    (group.gains,) = self._records([((h, code.states), torch.float16)])
+                group.states = self._field((h, code.states, smooth), kind)
+                group.gains = self._field((h, code.states), torch.float16) if eight else None
             elif smooth and not code.residual:
                 raise ValueError("channels that are not kept need at least one state")
             groups.append(group)
@@ -176,25 +165,13 @@ class Layout:
     def _float(self, bits: int) -> torch.dtype:
         return torch.float16 if bits == 16 and self.dtype.itemsize > 2 else self.dtype
 
-    def _records(self, parts: Sequence[tuple[tuple[int, ...], torch.dtype] | None]) -> list[Field | None]:
-        """Fields whose parts of a head lie together, in this order; a single field is not padded between heads."""
-        start, stride, inside = self._end, 0, []
-        alone = sum(part is not None for part in parts) == 1
-        for part in parts:
-            inside.append(stride)
-            if part is not None:
-                nbytes = math.prod(part[0][1:]) * part[1].itemsize
-                stride += nbytes if alone else _aligned(nbytes)
-        heads = max((part[0][0] for part in parts if part is not None), default=0)
-        self._end += _aligned(heads * stride)
-        return [None if p is None else Field(start, stride, at, *p) for p, at in zip(parts, inside, strict=True)]
+    def _field(self, shape: tuple[int, ...], dtype: torch.dtype) -> Field:
+        made = Field(self._end, shape, dtype)
+        self._end += -(-made.nbytes // ALIGN) * ALIGN
+        return made
 
     def fields(self) -> dict[str, list[Field]]:
         """All fields by what they are for: "kept" and "coefficients"."""
         kept = [f for g in (*self.k, *self.v) for f in (*g.values, *g.scales) if f is not None]
         smooth = [f for g in (*self.k, *self.v) for f in (g.states, g.gains) if f is not None]
         return {"kept": kept, "coefficients": smooth}
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGN) * ALIGN

@@ -123,7 +123,7 @@ def test_bytes_to_the_byte(llama, bits, dtype, count):
     def up(n):
         return -(-n // 16) * 16
 
-    codes = sum(2 * up(8 * 8 * b // 8) for b in bits)
+    codes = sum(up(2 * 8 * 8 * b // 8) for b in bits)
     scales = 2 * 8 * 2 * 2 + 2 * 8 * 2 * 2  # K: of 8 channels; V: of 8 tokens; scale and zero of 2 bytes, 2 heads
     index = 2 * (2 * 8 + 2 * 8 * 2) if groups else 0  # a head's number in 8 bytes, its channels' in 2 each
     dense = capacity(count - 8 * groups) * 2 * 2 * 8 * dtype.itemsize

@@ -103,8 +103,7 @@ def holes(layout):
     """Which bytes of a page belong to no field."""
     free = torch.ones(layout.page_bytes, dtype=torch.bool)
     for field in (*layout.fields()["kept"], *layout.fields()["coefficients"]):
-        for head in range(field.shape[0]):
-            free[field.at(head) : field.at(head) + field.nbytes // field.shape[0]] = False
+        free[field.offset : field.offset + field.nbytes] = False
     return free
 
 

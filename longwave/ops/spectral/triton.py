@@ -81,24 +81,13 @@ def _share(costs, share, cap, jobs, h, H: tl.constexpr, EQUAL: tl.constexpr):
 
 
 @triton.jit
-def _place(H: tl.constexpr, EQUAL: tl.constexpr):
-    """Row and number of this program in its row, heads being equal: heads of the same pages side by side, then rows."""
-    b, number = tl.program_id(0), tl.program_id(1)
-    if EQUAL:
-        rows = tl.num_programs(0)
-        line = number * rows + b
-        b, number = line // H % rows, line // (H * rows) * H + line % H
-    return b, number
-
-
-@triton.jit
 def _job(costs, counts, b, job, share, cap, jobs, H: tl.constexpr, EQUAL: tl.constexpr):
-    """The head that program `job` of row b works for, its pages from and up to, and its place among the row's."""
+    """The head that program `job` of row b works for, and its pages: from, up to."""
     count = tl.load(counts + b)
     if EQUAL:
         own = jobs // H
-        h = job % H
-        first = job - job // H
+        h = job // own
+        first = h * own
     else:
         h, first, own = 0, 0, _programs(costs, 0, share, cap)
         start = own
@@ -107,9 +96,7 @@ def _job(costs, counts, b, job, share, cap, jobs, H: tl.constexpr, EQUAL: tl.con
             if job >= start:
                 h, first, own = i, start, programs
             start += programs
-    split = job - first
-    place = h * own + split if EQUAL else job
-    return h, count * split // own, count * (split + 1) // own, b.to(tl.int64) * jobs + place
+    return h, count * (job - first) // own, count * (job - first + 1) // own
 
 
 @triton.jit
@@ -492,20 +479,19 @@ def _score_kernel(
     (later its weight), far float32 [B, H, N, V_MOST, BR] mass times the basis. Written and read by one program alone:
     near float32 [B, H, N, K_MOST, BR], q times K's states; sorted float32 [B, programs, D, BR], q by K's order."""
     _open(EARLY)
-    b, number = _place(H, EQUAL)
-    job = number - dense_splits * H
+    b, job = tl.program_id(0), tl.program_id(1) - dense_splits * H
     r, d = tl.arange(0, BR), tl.arange(0, D)
     live = r < G * queries
     q_row = q_ptr + b.to(tl.int64) * stride_qb + r // queries * stride_qh + r % queries * stride_qq
     if job < 0:  # first, so that none of them is left over for the end
-        h, split = number % H, number // H
+        h, split = tl.program_id(1) % H, tl.program_id(1) // H
         _dense(
             q_row + h * G * stride_qh, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr,
             b * H + h, split, dense_splits, queries, scale, tokens,
             stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, H, D, BR, BD, STRETCH, OWN, DOT,
         )  # fmt: skip
     else:
-        h, first_page, end_page, place = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
+        h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
         q_row += h * G * stride_qh
         # token i of a page where `_product` puts it
         token = tl.arange(0, T) % (T // 2) * 2 + tl.arange(0, T) // (T // 2)
@@ -514,7 +500,7 @@ def _score_kernel(
         line = (b * H + h).to(tl.int64) * n + first_page
         k_states = tl.load(keys)
         near = near_ptr + line * (K_MOST * BR)
-        sorted_q = sorted_ptr + place * (D * BR)
+        sorted_q = sorted_ptr + (b.to(tl.int64) * jobs + job) * (D * BR)
         if K_CODES:
             every = live[None, :] & (d >= 0)[:, None]
             mine = tl.load(q_row[None, :] + tl.load(order + d)[:, None], mask=every, other=0.0)
@@ -668,8 +654,8 @@ def _mix_kernel(
     """What `_score_kernel` found times V of some pages: part float32 [B, programs, BR, SETS], unnormalised (codes D,
     values V_WIDE, states D), stat float32 [B, programs, 2, BR] maximum and sum."""
     _open(EARLY)
-    b, job = _place(H, EQUAL)
-    h, first_page, end_page, place = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
+    b, job = tl.program_id(0), tl.program_id(1)
+    h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
     r, d = tl.arange(0, BR), tl.arange(0, D)
     live = r < G * queries
     values = values_ptr + h * VALUE_FIELDS
@@ -695,6 +681,7 @@ def _mix_kernel(
         total += tl.sum(tl.load(at + BR, mask=held, other=0.0) * w, 0)
         tl.store(at + BR, w * LIFT, mask=held)  # where the sum was, which is not needed again
     tl.debug_barrier()
+    place = b.to(tl.int64) * jobs + job
     part = part_ptr + (place * BR + r[None, :]) * SETS
     store = live[None, :] & (d >= 0)[:, None]
     if V_CODES:
@@ -782,25 +769,24 @@ def _attend_kernel(
 ):  # fmt: skip
     """Both in one where there are no codes: part and stat as `_mix_kernel` makes them."""
     _open(EARLY)
-    b, number = _place(H, EQUAL)
-    job = number - dense_splits * H
+    b, job = tl.program_id(0), tl.program_id(1) - dense_splits * H
     r, t = tl.arange(0, BR), tl.arange(0, BT)
     live = r < G * queries
     q_row = q_ptr + b.to(tl.int64) * stride_qb + r // queries * stride_qh + r % queries * stride_qq
     if job < 0:  # first, so that none of them is left over for the end
-        h, split = number % H, number // H
+        h, split = tl.program_id(1) % H, tl.program_id(1) // H
         _dense(
             q_row + h * G * stride_qh, live, dense_k_ptr, dense_v_ptr, seen_ptr, dense_part_ptr, dense_stat_ptr,
             b * H + h, split, dense_splits, queries, scale, tokens,
             stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, H, D, BR, BD, STRETCH, OWN, DOT,
         )  # fmt: skip
     else:
-        h, first_page, end_page, place = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
+        h, first_page, end_page = _job(costs_ptr, counts_ptr, b, job, share, cap, jobs, H, EQUAL)
         q_row += h * G * stride_qh
         PARTS: tl.constexpr = T // BT
         keys, values, order = keys_ptr + h * key_fields, values_ptr + h * VALUE_FIELDS, order_k_ptr + h * D
         base = pages_ptr + b.to(tl.int64) * row_bytes
-        line = (b * H + h).to(tl.int64) * n + first_page
+        line, place = (b * H + h).to(tl.int64) * n + first_page, b.to(tl.int64) * jobs + job
         near = near_ptr + line * (K_MOST * BR)
         far = far_ptr + line * (PARTS * V_MOST * BR)
         tops = tops_ptr + line * (PARTS * BR)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.endtoend [--parts decode,prefill,capacity] [--contexts 16k,32k,64k,128k] [--batches 1,8]
         [--methods dense,a,b] [--out out/endtoend.json]
+    python -m benchmarks.endtoend --compile --parts decode          (layers through torch.compile, dense and ours)
     python -m benchmarks.endtoend --device cpu --tiny --layers 1 --contexts 1k --batches 1     (does it run at all)
 
 The model has the published configuration and random weights, bfloat16: times and bytes do not depend on what it says.
@@ -27,6 +28,7 @@ import math
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -38,6 +40,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 import longwave
 from benchmarks.kernels import SEGMENT, codes, described, folded, grouped, tidy
+from longwave.compiled import Compiled, OpaqueCache
 from longwave.methods.segmented import LayerCodes, Segmented
 from longwave.ops.spectral import reference
 from longwave.ops.spectral.basis import table
@@ -141,6 +144,7 @@ def forms(device):
     for form in (folded, grouped):
         for backend in backends:
 
+            @torch.compiler.disable  # as ours is
             def attention(module, q, k, v, mask, form=form, backend=backend, **kwargs):
                 with sdpa_kernel(backend):
                     return form(q, k, v).transpose(1, 2).contiguous(), None
@@ -156,9 +160,10 @@ def forms(device):
 class DenseDecoder:
     """One step at a fixed context, over and over."""
 
-    def __init__(self, model, layers, form):
+    def __init__(self, model, layers, form, compile=False):
         self.model, self.form = model, form
-        self.cache = Cache(layers=layers)
+        self.compiled = Compiled(model) if compile else None
+        self.cache = (OpaqueCache if compile else Cache)(layers=layers)
         batch, length = layers[0].keys.shape[0], layers[0].keys.shape[2]
         self.ids = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self.position = torch.full((batch, 1), length - 1, device=model.device)
@@ -174,7 +179,8 @@ class DenseDecoder:
 
     def _forward(self):
         given = dict(position_ids=self.position, past_key_values=self.cache, use_cache=True)
-        return self.model(self.ids, **given).logits[:, -1]
+        with nullcontext() if self.compiled is None else self.compiled.within():
+            return self.model(self.ids, **given).logits[:, -1]
 
     def step(self, ids):
         self.ids.copy_(ids)
@@ -250,10 +256,10 @@ class OrdinaryDecoder:
         self.cache = None
 
 
-def graph_decoder(model, cache, steps):
+def graph_decoder(model, cache, steps, compile=False):
     from longwave.decode import StaticDecoder
 
-    return StaticDecoder(model, cache, new_tokens=steps)
+    return StaticDecoder(model, cache, new_tokens=steps, compile=compile)
 
 
 # measuring
@@ -288,13 +294,13 @@ def step_ids(model, batch, seed=0):
     return torch.randint(1, model.config.vocab_size, (batch, 1), generator=g).to(model.device)
 
 
-def decode_dense(model, batch, context, seed):
+def decode_dense(model, batch, context, seed, compile):
     ids, layers, found = step_ids(model, batch), random_layers(model, batch, context, seed), {}
     count = 20 if model.device.type == "cuda" else 2
     for form in forms(model.device.type):
         decoder = None
         try:
-            decoder = DenseDecoder(model, layers, form)
+            decoder = DenseDecoder(model, layers, form, compile)
             found[form] = clock(lambda d=decoder: d.step(ids), count, model.device)
         except RuntimeError as problem:
             if out_of_memory(problem):
@@ -308,25 +314,25 @@ def decode_dense(model, batch, context, seed):
     return found[best], {"form": best, "cache_bytes": held}
 
 
-def decode_longwave(model, method, batch, context, seed):
+def decode_longwave(model, method, batch, context, seed, compile):
     ids, steps = step_ids(model, batch), SEGMENT if model.device.type == "cuda" else 2
     cache = filled(model, method, batch, context, seed)
     held = cache.nbytes
-    decoder = graph_decoder(model, cache, 2 * steps + 2)
+    decoder = graph_decoder(model, cache, 2 * steps + 2, compile)
     for _ in range(steps):  # the first compression makes tables that a prompt would have made
         decoder.step(ids)
     times = clock(lambda: decoder.step(ids), steps, model.device)
     return times, {"cache_bytes": held}  # no finish: handing the cache back may need memory that is not there
 
 
-def decode(model, methods, batch, context, seed):
+def decode(model, methods, batch, context, seed, compile):
     for name, method in methods.items():
 
         def cell(method=method):
             if method is None:
-                times, more = decode_dense(model, batch, context, seed)
+                times, more = decode_dense(model, batch, context, seed, compile)
             else:
-                times, more = decode_longwave(model, method, batch, context, seed)
+                times, more = decode_longwave(model, method, batch, context, seed, compile)
             median = statistics.median(times)
             mean = statistics.mean(times)
             return {"ms": median, "mean_ms": mean, "steps": len(times), "tokens_per_s": batch * 1e3 / mean, **more}
@@ -435,7 +441,7 @@ def filled_bytes(method, context):
     return sum(pages * method.layout(i, DTYPE).page_bytes for i in range(len(method.layers))) or 1
 
 
-def gate(model, method, seed):
+def gate(model, method, seed, compile):
     """The largest relative error of graph decoding's logits against the ordinary path, of a 2-layer model."""
     g = torch.Generator("cpu").manual_seed(seed)
     ids = torch.randint(1, model.config.vocab_size, (2, 1000), generator=g).to(model.device)
@@ -449,7 +455,7 @@ def gate(model, method, seed):
         for form in forms(model.device.type):
             layers = [FixedLayer(k, v) for k, v in zip(room[::2], room[1::2], strict=True)]
             try:
-                pairs.append((DenseDecoder(model, layers, form).step(ids[:, :1]), want))
+                pairs.append((DenseDecoder(model, layers, form, compile).step(ids[:, :1]), want))
             except RuntimeError as problem:  # `decode` leaves such a form out too
                 print(f"  {form}: {described(problem)}")
     else:
@@ -457,7 +463,7 @@ def gate(model, method, seed):
         caches = [longwave.cache(model, short) for _ in range(2)]
         for cache in caches:
             model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        ordinary, quick = OrdinaryDecoder(model, caches[0]), graph_decoder(model, caches[1], GATE_STEPS)
+        ordinary, quick = OrdinaryDecoder(model, caches[0]), graph_decoder(model, caches[1], GATE_STEPS, compile)
         for i in range(GATE_STEPS):
             token = ids[:, i : i + 1]
             pairs.append((quick.step(token).clone(), ordinary.step(token)))
@@ -493,6 +499,7 @@ def main(argv=None):
     parser.add_argument("--capacity", help="contexts of the capacity part (default: those of --contexts)")
     parser.add_argument("--most", type=int, default=1024, help="largest batch that capacity tries")
     parser.add_argument("--methods", default="dense,a,b")
+    parser.add_argument("--compile", action="store_true", help="layers through torch.compile where tokens are decoded")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--tiny", action="store_true", help="narrow layers, for a test")
     parser.add_argument("--device", default="cuda")
@@ -514,7 +521,7 @@ def main(argv=None):
     rows, right = [], {}
     for name in names:
         try:
-            error = gate(small, None if name == "dense" else Given.of(name, 2), args.seed)
+            error = gate(small, None if name == "dense" else Given.of(name, 2), args.seed, args.compile)
         except Exception as problem:
             rows.append({"part": "gate", "method": name, "error": described(problem)})
         else:
@@ -529,7 +536,11 @@ def main(argv=None):
     cells = []
     for context in listed(args.contexts):
         if "decode" in args.parts:
-            cells += [c for batch in listed(args.batches) for c in decode(model, right, batch, context, args.seed)]
+            cells += [
+                c
+                for batch in listed(args.batches)
+                for c in decode(model, right, batch, context, args.seed, args.compile)
+            ]
         if "prefill" in args.parts:
             cells += prefill(model, right, 1, context, args.seed)
     if "capacity" in args.parts:

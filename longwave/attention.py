@@ -60,6 +60,7 @@ _REFUSED = {
 }
 
 
+@torch.compiler.disable  # what it does depends on the cache: compiled layers go around it
 def longwave_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -173,6 +173,9 @@ def generate(
         bool | None,
         typer.Option("--graph/--no-graph", help="Decode by a CUDA graph, or not; otherwise on CUDA where it can be."),
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Fuse the layers of a graph by torch.compile: slow to begin, faster then.")
+    ] = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -204,6 +207,8 @@ def generate(
         why = why_python(loaded, memory, graph)
         if graph and why:
             raise ValueError(f"--graph: {why}")
+        if compiled and why:
+            raise ValueError(f"--compile is for the steps of a graph, and there is none: {why}")
         torch.manual_seed(seed)
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -219,7 +224,7 @@ def generate(
         clock = Clock(loaded.device)
         if not as_json and stderr.is_terminal:
             stderr.print(f"reading {count:,} tokens ...", style="dim")
-        loop = loaded.generate if why else partial(longwave.generate, loaded)
+        loop = loaded.generate if why else partial(longwave.generate, loaded, compile=compiled)
         try:
             out = loop(
                 **encoded,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import fields
 from typing import Any
 
@@ -28,6 +28,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from longwave.attention import NAME, Handle, LogicalLength, StepMask
 from longwave.cache import LongCache, MemoryLayer
+from longwave.compiled import Compiled, OpaqueCache, Uncompiled
 from longwave.ops.write import write_step
 
 MEMORY = "storage for all new tokens is reserved at once: fewer of them, or fewer rows, need less"
@@ -121,6 +122,8 @@ class StaticDecoder:
     new_tokens: how many steps storage is reserved for.
     graph: whether a step is captured and replayed as a CUDA graph. None: on CUDA. Elsewhere the same step runs as it
         is. The capture is part of the first step.
+    compile: whether the layers go through torch.compile: fewer launches, rounded elsewhere, so that logits differ in
+        their last bits. Part of the first step too, and takes a while.
     positions: of the next token, integers [B] or [B, 1]. None: the tokens that each row of the cache holds.
 
     Raises Unsupported, a ValueError, where `supports` gives a reason, and ValueError where the cache is empty or its
@@ -136,6 +139,7 @@ class StaticDecoder:
         *,
         new_tokens: int,
         graph: bool | None = None,
+        compile: bool = False,
         positions: torch.Tensor | None = None,
     ):
         reason = supports(model, cache)
@@ -160,6 +164,7 @@ class StaticDecoder:
             raise ValueError(f"graph=True needs CUDA, and the cache lies on {device}")
         self.model, self.cache, self.new_tokens = model, cache, new_tokens
         self.captures = device.type == "cuda" if graph is None else graph
+        self._compiled = _compiled(model) if compile else None
         self.steps = self._told = 0  # taken; and those that the layers know of
         self._layers, self._lengths = layers, list(first.dense.lengths)
         batch = first.batch_size
@@ -170,7 +175,8 @@ class StaticDecoder:
         self.at = torch.zeros(batch, dtype=torch.long, device=device)  # where the next token goes
         self.seen = torch.zeros(batch, 1, dtype=torch.int32, device=device)  # dense tokens once it is there
         self.counts = torch.zeros(batch, dtype=torch.int32, device=device)  # pages
-        self._cache = Cache(layers=[_StepLayer(layer, self.rows, self.at, self.seen, self.counts) for layer in layers])
+        made = OpaqueCache if compile else Cache
+        self._cache = made(layers=[_StepLayer(layer, self.rows, self.at, self.seen, self.counts) for layer in layers])
         self._name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
@@ -202,7 +208,7 @@ class StaticDecoder:
         """Read one token a row, integers [B] or [B, 1]; logits of the next one [B, vocabulary] in the model's dtype.
 
         With a graph the next step writes over the logits. Raises RuntimeError after `finish` or `new_tokens` steps, and
-        Unsupported where the first step finds that the model cannot be captured, or makes masks of its own.
+        Unsupported where the first step finds that the model cannot be captured or compiled, or makes masks of its own.
         """
         if self.cache._progress.lent is not self._key:
             raise RuntimeError("this decoder has handed its cache back: make another")
@@ -217,14 +223,19 @@ class StaticDecoder:
                 if isinstance(full, torch.OutOfMemoryError):
                     full.add_note(MEMORY)
                     raise full from None
+                if isinstance(error, Uncompiled):
+                    raise self._refusal(error) from error
                 raise Unsupported(
                     f"no CUDA graph could be made of a step of {type(self.model).__name__} ({error}). "
                     "graph=False steps without one, and model.generate works"
                 ) from error
-        if self._graph is None:
-            self._logits = self._run()
-        else:
+        if self._graph is not None:
             self._graph.replay()
+        else:
+            try:
+                self._logits = self._run()
+            except Uncompiled as error:
+                raise self._refusal(error) from error
         self.steps += 1
         self._lengths = [length + 1 for length in self._lengths]
         self._settle()
@@ -253,10 +264,16 @@ class StaticDecoder:
 
     # inside
 
+    def _refusal(self, error: Uncompiled) -> Unsupported:
+        return Unsupported(
+            f"a step of {type(self.model).__name__} could not be compiled ({error}). compile=False steps without"
+        )
+
     def _run(self) -> torch.Tensor:
         """The step itself: device work alone, on tensors that stay where they are."""
         given = {"input_ids": self.ids, "position_ids": self.positions, self._name: self._cache}
-        logits = self.model(**given, use_cache=True, return_dict=True).logits[:, -1]
+        with nullcontext() if self._compiled is None else self._compiled.within():
+            logits = self.model(**given, use_cache=True, return_dict=True).logits[:, -1]
         for count in (self.positions, self.at, self.seen):
             count += 1
         return logits
@@ -322,6 +339,13 @@ class StaticDecoder:
         ]
 
 
+def _compiled(model: PreTrainedModel) -> Compiled:
+    try:
+        return Compiled(model)
+    except ValueError as error:
+        raise Unsupported(f"compile=True: {error}") from None
+
+
 def _check_room(layer: MemoryLayer, held: int, new: int) -> None:
     if layer.max_tokens is not None and held + new > layer.max_tokens:
         raise ValueError(
@@ -342,12 +366,13 @@ def generate(
     generation_config: GenerationConfig | None = None,
     *,
     graph: bool | None = None,
+    compile: bool = False,
     **options: Any,
 ) -> Any:
     """`model.generate` with a `LongCache`, its steps taken by a `StaticDecoder`: same arguments, same answer.
 
-    `past_key_values` (or `cache`) is the LongCache; the most new tokens decide the storage that is reserved. graph: as
-    in `StaticDecoder`.
+    `past_key_values` (or `cache`) is the LongCache; the most new tokens decide the storage that is reserved. graph and
+    compile: as in `StaticDecoder`.
 
     Raises Unsupported, a ValueError, for what only model.generate does: what `supports` names, beams and other modes
     than greedy and sampling, assistants, custom_generate, synced_gpus, token_healing, use_cache=False, attentions and
@@ -372,6 +397,9 @@ def generate(
         raise Unsupported(f"longwave.generate cannot do this: {reason}. model.generate works")
     if graph and model.device.type != "cuda":
         raise ValueError(f"graph=True needs CUDA, and the model is on {model.device}")
+    if compile:
+        _compiled(model)
+    steps = {"graph": graph, "compile": compile}
     # transformers keeps these two to its own loops
     streamer, tokenizer, strings = options.get("streamer"), options.pop("tokenizer", None), asked("stop_strings")
     if strings is not None:
@@ -389,7 +417,7 @@ def generate(
         generation_config: GenerationConfig,
         **inputs: Any,
     ) -> Any:
-        return _loop(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, graph, inputs)
+        return _loop(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, steps, inputs)
 
     return model.generate(inputs, generation_config, custom_generate=loop, **options)  # type: ignore[operator]
 
@@ -405,7 +433,7 @@ def _loop(
     stop: Any,
     config: Any,
     streamer: Any,
-    graph: bool | None,
+    steps: dict[str, Any],
     inputs: dict[str, Any],
 ) -> Any:
     """What `GenerationMixin._sample` does, token for token."""
@@ -465,7 +493,7 @@ def _loop(
                     break
                 if decoder is None:
                     new = longest - ids.shape[1]
-                    decoder = StaticDecoder(model, cache, new_tokens=new, graph=graph, positions=positions)
+                    decoder = StaticDecoder(model, cache, new_tokens=new, positions=positions, **steps)
                 logits = decoder.step(tokens)
     except Exception as error:
         error.add_note("the cache holds what was read: cache.reset() before you ask again")

@@ -189,6 +189,7 @@ def test_the_loop_can_be_chosen(generate):
     prompt = [*generate, TEXT[:40], "-o", "keep=1.0"]
     assert json.loads(succeeds(*prompt, "--no-graph", "--json").stdout)["loop_reason"] == "--no-graph"
     assert "--graph: a graph needs CUDA" in refused(*prompt, "--graph")
+    assert "--compile is for the steps of a graph, and there is none: a graph" in refused(*prompt, "--compile")
 
 
 def test_what_steps_cannot_do_names_the_other_loop(folder, tmp_path, monkeypatch):

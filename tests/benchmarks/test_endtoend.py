@@ -29,7 +29,7 @@ def test_everything_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(endtoend, "GATE_STEPS", 3)
     if importlib.util.find_spec("longwave.decode") is None:  # not written yet
         monkeypatch.setattr(
-            endtoend, "graph_decoder", lambda model, cache, steps: endtoend.OrdinaryDecoder(model, cache)
+            endtoend, "graph_decoder", lambda model, cache, steps, compile=False: endtoend.OrdinaryDecoder(model, cache)
         )
     out = tmp_path / "endtoend.json"
     options = {"device": "cpu", "layers": 1, "contexts": 700, "batches": 1, "methods": "dense,b", "most": 2, "out": out}

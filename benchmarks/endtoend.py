@@ -36,11 +36,12 @@ from typing import ClassVar
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
 import longwave
 from benchmarks.kernels import SEGMENT, codes, described, folded, grouped, tidy
 from longwave.compiled import Compiled, OpaqueCache
+from longwave.decode import StaticDecoder
 from longwave.methods.segmented import LayerCodes, Segmented
 from longwave.ops.spectral import reference
 from longwave.ops.spectral.basis import table
@@ -163,7 +164,7 @@ class DenseDecoder:
     def __init__(self, model, layers, form, compile=False):
         self.model, self.form = model, form
         self.compiled = Compiled(model) if compile else None
-        self.cache = (OpaqueCache if compile else Cache)(layers=layers)
+        self.cache = OpaqueCache(layers=layers)
         batch, length = layers[0].keys.shape[0], layers[0].keys.shape[2]
         self.ids = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         self.position = torch.full((batch, 1), length - 1, device=model.device)
@@ -256,12 +257,6 @@ class OrdinaryDecoder:
         self.cache = None
 
 
-def graph_decoder(model, cache, steps, compile=False):
-    from longwave.decode import StaticDecoder
-
-    return StaticDecoder(model, cache, new_tokens=steps, compile=compile)
-
-
 # measuring
 
 
@@ -318,7 +313,7 @@ def decode_longwave(model, method, batch, context, seed, compile):
     ids, steps = step_ids(model, batch), SEGMENT if model.device.type == "cuda" else 2
     cache = filled(model, method, batch, context, seed)
     held = cache.nbytes
-    decoder = graph_decoder(model, cache, 2 * steps + 2, compile)
+    decoder = StaticDecoder(model, cache, new_tokens=2 * steps + 2, compile=compile)
     for _ in range(steps):  # the first compression makes tables that a prompt would have made
         decoder.step(ids)
     times = clock(lambda: decoder.step(ids), steps, model.device)
@@ -411,7 +406,7 @@ def capacity(model, methods, context, seed, most):
                     decoder = DenseDecoder(model, held, forms(model.device.type)[0])
                 else:
                     held = filled(model, method, batch, context, seed)
-                    decoder = graph_decoder(model, held, 1)
+                    decoder = StaticDecoder(model, held, new_tokens=1)
                 decoder.step(step_ids(model, batch))
                 wait(model.device)
                 return True
@@ -463,7 +458,8 @@ def gate(model, method, seed, compile):
         caches = [longwave.cache(model, short) for _ in range(2)]
         for cache in caches:
             model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        ordinary, quick = OrdinaryDecoder(model, caches[0]), graph_decoder(model, caches[1], GATE_STEPS, compile)
+        ordinary = OrdinaryDecoder(model, caches[0])
+        quick = StaticDecoder(model, caches[1], new_tokens=GATE_STEPS, compile=compile)
         for i in range(GATE_STEPS):
             token = ids[:, i : i + 1]
             pairs.append((quick.step(token).clone(), ordinary.step(token)))

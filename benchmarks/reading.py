@@ -14,9 +14,11 @@ import triton
 import triton.language as tl
 
 from benchmarks import kernels
+from benchmarks.kernels import HEADS
+from longwave.ops.spectral import triton as kernel
 
-HEADS, PAGE, SLOTS = 8, 1 << 17, 16
-REGISTERS = 65536 // 32 // SLOTS
+PAGE = 1 << 17
+SLOTS = 65536 // (32 * kernel.REGISTERS)  # programs of a processor
 LOADS = (512, 1024, 2048, 4096)  # bytes
 
 
@@ -43,13 +45,12 @@ def _read_kernel(
 def reader(pages, part, load, processors):
     """A step that reads `part` bytes of each head of pages int32 [B, N, words], `load` at once; its answer is sums."""
     batch, n, _ = pages.shape
-    own = max(1, SLOTS * processors // (batch * HEADS))
-    own = -(-n // -(-n // own))
+    *_, (own, *_) = kernel._shares((1,) * HEADS, n, SLOTS * processors / batch, 1)  # as there
     out = torch.empty(batch, own * HEADS, dtype=torch.int32, device=pages.device)
 
     def step():
         _read_kernel[(batch, own * HEADS)](
-            pages, out, n, own, H=HEADS, PAGE=PAGE, PART=part, LOAD=load, num_warps=1, maxnreg=REGISTERS
+            pages, out, n, own, H=HEADS, PAGE=PAGE, PART=part, LOAD=load, num_warps=1, maxnreg=kernel.REGISTERS
         )
         return out
 

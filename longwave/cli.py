@@ -236,7 +236,7 @@ def generate(
                 **sampling,
             )
         except longwave.decode.Unsupported as error:  # seen late: much of the answer may be out
-            raise ValueError(f"{error}: pass --no-graph") from error
+            raise ValueError(f"{error}: {'leave out --compile' if compiled else 'pass --no-graph'}") from error
         pace = {"loop": "python" if why else "graph", "loop_reason": why, **clock.read(out.shape[1] - count)}
         if as_json:
             answer = tokenizer.decode(out[0, count:], skip_special_tokens=True)

@@ -26,23 +26,22 @@ class Uncompiled(RuntimeError):
 
 
 class OpaqueCache(Cache):
-    """Its layers' `update` is called as it is, from compiled code too."""
+    """A cache whose `update` is called as it is, from compiled code too."""
 
     update = torch.compiler.disable(Cache.update)
 
 
-class Compiled:
-    """A model's decoder layers, compiled; they are so `within()` alone, for an eager pass in between is none's wish.
+def layers_of(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The decoder layers, as transformers marks them; none of a model that it has not."""
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
-    Raises ValueError where transformers marks no layers in the model.
-    """
+
+class Compiled:
+    """A model's decoder layers, compiled: `within()` alone, so that other passes stay as they are."""
 
     def __init__(self, model: PreTrainedModel):
-        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-        if not layers:
-            raise ValueError(f"transformers marks no layers in {type(model).__name__} that could be compiled")
         self._calls: list[tuple[Any, Any]] = [
-            (layer, torch.compile(layer._call_impl, backend=BACKEND)) for layer in layers
+            (layer, torch.compile(layer._call_impl, backend=BACKEND)) for layer in layers_of(model)
         ]
 
     @contextmanager

@@ -28,7 +28,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from longwave.attention import NAME, Handle, LogicalLength, StepMask
 from longwave.cache import LongCache, MemoryLayer
-from longwave.compiled import Compiled, OpaqueCache, Uncompiled
+from longwave.compiled import Compiled, OpaqueCache, Uncompiled, layers_of
 from longwave.ops.write import write_step
 
 MEMORY = "storage for all new tokens is reserved at once: fewer of them, or fewer rows, need less"
@@ -164,7 +164,9 @@ class StaticDecoder:
             raise ValueError(f"graph=True needs CUDA, and the cache lies on {device}")
         self.model, self.cache, self.new_tokens = model, cache, new_tokens
         self.captures = device.type == "cuda" if graph is None else graph
-        self._compiled = _compiled(model) if compile else None
+        if compile:
+            _check_compiles(model)
+        self._compiled = Compiled(model) if compile else None
         self.steps = self._told = 0  # taken; and those that the layers know of
         self._layers, self._lengths = layers, list(first.dense.lengths)
         batch = first.batch_size
@@ -175,8 +177,9 @@ class StaticDecoder:
         self.at = torch.zeros(batch, dtype=torch.long, device=device)  # where the next token goes
         self.seen = torch.zeros(batch, 1, dtype=torch.int32, device=device)  # dense tokens once it is there
         self.counts = torch.zeros(batch, dtype=torch.int32, device=device)  # pages
-        made = OpaqueCache if compile else Cache
-        self._cache = made(layers=[_StepLayer(layer, self.rows, self.at, self.seen, self.counts) for layer in layers])
+        self._cache = OpaqueCache(
+            layers=[_StepLayer(layer, self.rows, self.at, self.seen, self.counts) for layer in layers]
+        )
         self._name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: torch.Tensor | None = None
@@ -223,19 +226,14 @@ class StaticDecoder:
                 if isinstance(full, torch.OutOfMemoryError):
                     full.add_note(MEMORY)
                     raise full from None
-                if isinstance(error, Uncompiled):
-                    raise self._refusal(error) from error
                 raise Unsupported(
                     f"no CUDA graph could be made of a step of {type(self.model).__name__} ({error}). "
                     "graph=False steps without one, and model.generate works"
                 ) from error
-        if self._graph is not None:
-            self._graph.replay()
+        if self._graph is None:
+            self._logits = self._run()
         else:
-            try:
-                self._logits = self._run()
-            except Uncompiled as error:
-                raise self._refusal(error) from error
+            self._graph.replay()
         self.steps += 1
         self._lengths = [length + 1 for length in self._lengths]
         self._settle()
@@ -264,16 +262,16 @@ class StaticDecoder:
 
     # inside
 
-    def _refusal(self, error: Uncompiled) -> Unsupported:
-        return Unsupported(
-            f"a step of {type(self.model).__name__} could not be compiled ({error}). compile=False steps without"
-        )
-
     def _run(self) -> torch.Tensor:
         """The step itself: device work alone, on tensors that stay where they are."""
         given = {"input_ids": self.ids, "position_ids": self.positions, self._name: self._cache}
-        with nullcontext() if self._compiled is None else self._compiled.within():
-            logits = self.model(**given, use_cache=True, return_dict=True).logits[:, -1]
+        try:
+            with nullcontext() if self._compiled is None else self._compiled.within():
+                logits = self.model(**given, use_cache=True, return_dict=True).logits[:, -1]
+        except Uncompiled as error:
+            raise Unsupported(
+                f"a step of {type(self.model).__name__} could not be compiled ({error}). compile=False steps without"
+            ) from error
         for count in (self.positions, self.at, self.seen):
             count += 1
         return logits
@@ -339,11 +337,11 @@ class StaticDecoder:
         ]
 
 
-def _compiled(model: PreTrainedModel) -> Compiled:
-    try:
-        return Compiled(model)
-    except ValueError as error:
-        raise Unsupported(f"compile=True: {error}") from None
+def _check_compiles(model: PreTrainedModel) -> None:
+    if not layers_of(model):
+        raise Unsupported(
+            f"compile=True: transformers marks no layers in {type(model).__name__} that could be compiled"
+        )
 
 
 def _check_room(layer: MemoryLayer, held: int, new: int) -> None:
@@ -398,7 +396,7 @@ def generate(
     if graph and model.device.type != "cuda":
         raise ValueError(f"graph=True needs CUDA, and the model is on {model.device}")
     if compile:
-        _compiled(model)
+        _check_compiles(model)
     steps = {"graph": graph, "compile": compile}
     # transformers keeps these two to its own loops
     streamer, tokenizer, strings = options.get("streamer"), options.pop("tokenizer", None), asked("stop_strings")

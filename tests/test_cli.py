@@ -198,6 +198,7 @@ def test_what_steps_cannot_do_names_the_other_loop(folder, tmp_path, monkeypatch
     prompt = ["generate", "--model", tmp_path / "beams", "--max-new-tokens", 2, TEXT[:40], "-o", "keep=1.0", "--json"]
     monkeypatch.setattr("longwave.cli.why_python", lambda *_: None)  # as if on CUDA
     assert "model.generate works: pass --no-graph" in refused(*prompt)
+    assert "leave out --compile" in refused(*prompt, "--compile")
     monkeypatch.undo()
     succeeds(*prompt, "--no-graph")
 

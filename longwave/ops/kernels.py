@@ -21,6 +21,11 @@ def choice() -> str:
     return value
 
 
+def wants_triton(device: torch.device) -> bool:
+    """Whether tensors on this device are Triton's, where it is installed and can."""
+    return choice() == "triton" or (choice() == "auto" and device.type == "cuda")
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current GPU, wherever its tensors lie: with layers on several GPUs, on the wrong one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

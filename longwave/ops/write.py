@@ -4,7 +4,7 @@ import importlib
 
 import torch
 
-from longwave.ops.kernels import choice
+from longwave.ops.kernels import choice, wants_triton
 
 
 def write_step(
@@ -20,12 +20,11 @@ def write_step(
     k_held, v_held [B, H, L, D]; k, v [B, H, 1, D] of the same dtype and device. rows int64 [B]: 0, 1, 2 ...; at int64
     [B], each at least 0 and below L. On CUDA one Triton launch, where Triton is installed; elsewhere plain torch.
     """
-    kernels = choice()
-    if kernels == "triton" or (kernels == "auto" and k.is_cuda):
+    if wants_triton(k.device):
         try:
             module = importlib.import_module("longwave.ops.write_triton")
         except ImportError:
-            if kernels == "triton":
+            if choice() == "triton":
                 raise
         else:
             module.write_step(k_held, v_held, k, v, at)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longwave.ops.kernels import choice, on_device
+from longwave.ops.kernels import choice, on_device, wants_triton
 from longwave.ops.spectral import cpu, reference
 from longwave.ops.spectral.basis import table
 from longwave.store.layout import Layout
@@ -77,8 +77,7 @@ class PageStore:
 
         rows: query rows a KV head; a block of a prompt has too many: it is made of products that torch does well.
         """
-        kernels = choice()
-        if kernels == "reference" or (kernels == "auto" and device.type != "cuda"):
+        if not wants_triton(device):
             return None
         try:
             module = importlib.import_module(f"longwave.ops.spectral.{name}")
@@ -91,7 +90,7 @@ class PageStore:
                 self._plans[name] = module.fits(self.layout) or module.plan(self.layout)
         if not isinstance(self._plans[name], str):
             return module
-        if kernels == "triton":
+        if choice() == "triton":
             raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the {cannot}: {self._plans[name]}")
         return None
 

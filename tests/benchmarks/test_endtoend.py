@@ -1,6 +1,5 @@
 """The whole end-to-end benchmark with a tiny model on a CPU: it must not fail first where time costs money."""
 
-import importlib.util
 import json
 
 import pytest
@@ -27,10 +26,6 @@ def test_the_largest_that_fits(limit, start):
 
 def test_everything_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(endtoend, "GATE_STEPS", 3)
-    if importlib.util.find_spec("longwave.decode") is None:  # not written yet
-        monkeypatch.setattr(
-            endtoend, "graph_decoder", lambda model, cache, steps, compile=False: endtoend.OrdinaryDecoder(model, cache)
-        )
     out = tmp_path / "endtoend.json"
     options = {"device": "cpu", "layers": 1, "contexts": 700, "batches": 1, "methods": "dense,b", "most": 2, "out": out}
     endtoend.main(["--tiny", *(f"--{name}={value}" for name, value in options.items())])

@@ -1000,9 +1000,8 @@ def _shares(costs: tuple[int, ...], n: int, most: float, least: int) -> tuple[fl
     each has. Once around: a few programs left over for a second time would take as long as all the others.
     """
     share, cap = np.float32(most / sum(costs)), -(-n // least)
-    own = tuple(
-        min(max(int(np.float32(cost) * share), 1), cap) for cost in costs
-    )  # to the last bit as `_programs` has it
+    # to the last bit as `_programs` has it
+    own = tuple(min(max(int(np.float32(cost) * share), 1), cap) for cost in costs)
     if len(set(own)) == 1 and n:  # kernels are told so: no more programs than the longest of them needs
         own = (-(-n // -(-n // own[0])),) * len(own)
     return float(share), cap, own

@@ -40,11 +40,13 @@ from transformers.cache_utils import CacheLayerMixin
 
 import longwave
 from benchmarks.kernels import SEGMENT, codes, described, folded, grouped, tidy
-from longwave.compiled import Compiled, OpaqueCache
 from longwave.decode import StaticDecoder
-from longwave.methods.segmented import LayerCodes, Segmented
+from longwave.decode.compiled import Compiled, OpaqueCache
+from longwave.methods.segmented import Segmented, SegmentedBound
 from longwave.ops.spectral import reference
 from longwave.ops.spectral.basis import table
+from longwave.plan.plan import LayerCodes
+from longwave.shape import CacheShape
 
 DTYPE = torch.bfloat16
 SINKS, WINDOW = 4, 256  # as `longwave.Fourier` has them
@@ -61,37 +63,27 @@ LLAMA = dict(
 TINY = dict(hidden_size=128, intermediate_size=256, num_attention_heads=16, vocab_size=1000)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Given(Segmented):
     """A layout of the kernel benchmark as a method."""
 
     name: ClassVar[str] = "given"
 
     title: str
-    layers: tuple[LayerCodes, ...]
-
-    @classmethod
-    def of(cls, title, layers):
-        found = codes(title)
-        order = torch.arange(128).expand(8, 128)
-        made = [LayerCodes(tuple(k), tuple(v), order, order) for k, v in found]
-        return cls(title, tuple(made[i % len(made)] for i in range(layers)))
-
-    def __str__(self):
-        return f"layout {self.title}"
 
     @property
     def dense_tokens(self):
         return SINKS, WINDOW, SEGMENT
 
-    def codes(self, position):
-        return self.layers[position]
+    def fits_budget(self):
+        return False
 
     def bind(self, shape, profile, budget):
-        return self
-
-    def least_budget(self, shape):
-        return 0.0
+        found = codes(self.title)
+        order = torch.arange(128).expand(8, 128)
+        made = [LayerCodes(tuple(k), tuple(v), order, order) for k, v in found]
+        plan = tuple(made[i % len(made)] for i in range(len(shape.memory_layers)))
+        return SegmentedBound(self, shape, budget, plan=plan, words=f"layout {self.title}")
 
 
 @torch.no_grad()
@@ -205,12 +197,12 @@ def random_layers(model, batch, context, seed):
 # longwave's memory
 
 
-def sample(model, method, position):
+def sample(model, bound, position):
     """16 pages of a layer, from random K and V; kept for the next cell."""
-    held = SAMPLES.setdefault((id(model), method.title), {})
+    held = SAMPLES.setdefault((id(model), bound.method.title), {})
     if position not in held:
         device = model.device
-        layout, states = method.layout(position, DTYPE), method.codes(position).states
+        layout, states = bound.layout(position), bound.plan[position].states
         for group in (*layout.k, *layout.v):
             group.heads, group.order = group.heads.to(device), group.order.to(device)
         g = torch.Generator(device).manual_seed(position)
@@ -226,15 +218,16 @@ SAMPLES = {}
 def filled(model, method, batch, context, seed):
     """A cache that stands for `context` tokens a row, without a prompt."""
     cache = longwave.cache(model, method)
+    bound = cache.method
     g = torch.Generator(model.device).manual_seed(seed)
-    middle = method.absorbed(context)
+    middle = bound.absorbed(context)
     shape = (2, batch, model.config.num_key_value_heads, context - middle, model.config.head_dim)
     for position, layer in enumerate(cache.memory_layers()):
         layer.write(*torch.randn(shape, generator=g, device=model.device, dtype=DTYPE))
         layer.dense.fit()
         if middle:
-            some, pages = sample(model, method, position), middle // SEGMENT
-            layer.store = method.new_store(position, batch, DTYPE, model.device)
+            some, pages = sample(model, bound, position), middle // SEGMENT
+            layer.store = bound.new_store(position, batch, model.device)
             which = torch.randint(16, (batch, pages), generator=g, device=model.device)
             layer.store.pages = some[which].view(torch.uint8)
             layer.store.counts = [pages] * batch
@@ -424,16 +417,17 @@ def capacity(model, methods, context, seed, most):
             start = 1
             if model.device.type == "cuda":  # a first guess spares the doubling from 1
                 layers = model.config.num_hidden_layers
-                row = 4096 * context * layers if method is None else filled_bytes(method, context)
+                row = 4096 * context * layers if method is None else filled_bytes(model, method, context)
                 start = max(1, int(0.5 * torch.cuda.mem_get_info()[0] / row))
             return {"batch": largest(fits, start, most)}
 
         yield {"part": "capacity", "method": name, "context": context}, cell
 
 
-def filled_bytes(method, context):
-    pages = method.absorbed(context) // SEGMENT
-    return sum(pages * method.layout(i, DTYPE).page_bytes for i in range(len(method.layers))) or 1
+def filled_bytes(model, method, context):
+    bound = method.bind(CacheShape.of(model.config, DTYPE), None, None)
+    pages = bound.absorbed(context) // SEGMENT
+    return sum(pages * bound.layout(i).page_bytes for i in range(len(bound.plan))) or 1
 
 
 def gate(model, method, seed, compile):
@@ -454,8 +448,7 @@ def gate(model, method, seed, compile):
             except RuntimeError as problem:  # `decode` leaves such a form out too
                 print(f"  {form}: {described(problem)}")
     else:
-        short = Given(method.title, method.layers[:2])
-        caches = [longwave.cache(model, short) for _ in range(2)]
+        caches = [longwave.cache(model, method) for _ in range(2)]
         for cache in caches:
             model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         ordinary = OrdinaryDecoder(model, caches[0])
@@ -506,7 +499,7 @@ def main(argv=None):
     if cuda and not torch.cuda.is_available():
         raise SystemExit("there is no NVIDIA GPU here; --device cpu --tiny --layers 1 shows that everything runs")
     names = args.methods.split(",")
-    methods = {name: None if name == "dense" else Given.of(name, args.layers) for name in names}
+    methods = {name: None if name == "dense" else Given(name) for name in names}
     about = {
         "device": torch.cuda.get_device_name() if cuda else "cpu", "torch": torch.__version__,
         "longwave": longwave.__version__, "seed": args.seed, "layers": args.layers, "tiny": args.tiny,
@@ -517,7 +510,7 @@ def main(argv=None):
     rows, right = [], {}
     for name in names:
         try:
-            error = gate(small, None if name == "dense" else Given.of(name, 2), args.seed, args.compile)
+            error = gate(small, None if name == "dense" else Given(name), args.seed, args.compile)
         except Exception as problem:
             rows.append({"part": "gate", "method": name, "error": described(problem)})
         else:

@@ -21,7 +21,7 @@ import longwave
 from longwave.evals.spec import parse_spec
 from longwave.methods import get_method
 from longwave.methods.base import CacheShape
-from longwave.profile import Profile
+from longwave.plan.profile import Profile
 
 HERE = Path(__file__).parents[1] / "docs" / "results" / "frontier"
 SHAPE = CacheShape(tuple(range(30)), (), 3, 64, torch.float16)  # SmolLM2-135M
@@ -29,8 +29,6 @@ FAMILIES = {  # name -> (style, which methods)
     "fourier": ("C0o-", lambda name, o: name == "fourier" and set(o) == {"budget"}),
     "uniform plan": ("C1s-", lambda name, o: o.get("plan") == "uniform"),
     "bits alone, planned": ("C2^-", lambda name, o: o.get("plan") == "bits"),
-    "states alone": ("C4v-", lambda name, o: "keep" in o),
-    "fourier, 4 states": ("C9d:", lambda name, o: "states" in o),
     "kivi": ("C3D-", lambda name, o: name == "kivi"),
     "fourier-paper": ("k*", lambda name, o: name == "fourier-paper"),
 }
@@ -40,11 +38,12 @@ def middle_ratio(spec, context):
     """Bytes of the compressed middle, metadata included, over those of the same tokens dense."""
     name, options = parse_spec(spec)
     budget = options.pop("budget", None)
-    folder = Path(longwave.__file__).parent / "profiles"
+    folder = Path(longwave.__file__).parent / "plan" / "profiles"
     profile = Profile.load(folder / ("smollm2-paper.json" if name == "fourier-paper" else "smollm2.json"))
-    method = get_method(name, **options).bind(SHAPE, profile, budget)
-    middle = method.absorbed(context)
-    held = sum(method._bytes(i, SHAPE, 0, middle) for i in SHAPE.memory_layers)
+    method = get_method(name, **options)
+    bound = method.bind(SHAPE, profile if method.uses_profile else None, budget)
+    middle = bound.absorbed(context)
+    held = sum(bound._bytes(i, 0, middle) for i in SHAPE.memory_layers)
     return held / (middle * SHAPE.token_bytes * len(SHAPE.memory_layers))
 
 
@@ -62,13 +61,16 @@ def read(paths):
 
 
 def family(spec):
+    """None for options that are gone: docs/results.md has what they gave, from samples that are still here."""
     name, options = parse_spec(spec)
-    return next(label for label, (_, belongs) in FAMILIES.items() if belongs(name, options))
+    return next((label for label, (_, belongs) in FAMILIES.items() if belongs(name, options)), None)
 
 
 def summary(rows):
     found = []
     for (spec, context), group in rows.items():
+        if family(spec) is None:
+            continue
         over = [row["metrics"]["loss"] - row["metrics"]["dense_loss"] for row in group]
         found.append(
             {

@@ -13,9 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from longwave.cli import load_model
-from longwave.console import show_table
-from longwave.evals.plan import evaluate, make_plan
+from longwave.cli.common import load_model
+from longwave.cli.console import show_table
+from longwave.evals.recipe import evaluate, make_recipe
 from longwave.evals.results import load
 from longwave.evals.summary import finite, line, task_of
 
@@ -23,18 +23,18 @@ HERE = Path(__file__).parent
 RELATIVE, NEEDLES, RATIO = 0.10, 17.0, 0.005  # of a divergence; of 100, one needle of six; of a bytes ratio
 
 
-def measure(recipe):
+def measure(file):
     """{task: {method: {"value", "ratio"}}} of a fresh run."""
     with tempfile.TemporaryDirectory() as folder:
-        plan = make_plan(recipe, out=Path(folder) / "gate")
+        recipe = make_recipe(file, out=Path(folder) / "gate")
         evaluate(
-            plan, load_model, "make quality", lambda done, total: print(f"\r{done}/{total}", end="", file=sys.stderr)
+            recipe, load_model, "make quality", lambda done, total: print(f"\r{done}/{total}", end="", file=sys.stderr)
         )
         print(file=sys.stderr)
-        loaded = load(plan.out)
+        loaded = load(recipe.out)
     found = {}
-    for label in plan.tasks:
-        for method in plan.methods:
+    for label in recipe.tasks:
+        for method in recipe.methods:
             rows = [row for row in loaded.rows if (row["task"], row["method"]) == (label, method)]
             bad = sum(not finite(row) for row in rows)
             if bad:

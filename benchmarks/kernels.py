@@ -31,8 +31,8 @@ from longwave.methods.base import CacheShape
 from longwave.ops.spectral import reference
 from longwave.ops.spectral import triton as kernel
 from longwave.ops.spectral.basis import table
-from longwave.profile import Profile
-from longwave.store.layout import Code, Layout
+from longwave.ops.spectral.layout import Code, Layout
+from longwave.plan.profile import Profile
 
 HEADS, GROUP, DIM, SEGMENT, DTYPE = 8, 4, 128, 128, torch.bfloat16
 CASES = "1x8192,1x32768,1x131072,8x32768,16x32768"
@@ -50,9 +50,8 @@ def codes(name):
     if name != "b":
         raise ValueError(f"layouts are a and b, got {name!r}")
     small = CacheShape(tuple(range(30)), (), 3, 64, torch.float16)
-    profile = Profile.load(Path(longwave.__file__).parent / "profiles" / "smollm2.json")
-    method = get_method("fourier").bind(small, profile, 0.15625)
-    planned = [method.codes(position) for position in range(30)]
+    profile = Profile.load(Path(longwave.__file__).parent / "plan" / "profiles" / "smollm2.json")
+    planned = get_method("fourier").bind(small, profile, 0.15625).plan
     return [tuple([wider(side[i % 3]) for i in range(HEADS)] for side in (layer.k, layer.v)) for layer in planned]
 
 
@@ -70,7 +69,7 @@ def wider(code):
 
 
 class Source:
-    """What all inputs of a layer have in common, made once: its layout, the kernel's plan, 16 pages to draw from."""
+    """What all inputs of a layer have in common, made once: its layout, the kernel's tables, 16 pages to draw from."""
 
     def __init__(self, layout, seed):
         g = torch.Generator(DEVICE).manual_seed(seed)
@@ -81,7 +80,7 @@ class Source:
         sample = torch.randn(2, 1, HEADS, 16 * SEGMENT, DIM, generator=g, device=DEVICE).to(DTYPE)
         some = reference.encode(layout, sample[0], sample[1], self.basis)[0]
         self.some = some.view(torch.int64)  # drawing eight bytes at a time is faster
-        self.plan = kernel.plan(layout)
+        self.tables = kernel.tables_of(layout)
 
     def nbytes(self, batch, context):
         """Of one input."""
@@ -107,7 +106,7 @@ class Input:
 
     def attend(self):
         args = (self.pages, self.counts, self.source.basis, self.q, DIM**-0.5, self.k, self.v, self.seen)
-        return kernel.attend(self.source.plan, *args)
+        return kernel.attend(self.source.tables, *args)
 
     def rebuild(self):
         """K and V of all pages made again in plain torch, then full attention."""

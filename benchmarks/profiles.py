@@ -11,12 +11,12 @@ from pathlib import Path
 
 import longwave
 from benchmarks.texts import calibration_texts
-from longwave.calibrate import calibrate
+from longwave.plan.calibrate import calibrate
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path(longwave.__file__).parent / "profiles")
+    parser.add_argument("--out", type=Path, default=Path(longwave.__file__).parent / "plan" / "profiles")
     parser.add_argument("--windows", type=int, default=30)
     parser.add_argument("--scored", type=int, default=256)
     parser.add_argument("--batch", type=int, default=15)
@@ -25,7 +25,7 @@ if __name__ == "__main__":
     model, tokenizer = longwave.load("smollm2")
     model.to(args.device)
     texts = list(calibration_texts().values())
-    for name, method in {"smollm2": longwave.Fourier(), "smollm2-paper": longwave.Fourier.paper()}.items():
+    for name, method in {"smollm2": longwave.Fourier(), "smollm2-paper": longwave.FourierPaper()}.items():
         if args.only not in (None, name):
             continue
         began = time.perf_counter()
@@ -34,8 +34,8 @@ if __name__ == "__main__":
             tokenizer,
             texts,
             method,
-            tokens=3072 if method.keep is None else 4096,
-            windows=args.windows if method.keep is None else 12,
+            tokens=3072 if name == "smollm2" else 4096,
+            windows=args.windows if name == "smollm2" else 12,
             scored=args.scored,
             batch=args.batch,
             partial=args.out / f"{name}.json.part",

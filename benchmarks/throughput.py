@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from longwave.cli import load_model
-from longwave.evals.plan import Plan, evaluate
+from longwave.cli.common import load_model
+from longwave.evals.recipe import Recipe, evaluate
 from longwave.evals.results import load
 
 METHODS = ("dense", "fourier:budget=0.25")
@@ -55,11 +55,11 @@ def main():
     measured = []
     for batch in (2, args.batch, 1):  # the first is not counted: it warms up
         with tempfile.TemporaryDirectory() as folder:
-            plan = Plan(Path(folder) / "run", METHODS, (task,), batch=batch, batch_tokens=args.batch_tokens)
+            recipe = Recipe(Path(folder) / "run", METHODS, (task,), batch=batch, batch_tokens=args.batch_tokens)
             spent[0], began = 0.0, time.perf_counter()
-            evaluate(plan, lambda *_: (model, tokenizer))
+            evaluate(recipe, lambda *_: (model, tokenizer))
             seconds = time.perf_counter() - began
-            rows = load(plan.out).rows
+            rows = load(recipe.out).rows
         measured.append(
             {"batch": batch, "samples": len(rows), "seconds": seconds, "model_share": spent[0] / seconds}
             | {"scores": {name: sum(r["score"] for r in rows if r["method"] == name) for name in METHODS}}

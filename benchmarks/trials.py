@@ -21,13 +21,12 @@ import torch
 
 import longwave
 from benchmarks.texts import calibration_texts
-from longwave.cache import MemoryLayer
 from longwave.evals.fork import prefill
-from longwave.methods.dense import Dense
-from longwave.ops.attention import group_heads
+from longwave.frame import MemoryLayer, Needs, assemble
+from longwave.ops.attention.reference import group_heads
 from longwave.ops.codes import quantize, rotation
 from longwave.ops.spectral.basis import table
-from longwave.recall import windows
+from longwave.plan.recall import windows
 
 SINKS, WINDOW, SEGMENT, CONTEXT, SCORED = 4, 256, 128, 2820, 256
 MIDDLE = slice(SINKS, CONTEXT - WINDOW)
@@ -38,15 +37,10 @@ NOISE = {0: 1.0, 1: 0.363, 2: 0.1188, 3: 0.0374, 4: 0.0115, 5: 0.0035, 6: 0.0010
 class Watched(MemoryLayer):
     """A dense layer that remembers the second moment of the queries it answered: [H, D, D]."""
 
-    def attend(self, q, scaling, causal=True, mask=None):
-        grouped = group_heads(q, self.dense.view()[0].shape[1])
+    def attend(self, p):
+        grouped = group_heads(p.q, self.dense.view()[0].shape[1])
         self.moment = torch.einsum("bhqd,bhqe->hde", grouped, grouped) / (grouped.shape[0] * grouped.shape[2])
-        return super().attend(q, scaling, causal, mask)
-
-
-class Watching(Dense):
-    def layer(self, index, shape):
-        return Watched(index)
+        return super().attend(p)
 
 
 class Bench:
@@ -63,7 +57,7 @@ class Bench:
 
     @torch.no_grad()
     def read(self, kv):
-        memory = longwave.cache(self.model, Watching())
+        memory = assemble(self.model, Watched, Needs(), "dense")
         for layer, (k, v) in zip(memory.memory_layers(), kv, strict=True):
             layer.write(k, v)
             layer.settle()

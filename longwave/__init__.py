@@ -1,23 +1,86 @@
 """longwave: a Hugging Face language model reads a long context inside a memory budget that you name."""
 
-from longwave.build import cache
-from longwave.cache import LongCache, MemoryLayer
-from longwave.decode import StaticDecoder, generate
-from longwave.methods import Dense, Fourier, Kivi
-from longwave.models import load
-from longwave.profile import Profile
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longwave.build import cache
+    from longwave.decode import StaticDecoder, generate
+    from longwave.frame import LongCache, MemoryLayer
+    from longwave.methods import (
+        H2O,
+        Bound,
+        Dense,
+        Evicting,
+        Fourier,
+        FourierPaper,
+        Kivi,
+        Method,
+        Quest,
+        Segmented,
+        Selecting,
+        SnapKV,
+        Streaming,
+        register,
+    )
+    from longwave.models import load
+    from longwave.plan.profile import Profile
 
 __version__ = "0.1.0"
+
+# where a public name comes from: imported when it is first used, so that `import longwave` costs nothing
+_HOMES = {
+    "cache": "longwave.build",
+    "StaticDecoder": "longwave.decode",
+    "generate": "longwave.decode",
+    "LongCache": "longwave.frame",
+    "MemoryLayer": "longwave.frame",
+    "load": "longwave.models",
+    "Profile": "longwave.plan.profile",
+    **dict.fromkeys(
+        (
+            "Bound", "Dense", "Evicting", "Fourier", "FourierPaper", "H2O", "Kivi", "Method", "Quest", "Segmented",
+            "Selecting", "SnapKV", "Streaming", "register",
+        ),
+        "longwave.methods",
+    ),
+}  # fmt: skip
+
 __all__ = [
+    "H2O",
+    "Bound",
     "Dense",
+    "Evicting",
     "Fourier",
+    "FourierPaper",
     "Kivi",
     "LongCache",
     "MemoryLayer",
+    "Method",
     "Profile",
+    "Quest",
+    "Segmented",
+    "Selecting",
+    "SnapKV",
     "StaticDecoder",
+    "Streaming",
     "__version__",
     "cache",
     "generate",
     "load",
+    "register",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

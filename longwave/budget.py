@@ -7,8 +7,9 @@ sequence it is built for.
 import math
 import re
 
-from longwave.methods.base import CacheShape, Method
-from longwave.profile import Profile
+from longwave.methods.base import Bound, Method
+from longwave.plan.profile import Profile
+from longwave.shape import CacheShape
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -45,18 +46,18 @@ def human(size: int) -> str:
 
 def bind_to_size(
     method: Method, shape: CacheShape, profile: Profile | None, size: int, tokens: int, batch: int
-) -> Method:
-    """`method` with the largest fraction whose peak for `batch` rows of `tokens` stays within `size` bytes."""
+) -> Bound:
+    """`method` bound to the largest fraction whose peak for `batch` rows of `tokens` stays within `size` bytes."""
 
-    def bound(fraction: float | None) -> tuple[Method, int]:
+    def bound(fraction: float | None) -> tuple[Bound, int]:
         candidate = method.bind(shape, profile, fraction)
-        return candidate, candidate.peak_bytes(shape, tokens, batch)
+        return candidate, candidate.peak_bytes(tokens, batch)
 
     where = f"{batch} x {tokens:,} tokens"
     if not method.fits_budget():
         candidate, needed = bound(None)
         if needed > size:
-            raise ValueError(f"{method} holds {human(needed)} for {where}, more than the budget of {human(size)}")
+            raise ValueError(f"{candidate} holds {human(needed)} for {where}, more than the budget of {human(size)}")
         return candidate
     whole, needed = bound(1.0)  # first, since it needs no profile
     if needed <= size:

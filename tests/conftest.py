@@ -23,8 +23,10 @@ from transformers import (
 )
 
 import longwave
+from longwave.frame import Pass
 from longwave.methods.base import CacheShape
 from longwave.plan import KEY_OPTIONS, VALUE_OPTIONS
+from longwave.plan.profile import Sensitivity
 
 DATA = Path(os.environ.get("LONGWAVE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 VOCABULARY = 97
@@ -87,8 +89,19 @@ def random_profile(model, seed=0):
         for options in (KEY_OPTIONS, KEY_OPTIONS, VALUE_OPTIONS, VALUE_OPTIONS)
     ]
     about = {"k_options": list(KEY_OPTIONS), "v_options": list(VALUE_OPTIONS)}
-    measured = longwave.profile.Sensitivity(about, *costs, torch.rand(size, generator=generator))
+    measured = Sensitivity(about, *costs, torch.rand(size, generator=generator))
     return longwave.Profile({}, {}, {}, *errors, measured)
+
+
+def ask(layer, q, scaling, causal=True, k=None, v=None, valid=None):
+    """What a memory layer answers to queries [batch, query_heads, n, head_dim] of its last n tokens, written already.
+
+    k, v: of those tokens, for layers that look at them. valid: as they were written.
+    """
+    none = q.new_empty(q.shape[0], layer.dense.k.shape[1], q.shape[2], q.shape[3])
+    phase = "prompt" if layer._fresh else "step" if q.shape[2] == 1 else "chunk"
+    k, v = (none if x is None else x for x in (k, v))
+    return layer.attend(Pass(q, k, v, scaling, causal=causal, valid=valid, phase=phase))
 
 
 def tokens(batch, length, seed=1):

@@ -1,24 +1,71 @@
-"""Every method, in a form that changes nothing, for the shared contract in test_matrix.py.
+"""Every method, for the shared contracts: IDENTITY changes nothing (test_matrix.py), LOSSY does (test_lossy.py).
 
-A new method adds a line: its name and a function from a model to an empty cache with the budget at 1.
+A new method adds a line to each: its name and a function from a model to an empty cache.
 """
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import longwave
 from tests.conftest import random_profile
+from tests.explicit import Explicit
 
+ENDS = dict(sinks=2, window=8)
+
+
+@dataclass(frozen=True)
+class Often(longwave.SnapKV):
+    """snapkv that chooses every few steps, so that short tests see it."""
+
+    every: ClassVar[int] = 8
+
+
+# budget 1: nothing is dropped or compressed
 IDENTITY = {
     "dense": lambda model: longwave.cache(model, "dense"),
     # all channels kept: segments are cut, nothing is projected
-    "fourier-kept": lambda model: longwave.cache(
-        model, longwave.Fourier(keep=1.0, states=2, segment=8, sinks=2, window=8)
-    ),
+    "pages-kept": lambda model: longwave.cache(model, Explicit(keep=1.0, states=2, segment=8, **ENDS)),
     # nothing kept, as many states as tokens: every channel goes through the basis and comes back whole
-    "fourier-states": lambda model: longwave.cache(
-        model, longwave.Fourier(keep=0.0, states=7, segment=7, sinks=3, window=5)
-    ),
+    "pages-states": lambda model: longwave.cache(model, Explicit(keep=0.0, states=7, segment=7, sinks=3, window=5)),
     # a plan that can afford everything
     "fourier-planned": lambda model: longwave.cache(
-        model, longwave.Fourier(segment=8, sinks=2, window=8), budget=1.0, profile=random_profile(model)
+        model, longwave.Fourier(segment=8, **ENDS), budget=1.0, profile=random_profile(model)
     ),
-    "kivi": lambda model: longwave.cache(model, longwave.Kivi(group=8, sinks=2, window=8), budget=1.0),
+    "kivi": lambda model: longwave.cache(model, longwave.Kivi(group=8, **ENDS), budget=1.0),
+    "streaming": lambda model: longwave.cache(model, longwave.Streaming(**ENDS), budget=1.0),
+    # keys are turned back and forth, and none of them ever goes
+    "streaming-slots": lambda model: longwave.cache(model, longwave.Streaming(tokens=4096, positions="slots", **ENDS)),
+    "snapkv": lambda model: longwave.cache(model, longwave.SnapKV(**ENDS), budget=1.0),
+    # the window votes, and every token of a span goes into its page
+    "snapkv-pages": lambda model: longwave.cache(
+        model, longwave.SnapKV(store=longwave.Kivi(group=8), store_budget=1.0, **ENDS), budget=1.0
+    ),
+    "h2o": lambda model: longwave.cache(model, longwave.H2O(**ENDS), budget=1.0),
+    "quest": lambda model: longwave.cache(model, longwave.Quest(full_layers=0, chunk=8, **ENDS), budget=1.0),
+    # chunks are chosen and gathered, and the window makes them all
+    "quest-gathers": lambda model: longwave.cache(
+        model, longwave.Quest(full_layers=0, chunk=7, sinks=2, window=4096), budget=0.5
+    ),
+}
+
+# budgets that bite after a few dozen tokens
+LOSSY = {
+    "kivi": lambda model: longwave.cache(model, longwave.Kivi(bits=4, group=8, sinks=3, window=5)),
+    "pages-values": lambda model: longwave.cache(
+        model, Explicit(keep=0.5, states=2, segment=8, **ENDS), profile=random_profile(model)
+    ),
+    "fourier": lambda model: longwave.cache(
+        model, longwave.Fourier(segment=8, **ENDS), budget=0.5, profile=random_profile(model)
+    ),
+    "fourier-paper": lambda model: longwave.cache(
+        model, longwave.FourierPaper(keep=0.5, states=4, reserve=16, **ENDS), profile=random_profile(model)
+    ),
+    "streaming": lambda model: longwave.cache(model, longwave.Streaming(**ENDS), budget=0.3),
+    "streaming-slots": lambda model: longwave.cache(model, longwave.Streaming(tokens=24, positions="slots", **ENDS)),
+    "snapkv": lambda model: longwave.cache(model, Often(**ENDS), budget=0.3),
+    "snapkv-pages": lambda model: longwave.cache(
+        model, longwave.SnapKV(store=longwave.Kivi(bits=4, group=8), **ENDS), budget=0.06
+    ),
+    "h2o": lambda model: longwave.cache(model, longwave.H2O(**ENDS), budget=0.3),
+    "quest": lambda model: longwave.cache(model, longwave.Quest(full_layers=0, chunk=4, **ENDS), budget=0.3),
 }

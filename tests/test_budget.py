@@ -1,15 +1,17 @@
 import re
 import warnings
+from collections import Counter
 
 import pytest
 import torch
 
 import longwave
 from longwave.budget import human, parse_budget
-from tests.conftest import random_profile, shape_of
+from longwave.plan import plan, planner
+from tests.conftest import random_profile, shape_of, tokens
 
-SEGMENTS = longwave.Fourier(segment=16, states=2, sinks=2, window=16)
-PERIOD = longwave.Fourier(keep=0.3, segment=None, basis="dft", gain="max", states=8, sinks=2, window=16, reserve=32)
+SEGMENTS = longwave.Fourier(segment=16, sinks=2, window=16)
+PERIOD = longwave.FourierPaper(keep=0.3, states=8, sinks=2, window=16, reserve=32)
 LONGEST = 300
 
 
@@ -27,8 +29,9 @@ def fill(memory, lengths, batch=1):
         yield memory.report().nbytes
 
 
-def build(model, method, budget, max_tokens=LONGEST, **options):
-    return longwave.cache(model, method, budget, random_profile(model), max_tokens=max_tokens, **options)
+def build(model, method, budget, max_tokens=LONGEST, profile=True, **options):
+    profile = random_profile(model) if profile else None
+    return longwave.cache(model, method, budget, profile, max_tokens=max_tokens, **options)
 
 
 def smallest(model, method, **options):
@@ -98,7 +101,7 @@ def test_size_is_never_exceeded(llama, step, over):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_size_covers_one_period(llama, step):
-    size = PERIOD.bind(shape_of(llama), random_profile(llama), None).peak_bytes(shape_of(llama), LONGEST)
+    size = PERIOD.bind(shape_of(llama), random_profile(llama), None).peak_bytes(LONGEST)
     memory = build(llama, PERIOD, f"{size}B")
     assert max(fill(memory, [*range(step, LONGEST, step), LONGEST])) <= size
 
@@ -113,9 +116,71 @@ def test_size_is_never_exceeded_whatever_the_length(llama, longest):
 @pytest.mark.parametrize("longest", [17, 18, 81, 82, 145, 146, 200])
 def test_size_covers_the_open_segment_on_the_way(llama, longest):
     """A segment that closes gives memory back, so the last length is not always the largest."""
-    long = longwave.Fourier(segment=64, states=2, sinks=2, window=16)
+    long = longwave.Fourier(segment=64, sinks=2, window=16)
     size = smallest(llama, long, max_tokens=longest) + 3_000
     assert max(fill(build(llama, long, f"{size}B", longest), range(1, longest + 1))) <= size
+
+
+@pytest.mark.parametrize("turn", [1, 50])
+def test_size_covers_what_a_turn_unpacks(llama, turn):
+    """More than EXPAND query rows over pages unpack a row of a layer, beside all that is held."""
+    size = smallest(llama, SEGMENTS, batch=2) + 3_000
+    memory = build(llama, SEGMENTS, f"{size}B", batch=2)
+    with torch.no_grad():
+        for start, count in ((0, 250), *((at, turn) for at in range(250, LONGEST, turn))):
+            llama(tokens(2, count, seed=start), past_key_values=memory)
+            report = memory.report()
+            assert report.nbytes + report.scratch <= size
+    assert (report.scratch > 0) == (turn > 1)
+
+
+@pytest.mark.parametrize("kind", ["measured", "uniform", "bits"])
+def test_a_size_plans_no_more_than_a_fraction(llama, monkeypatch, kind):
+    """It may take three times as long to build, so counted in work: options are costed and put in order once."""
+    counts = Counter()
+
+    def counted(owner, name):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, **b: counts.update([name]) or plain(*a, **b))
+
+    for name in ("units", "lower_hull", "key_code", "value_code"):
+        counted(planner, name)
+    counted(planner.Menu, "__init__")
+    spent = []
+    for budget, longest in ((0.7, None), ("100KB", LONGEST)):
+        planner._menu.cache_clear()
+        counts.clear()
+        build(llama, longwave.Fourier(plan=kind, segment=16, sinks=2, window=16), budget, longest)
+        assert counts["units"] == 3  # a layer each
+        assert counts.pop("__init__") == 1
+        spent.append(dict(counts))
+    assert spent[0] == spent[1]
+
+
+def test_a_size_lays_out_no_more_pages_than_there_are_codes(llama):
+    plan._sizes.cache_clear()
+    build(llama, longwave.Kivi(group=8, sinks=2, window=16), "100KB", profile=None)
+    assert plan._sizes.cache_info().misses <= 8  # pairs of bits
+    plan._sizes.cache_clear()
+    build(llama, SEGMENTS, "100KB")
+    assert plan._sizes.cache_info().misses <= 3 * 26  # layers, and what the search binds
+
+
+def test_a_size_binds_no_more_than_it_needs(llama, monkeypatch):
+    bound, plain = [], longwave.Fourier.bind
+
+    def bind(self, shape, profile, budget):
+        bound.append(budget)
+        return plain(self, shape, profile, budget)
+
+    monkeypatch.setattr(longwave.Fourier, "bind", bind)
+    build(llama, SEGMENTS, "10MB")
+    assert bound == [1.0]
+    bound.clear()
+    build(llama, SEGMENTS, "100KB")
+    assert bound[0] == 1.0
+    assert len(bound) <= 26
+    assert len(set(bound)) == len(bound)
 
 
 def test_size_covers_all_rows(llama):
@@ -136,8 +201,8 @@ def test_size_takes_the_most_that_fits(llama, over):
     size = smallest(llama, SEGMENTS) + over
     shape, profile = shape_of(llama), random_profile(llama)
     plans = [SEGMENTS.bind(shape, profile, fraction / 64) for fraction in range(4, 65)]
-    fitting = [plan.page_fraction(shape) for plan in plans if plan.peak_bytes(shape, LONGEST) <= size]
-    assert build(llama, SEGMENTS, f"{size}B").method.page_fraction(shape) >= fitting[-1]
+    fitting = [plan.page_fraction() for plan in plans if plan.peak_bytes(LONGEST) <= size]
+    assert build(llama, SEGMENTS, f"{size}B").method.page_fraction() >= fitting[-1]
 
 
 def test_smallest_size_named_is_the_smallest(llama):
@@ -151,7 +216,7 @@ def test_size_that_holds_everything_needs_no_profile(llama):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         memory = longwave.cache(llama, SEGMENTS, "10MB")
-    assert memory.method.page_fraction(shape_of(llama)) == 1
+    assert memory.method.page_fraction() == 1
 
 
 def test_default_length_is_the_models_context(llama):
@@ -182,10 +247,16 @@ def test_size_needs_a_length(llama, monkeypatch):
     assert longwave.cache(llama, SEGMENTS, "1MB", random_profile(llama), max_tokens=100)
 
 
-@pytest.mark.parametrize(("budget", "longest"), [(None, 100), (0.5, 100), ("1MB", 0), ("1MB", -5)])
-def test_length_belongs_to_a_size(llama, budget, longest):
-    with pytest.raises(ValueError, match="max_tokens is at least 1 and goes with a budget given as a size"):
-        build(llama, SEGMENTS, budget, longest)
+@pytest.mark.parametrize("budget", [None, 0.5])
+def test_length_belongs_to_a_size(llama, budget):
+    with pytest.raises(ValueError, match=r"max_tokens .*goes with a budget given as a size"):
+        build(llama, SEGMENTS, budget, 100)
+
+
+@pytest.mark.parametrize("longest", [0, -5, 1.5, True])
+def test_lengths_that_cannot_be(llama, longest):
+    with pytest.raises(ValueError, match=f"max_tokens is a whole number of tokens, at least 1; got {longest}"):
+        build(llama, SEGMENTS, "1MB", longest)
 
 
 @pytest.mark.parametrize("fraction", [0.0625, 0.13, 0.3, 0.5, 0.77, 0.999, 1.0])
@@ -199,20 +270,14 @@ def test_fraction_bounds_what_more_context_costs(llama, fraction):
 
 
 def test_fraction_below_the_smallest_plan_is_refused(llama):
-    # of 1,024 bytes a head and segment: two int8 coefficients of 8 channels, and their gains, for K and for V
+    # of 1,024 bytes a head and segment: an int8 mean of 8 channels and its gain, for K and V, each in 16 bytes
     with pytest.raises(ValueError, match=r"0.062 is less than fourier can do.* takes 0.0625"):
         longwave.cache(llama, SEGMENTS, 0.062, random_profile(llama))
 
 
-@pytest.mark.parametrize("keep", [0.3, (0.2, 0.4), "paper"])
-def test_fraction_and_keep_exclude_each_other(llama, keep):
-    with pytest.raises(ValueError, match="a budget or keep, not both"):
-        longwave.cache(llama, "fourier", 0.5, random_profile(llama), keep=keep)
-
-
-def test_size_only_checks_a_method_with_keep(llama):
-    method = longwave.Fourier(keep=0.5, segment=16, states=2, sinks=2, window=16)
-    peak = method.bind(shape_of(llama), random_profile(llama), None).peak_bytes(shape_of(llama), LONGEST)
+def test_size_only_checks_a_method_that_takes_no_budget(llama):
+    method = longwave.FourierPaper(keep=0.5, states=8, sinks=2, window=16)
+    peak = method.bind(shape_of(llama), random_profile(llama), None).peak_bytes(LONGEST)
     assert share_kept(build(llama, method, f"{peak}B")) == 0.5
     with pytest.raises(ValueError, match=r"more than the budget"):
         build(llama, method, f"{peak - 1}B")

@@ -17,11 +17,11 @@ def test_recorded_numbers_are_inside_their_own_bands():
 
 
 def test_every_method_of_the_recipe_is_recorded():
-    from longwave.evals.plan import make_plan
+    from longwave.evals.recipe import make_recipe
 
-    plan = make_plan(gate.HERE / "gate.yaml", out="unused")
-    assert set(RECORDED) == set(plan.tasks)
-    assert all(set(methods) == set(plan.methods) for methods in RECORDED.values())
+    recipe = make_recipe(gate.HERE / "gate.yaml", out="unused")
+    assert set(RECORDED) == set(recipe.tasks)
+    assert all(set(methods) == set(recipe.methods) for methods in RECORDED.values())
 
 
 @pytest.mark.parametrize("task", RECORDED)

@@ -20,7 +20,7 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(params=["dense", "fourier-states"])
+@pytest.fixture(params=["dense", "pages-states"])
 def make(request):
     return IDENTITY[request.param]
 
@@ -158,14 +158,10 @@ def test_baseline_direction_of_the_gain(smollm2, real_text):
     model, tokenizer = smollm2
     ids = tokenizer(real_text[:30_000], return_tensors="pt", verbose=False).input_ids[:, :4201]
     dense = prefill(model, ids[:, :4000])
-    paper = longwave.Fourier.paper()
-    plain = longwave.Fourier(
-        **{name: getattr(paper, name) for name in ("keep", "states", "segment", "sinks", "window", "basis", "quota")}
-    )
-    profile = longwave.cache(model, paper).method  # bound: the same channels for both
+    kept = longwave.cache(model, "fourier-paper").method.kept[7]  # the same channels for both
     losses = {}
-    for name, method in {"gain": paper, "plain": plain}.items():
-        memory = fork(dense, longwave.cache(model, method))
-        assert all(torch.equal(a, b) for a, b in zip(memory.method.kept[7], profile.kept[7], strict=True))
+    for name, stretch in {"gain": True, "plain": False}.items():
+        memory = fork(dense, longwave.cache(model, "fourier-paper", stretch=stretch))
+        assert all(torch.equal(a, b) for a, b in zip(memory.method.kept[7], kept, strict=True))
         losses[name] = score(model, memory, ids[:, 4000:]).loss
     assert losses["gain"] > losses["plain"]

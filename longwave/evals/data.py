@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from longwave.checks import parse_json, read_text, whole
 
 FORMATS = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
@@ -63,13 +64,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text") from None
     if name.endswith(".json"):
-        try:
-            whole = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{error.lineno} is not JSON: {error.msg}") from None
-        if not isinstance(whole, list) or not all(isinstance(item, dict) for item in whole):
+        records = parse_json(text, path)
+        if not isinstance(records, list) or not all(isinstance(item, dict) for item in records):
             raise ValueError(f"{path} is not a list of records")
-        return whole
+        return records
     return list(json_lines(path, text))
 
 
@@ -78,31 +76,56 @@ def json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: records may hold other line separators
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is not JSON: {error.msg}") from None
+        record = parse_json(line, path, number)
         if not isinstance(record, dict):
             raise ValueError(f"{path}:{number} is not a record but {type(record).__name__}")
         yield record
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object."""
-    try:
-        whole = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno} is not JSON: {error.msg}") from None
-    if not isinstance(whole, dict):
-        raise ValueError(f"{path} holds a {type(whole).__name__}, not an object")
-    return whole
-
-
-def field(record: dict[str, Any], name: str, where: str) -> Any:
+def field(record: Any, name: str, where: object) -> Any:
     """A field that a record must have."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} has no field {name!r}: it is {record!r}"[:200])
     if name not in record:
-        raise ValueError(f"{where} has no field {name!r}; it has {', '.join(record) or 'none'}")
+        raise ValueError(f"{where} has no field {name!r}; it has {', '.join(map(str, record)) or 'none'}")
     return record[name]
+
+
+def text_field(record: Any, name: str, where: object) -> str:
+    """A field that must be a text."""
+    value = field(record, name, where)
+    if not isinstance(value, str):
+        raise ValueError(f"{where} has {name} {value!r}, which is not a text")
+    return value
+
+
+def list_field(record: Any, name: str, where: object) -> list[str]:
+    """A field that must be a list of something, as texts."""
+    value = field(record, name, where)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{where} has {name} {value!r}, which is not a list of texts")
+    return [str(item) for item in value]
+
+
+def count_field(record: Any, name: str, where: object) -> int:
+    """A field that must be a number of tokens or the like."""
+    return whole(f"{name} in {where}", field(record, name, where), 1)
+
+
+def halves(template: str, place: str, where: object) -> tuple[str, str]:
+    """What a template says before and after the one place of its long text."""
+    if template.count(place) != 1:
+        raise ValueError(f"{where} has {template.count(place)} places for {place}, not one: {template[:60]!r}")
+    before, _, after = template.partition(place)
+    return before, after
+
+
+def fill(template: str, where: object, **values: Any) -> str:
+    """A template with its places filled."""
+    try:
+        return template.format(**values)
+    except (LookupError, AttributeError, ValueError) as error:
+        raise ValueError(f"{where} has a place that nothing fills ({error}): {template[:60]!r}") from None
 
 
 def haystack(name: str, folder: Path | None) -> str:
@@ -116,13 +139,6 @@ def haystack(name: str, folder: Path | None) -> str:
     if not path.is_file():
         raise ValueError(f'haystack is "essays", "pydoc" or a file; there is no file {name!r}')
     return read_text(path)
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
 
 
 def pydoc_haystack() -> str:

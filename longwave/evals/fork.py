@@ -1,16 +1,18 @@
 """One prompt, many methods: read it once into a dense cache, then give every method a cache of its own.
 
 This is exact. A prompt given in one call is read with full attention by every method and compressed afterwards, so
-the K and V that a method compresses are the dense ones.
+the K and V that a method compresses are the dense ones. What a method needs to see of the prompt beside them (queries,
+attention) is observed while it is read, and handed on.
 """
 
-from collections.abc import Sequence
+import functools
+import operator
+from collections.abc import Iterable, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from longwave.build import cache
-from longwave.cache import LongCache, MemoryLayer
+from longwave.frame import LongCache, MemoryLayer, Needs, observing
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,9 +38,16 @@ def read(model: PreTrainedModel, memory: LongCache, ids: torch.Tensor, mask: tor
     model(ids.to(model.device), past_key_values=memory, use_cache=True, logits_to_keep=1, **extra)
 
 
-def prefill(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None) -> LongCache:
-    """A dense cache that has read ids [batch, tokens]."""
-    memory = cache(model, "dense")
+def needs_of(memories: Iterable[LongCache]) -> Needs:
+    """What the methods of empty caches need to see of a prompt that is read for all of them."""
+    return functools.reduce(operator.or_, (memory.method.needs for memory in memories), Needs())
+
+
+def prefill(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None, needs: Needs | None = None
+) -> LongCache:
+    """A dense cache that has read ids [batch, tokens], and observed what `needs` says."""
+    memory = observing(model, needs or Needs())
     read(model, memory, ids, mask)
     return memory
 
@@ -54,10 +63,5 @@ def fork(dense: LongCache, empty: LongCache) -> LongCache:
     if not (can_fork(dense) and can_fork(empty)):
         raise NotImplementedError("only caches without sliding layers can be forked")
     for source, target in zip(dense.layers, empty.layers, strict=True):
-        k, v = source.materialize()
-        valid = None
-        if len(set(source.rows)) > 1:
-            valid = torch.arange(k.shape[2], device=k.device) < torch.tensor(source.rows, device=k.device)[:, None]
-        target.write(k, v, valid)
-        target.settle()
+        target.adopt(source)
     return empty

@@ -22,12 +22,12 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import longwave
 from longwave.budget import parse_budget
-from longwave.cache import LongCache
+from longwave.checks import nearest, whole
 from longwave.evals.fork import pad_left, read
-from longwave.evals.plan import window_of
 from longwave.evals.runner import EVEN, end_tokens, plain_generation
-from longwave.evals.spec import nearest
+from longwave.frame import LongCache
 from longwave.methods import METHODS, get_method
+from longwave.shape import context_limit
 
 try:
     import lm_eval.models  # noqa: F401  # lm_eval registers its own models only where there is none yet
@@ -89,17 +89,13 @@ class Wish:
         taken = ("repetition_penalty", *(SAMPLING if sample else ()))  # do_sample=False: greedy, whatever else is said
         options = {name: kwargs[name] for name in taken if kwargs.get(name) is not None}
         tokens = next(iter(given.values()), new_tokens)
-        whole(tokens, "max_gen_toks", "tokens")
+        counted("max_gen_toks", tokens, "tokens")
         return cls(tuple(filter(None, texts)), tokens, tuple({"do_sample": bool(sample), **options}.items()))
 
 
-def whole(value: Any, name: str, unit: str) -> int:
-    """A count that is at least 1, or an error; command lines may hand it over as text."""
-    if isinstance(value, str) and value.isdecimal():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is a whole number of {unit}, at least 1; got {value!r}")
-    return value
+def counted(name: str, value: Any, unit: str) -> int:
+    """A whole number, at least 1; command lines may hand it over as text."""
+    return whole(name, int(value) if isinstance(value, str) and value.isdecimal() else value, 1, unit)
 
 
 class LongwaveLM(TemplateLM):
@@ -140,10 +136,10 @@ class LongwaveLM(TemplateLM):
         super().__init__()
         if batch_size == "auto" or str(batch_size).startswith("auto:"):
             raise ValueError("longwave does not search for a batch size: give batch_size as a number of rows")
-        self.batch_size = whole(batch_size, "batch_size", "rows")
-        self.question_tokens = whole(question_tokens, "question_tokens", "tokens")
-        self.step = whole(step, "step", "tokens")
-        self.max_gen_toks = whole(max_gen_toks, "max_gen_toks", "tokens")
+        self.batch_size = counted("batch_size", batch_size, "rows")
+        self.question_tokens = counted("question_tokens", question_tokens, "tokens")
+        self.step = counted("step", step, "tokens")
+        self.max_gen_toks = counted("max_gen_toks", max_gen_toks, "tokens")
         options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
         self._check_options(method, options)
         sized = budget is not None and parse_budget(budget)[1] is not None
@@ -169,8 +165,8 @@ class LongwaveLM(TemplateLM):
         self._device = self.model.device
         self.pretrained, self.budget = str(pretrained), budget
 
-        window = window_of(self.model)
-        limit = window if max_length is None else whole(max_length, "max_length", "tokens")
+        window = context_limit(self.model)
+        limit = window if max_length is None else counted("max_length", max_length, "tokens")
         if limit is None:
             raise ValueError(f"{pretrained} names no context length: give max_length")
         if window is not None and limit > window:

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from longwave.cache import LongCache
+from longwave.frame import LongCache
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class Report:
         for row in rows:
             if row["task"] not in self.header["tasks"] or row["method"] not in self.methods:
                 strange.add((row["task"], row["method"]))
-            elif any(name not in row for name in NEEDED):
+            elif any(name not in row for name in (*NEEDED, *(("scored",) if "loss" in row["metrics"] else ()))):
                 short += 1
             else:
                 good.append(row)

@@ -16,6 +16,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from longwave.checks import parse_json, read_text
+
 FORMAT, VERSION = "longwave-eval", 1
 Key = tuple[str, str, str]  # task, method, sample id
 
@@ -24,6 +26,12 @@ COLUMNS = {
     **{"task": str, "method": str, "id": str, "prompt": str},
     **{"meta": dict, "metrics": dict, "bytes": int, "dense_bytes": int},
 }
+
+# What a header says of the run, and a report shows.
+SAID = {"model": str, "dtype": str, "seed": int, "question": str, "chat": bool}
+
+# What a line may have that is added up.
+NUMBERS = ("tokens", "context", "new_tokens", "scored", "rows", "prefill_seconds", "decode_seconds")
 
 # What must not differ between runs that share a folder: their rows could not be compared.
 FIXED = ("model", "signature", "dtype", "seed", "question", "chat", "chat_template", "max_tokens")
@@ -47,8 +55,8 @@ def read_header(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} holds no results: there is no run.json in it")
     try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        header = parse_json(read_text(path), path)
+    except ValueError as error:
         raise ValueError(
             f"{path} is not readable ({error}): nothing was changed; restore it or use another folder"
         ) from None
@@ -56,12 +64,34 @@ def read_header(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not of longwave eval: nothing was changed; use another folder")
     if header.get("version") != VERSION:
         raise ValueError(f"{path} has format version {header.get('version')}; this longwave reads {VERSION}")
-    for name, kind in (("methods", dict), ("tasks", dict), ("runs", list)):
-        if not isinstance(header.get(name), kind):
-            raise ValueError(
-                f"{path} is damaged, it has no {name}: nothing was changed; restore it or use another folder"
-            )
+    for name, kind in (("methods", dict), ("tasks", dict), ("runs", list), ("samples", dict)):
+        if not isinstance(header.get(name, {} if name == "samples" else None), kind):
+            raise ValueError(_damaged(path, name))
     return header
+
+
+def check_header(header: Mapping[str, Any], path: Path) -> None:
+    """Raise where something is missing that a summary or a report reads, or stands there in another form."""
+    for name, kind in SAID.items():
+        if not isinstance(header.get(name), kind):
+            raise ValueError(_damaged(path, name))
+    for name in ("window", "max_tokens"):
+        if not isinstance(header.get(name), (int, type(None))):
+            raise ValueError(_damaged(path, f"number of tokens as {name}"))
+    for label, told in header["tasks"].items():
+        form = (("name", str), ("version", int), ("options", dict))
+        if not isinstance(told, dict) or not all(isinstance(told.get(name), kind) for name, kind in form):
+            raise ValueError(_damaged(path, f"name, version and options of task {label!r}"))
+    for label, counts in header.get("samples", {}).items():
+        if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
+            raise ValueError(_damaged(path, f"counts of samples of {label!r}"))
+    for run in header["runs"]:
+        if not isinstance(run, dict) or not isinstance(run.get("command", ""), str):
+            raise ValueError(_damaged(path, "commands of its runs"))
+
+
+def _damaged(path: Path, missing: str) -> str:
+    return f"{path} is damaged, it has no {missing}: nothing was changed; restore it or use another folder"
 
 
 def read_rows(path: Path, start: int = 0, lines: int = 0) -> Iterator[tuple[dict[str, Any] | None, str]]:
@@ -87,13 +117,25 @@ def is_result(row: Any) -> bool:
     """Whether a line has what the summary reads. Score null stands for a loss that is not finite."""
     if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in COLUMNS.items()):
         return False
-    score = row.get("score", "")
-    return score is None or (isinstance(score, (int, float)) and math.isfinite(score))
+    numbers = [row.get("score", ""), row["meta"].get("utf8_bytes"), *row["metrics"].values()]
+    curves = row.get("curve", {})
+    if not isinstance(curves, dict) or not all(isinstance(curve, list) for curve in curves.values()):
+        return False
+    numbers += [value for curve in curves.values() for value in curve]
+    if not all(value is None or is_number(value) for value in numbers):
+        return False
+    least = {"rows": 1, "scored": 1}
+    return all(is_number(row[name]) and row[name] >= least.get(name, 0) for name in NUMBERS if name in row)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def load(folder: Path) -> Loaded:
     """Everything in a folder; of rows with the same key the first one counts."""
     loaded = Loaded(read_header(folder))
+    check_header(loaded.header, folder / "run.json")
     seen: set[Key] = set()
     for row, problem in read_rows(folder / "samples.jsonl"):
         if row is None:

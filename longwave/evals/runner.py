@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from longwave.cache import LongCache, Report
-from longwave.evals.fork import can_fork, fork, pad_left, prefill, read
+from longwave.evals.fork import can_fork, fork, needs_of, pad_left, prefill, read
 from longwave.evals.loss import Scored, score
 from longwave.evals.results import Results
 from longwave.evals.task import LossTask, Sample, Task, TextTask
+from longwave.frame import LongCache, Needs, Report
 
 Make = Callable[[int], LongCache]  # rows -> an empty cache
 EVEN = 0.9  # rows of a pass are at least this share of the longest: little padding, and bytes can be shared out
@@ -88,10 +88,12 @@ class Clock:
 
 
 class Contexts:
-    """The contexts of some samples, read once and handed to each method."""
+    """The contexts of some samples, read once and handed to each method. needs: what methods ask of that reading."""
 
-    def __init__(self, model: Any, samples: Sequence[Sample], pad: int, question: str = "after"):
-        self.model = model
+    def __init__(
+        self, model: Any, samples: Sequence[Sample], pad: int, question: str = "after", needs: Needs | None = None
+    ):
+        self.model, self.needs = model, needs
         self.rows: list[int] = []  # which context each sample has
         self.ids, self.mask = torch.zeros(len(samples), 0, dtype=torch.long), None
         self.seconds = 0.0
@@ -126,7 +128,7 @@ class Contexts:
 
     def _read_once(self, clock: Clock) -> float:
         if self._dense is None:
-            self._dense = prefill(self.model, self.ids, self.mask)
+            self._dense = prefill(self.model, self.ids, self.mask, self.needs)
             self.seconds = clock.look()
         return self.seconds
 
@@ -207,10 +209,16 @@ def _bytes(report: Report, tokens: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def run_text(
-    model: Any, tokenizer: Any, task: TextTask, samples: Sequence[Sample], methods: Mapping[str, Make], question: str
+    model: Any,
+    tokenizer: Any,
+    task: TextTask,
+    samples: Sequence[Sample],
+    methods: Mapping[str, Make],
+    question: str,
+    needs: Needs | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Result rows of samples that share a pass, one list a method."""
-    contexts = Contexts(model, samples, tokenizer.pad_token_id, question)
+    """Result rows of samples that share a pass, one list a method. needs: see `Contexts`."""
+    contexts = Contexts(model, samples, tokenizer.pad_token_id, question, needs)
     for label, make in methods.items():
         rows = []
         for sample, output, cost in answer(model, tokenizer, samples, contexts, make):
@@ -221,12 +229,17 @@ def run_text(
 
 
 def run_loss(
-    model: Any, tokenizer: Any, task: LossTask, samples: Sequence[Sample], methods: Mapping[str, Make]
+    model: Any,
+    tokenizer: Any,
+    task: LossTask,
+    samples: Sequence[Sample],
+    methods: Mapping[str, Make],
+    needs: Needs | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """The same for tokens that are scored, not written. Samples of a pass have equal lengths."""
     from longwave.build import cache
 
-    contexts = Contexts(model, samples, tokenizer.pad_token_id)
+    contexts = Contexts(model, samples, tokenizer.pad_token_id, needs=needs)
     last = torch.tensor([list(s.ids[s.context :]) for s in samples])
     exact: Scored | None = None
     if task.compares:
@@ -284,7 +297,8 @@ def run(
     """Measure what `results` does not hold yet. Samples and methods are done in a fixed order, written pass by pass."""
     total = sum(len(samples) for _, samples in tasks.values()) * len(methods)
     done = 0
-    equal = not all(can_fork(make(1)) for make in methods.values())
+    empty = {label: make(1) for label, make in methods.items()}
+    equal = not all(map(can_fork, empty.values()))
     progress(0, total)
     for name, (task, samples) in tasks.items():
         missing = []
@@ -298,11 +312,12 @@ def run(
             results.refresh()
             left = [m for m in methods if any((name, m, s.id) not in results.done for s in group)]
             wanted = {m: methods[m] for m in left}
+            needs = needs_of([empty[m] for m in left if can_fork(empty[m])])
             if isinstance(task, TextTask):
-                made = run_text(model, tokenizer, task, group, wanted, question)
+                made = run_text(model, tokenizer, task, group, wanted, question, needs)
             else:
                 assert isinstance(task, LossTask)
-                made = run_loss(model, tokenizer, task, group, wanted)
+                made = run_loss(model, tokenizer, task, group, wanted, needs)
             try:
                 for rows in made:
                     done += results.append([{"task": name, **row} for row in rows])

@@ -7,9 +7,7 @@ A comma starts the next option only where NAME= follows; elsewhere it continues 
 from __future__ import annotations
 
 import ast
-import difflib
 import re
-from collections.abc import Iterable
 from typing import Any
 
 OPTION = re.compile(r",\s*(?=[A-Za-z_]\w*\s*=)")
@@ -55,10 +53,3 @@ def as_spec(item: Any) -> str:
         )
         return item["name"] + (":" if len(item) > 1 else "") + ",".join(written)
     raise ValueError(f"a method or task in a recipe is a text or a mapping with a name, got {item!r}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint of an error about an unknown name."""
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names) or 'none'}"

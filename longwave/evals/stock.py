@@ -16,8 +16,8 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, QuantizedCache
 from transformers.cache_utils import QuantizedLayer
 
-from longwave.cache import Report, storage_bytes
-from longwave.evals.spec import nearest
+from longwave.checks import nearest, whole
+from longwave.frame import Report, storage_bytes
 
 # backend -> the package it needs, the bits and the axes it takes; fp8 is torch's own and has no options
 BACKENDS: dict[str, tuple[str, tuple[int, ...], tuple[int, ...]]] = {
@@ -64,9 +64,7 @@ class Quantized:
                     f"{name} is one of {', '.join(map(str, allowed))} with backend={self.backend}; got {value!r}"
                 )
         for name, unit in (("q_group_size", "numbers"), ("residual_length", "tokens")):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is a whole number of {unit}, at least 1; got {value!r}")
+            whole(name, getattr(self, name), 1, unit)
 
     def __str__(self) -> str:
         settings = (f"{name}={value}" for name, value in asdict(self).items() if value is not None)
@@ -143,7 +141,10 @@ class StockCache(QuantizedCache):
         parts = {name: storage_bytes(tensors) for name, tensors in held.items()}
         lengths = [layer.get_seq_length() for layer in self.layers]
         dense = sum(size * tokens for size, tokens in zip(self._token_bytes, lengths, strict=True))
-        return Report(self.method, lengths[0], 1, sum(parts.values()), dense, parts)
+        nbytes = sum(parts.values())
+        return Report(
+            self.method, tokens=lengths[0], held=lengths[0], batch=1, nbytes=nbytes, dense_nbytes=dense, parts=parts
+        )
 
 
 def _plain(value: Any) -> Iterator[torch.Tensor]:

@@ -65,7 +65,10 @@ def task_of(loaded: Loaded, label: str) -> Task:
             f"{label} was measured with version {told['version']} of {cls.name}, this longwave has {cls.version}: "
             "measure again in a new folder"
         )
-    return cls(**told["options"])
+    try:
+        return cls(**told["options"])
+    except TypeError as error:
+        raise ValueError(f"{label} was measured with options that {cls.name} does not take: {error}") from None
 
 
 def finite(row: Row) -> bool:
@@ -132,6 +135,8 @@ def summarise(loaded: Loaded) -> list[Line]:
         if not rows:
             continue
         task = task_of(loaded, label)
+        if isinstance(task, LossTask):  # without it a line is damaged, and does not count
+            rows = [row for row in rows if "scored" in row]
         columns = sorted_columns(task, rows)
         for column in ["", *columns] if len(columns) != 1 else columns:
             here = in_column(task, rows, column)
@@ -273,7 +278,7 @@ def mean(rows: Sequence[Row], metric: str) -> float | None:
 
 
 def _bits_per_byte(rows: Sequence[Row]) -> float | None:
-    if not rows or any("utf8_bytes" not in row["meta"] or row["metrics"].get("loss") is None for row in rows):
+    if not rows or any(row["meta"].get("utf8_bytes") is None or row["metrics"].get("loss") is None for row in rows):
         return None
     nats = sum(row["metrics"]["loss"] * row["scored"] for row in rows)
     return float(nats / math.log(2) / sum(row["meta"]["utf8_bytes"] for row in rows))

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from jinja2 import TemplateError
 
-from longwave.evals.spec import nearest
+from longwave.checks import nearest
 
 # for chat templates that print today's date: prompts must not change with the day
 NO_CLOCK = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro -%}"

@@ -1,35 +1,67 @@
-"""The methods, by name. A method is one file and one line here."""
+"""The methods, by name. A method is one file and one line here; third parties `register` theirs."""
 
-import difflib
+from __future__ import annotations
+
 from dataclasses import fields
 
-from longwave.methods.base import Method
+from longwave.checks import nearest
+from longwave.methods.base import Bound, Method
 from longwave.methods.dense import Dense
+from longwave.methods.evicting import Evicting
 from longwave.methods.fourier import Fourier
+from longwave.methods.fourier_paper import FourierPaper
+from longwave.methods.h2o import H2O
 from longwave.methods.kivi import Kivi
+from longwave.methods.quest import Quest
+from longwave.methods.segmented import Segmented
+from longwave.methods.selecting import Selecting
+from longwave.methods.snapkv import SnapKV
+from longwave.methods.streaming import Streaming
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Dense, Fourier, Kivi)}
-PRESETS = {"fourier-paper": Fourier.paper}  # complete settings that have a name of their own
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Dense, Fourier, FourierPaper, Kivi, Streaming, SnapKV, H2O, Quest)
+}
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Make a method known by its `name`, to longwave.cache, the command line and the evaluation. Usable as a decorator.
+
+    Raises ValueError for a name that another method has.
+    """
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise TypeError(f"a method is a subclass of longwave.Method, got {method!r}")
+    if METHODS.get(method.name, method) is not method:
+        raise ValueError(f"there is a method called {method.name!r} already: {METHODS[method.name].__qualname__}")
+    METHODS[method.name] = method
+    return method
 
 
 def get_method(name: str, /, **options: object) -> Method:
     """A method by name with its options, or an error that suggests the nearest name or option."""
-    if name in PRESETS:
-        if options:
-            raise ValueError(f"{name} is a complete preset and takes no options; got {', '.join(options)}")
-        return PRESETS[name]()
     if name not in METHODS:
-        names = [*METHODS, *PRESETS]
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
-        raise ValueError(f"unknown method {name!r}; {hint}")
+        raise ValueError(f"unknown method {name!r}; {nearest(name, METHODS)}")
     known = [field.name for field in fields(METHODS[name]) if not field.name.startswith("_")]
     for key in options:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known) or 'none'}"
-            raise ValueError(f"{name} has no option {key!r}; {hint}")
+            raise ValueError(f"{name} has no option {key!r}; {nearest(key, known)}")
     return METHODS[name](**options)
 
 
-__all__ = ["METHODS", "PRESETS", "Dense", "Fourier", "Kivi", "Method", "get_method"]
+__all__ = [
+    "H2O",
+    "METHODS",
+    "Bound",
+    "Dense",
+    "Evicting",
+    "Fourier",
+    "FourierPaper",
+    "Kivi",
+    "Method",
+    "Quest",
+    "Segmented",
+    "Selecting",
+    "SnapKV",
+    "Streaming",
+    "get_method",
+    "register",
+]

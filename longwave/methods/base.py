@@ -1,84 +1,109 @@
-"""What a method is to the rest of the package: options that know their bytes, and a layer for each model layer."""
+"""What a method is to the rest of the package: `Method`, what the user sets, and `Bound`, what follows for a model."""
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
-from transformers import PretrainedConfig
 
-from longwave.cache import MemoryLayer, other_layers
+from longwave.frame import MemoryLayer, Needs
+from longwave.plan.profile import Profile
+from longwave.shape import CacheShape
 
-if TYPE_CHECKING:
-    from longwave.profile import Profile
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """The part of a model that decides how many bytes a cache takes."""
-
-    memory_layers: tuple[int, ...]  # indices of the full-attention layers
-    sliding_tokens: tuple[int, ...]  # tokens that each sliding layer holds at most
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, config: PretrainedConfig, dtype: torch.dtype) -> CacheShape:
-        """From a decoder config (`config.get_text_config(decoder=True)`)."""
-        others = other_layers(config)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return cls(
-            memory_layers=tuple(i for i, layer in enumerate(others) if layer is None),
-            sliding_tokens=tuple(layer.sliding_window for layer in others if getattr(layer, "is_sliding", False)),
-            kv_heads=heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            dtype=dtype,
-        )
-
-    @property
-    def token_bytes(self) -> int:
-        """Dense K and V of one token in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
-
-    def sliding_bytes(self, tokens: int) -> int:
-        """At most: a window, a quarter more where transformers holds a view of it, and a counter."""
-        return sum(min(tokens, limit + limit // 4) * self.token_bytes + 64 for limit in self.sliding_tokens)
+__all__ = ["Bound", "CacheShape", "Method"]
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """Options of a method. Frozen and checked when built; `bind` fits them to a model, a budget and a profile."""
+    """Options of a method: frozen, comparable, and checked when built."""
 
     name: ClassVar[str]
+    uses_profile: ClassVar[bool] = False  # whether a measurement of the model decides anything
 
     @abstractmethod
-    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> Method:
-        """The same method with everything decided. `budget` is a fraction of the dense bytes of the middle."""
+    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> Bound:
+        """Everything decided, for a model's shape and what was measured on it. `budget` is a fraction of the dense
+        bytes of the middle; None leaves it to the method. Raises ValueError for a budget that cannot be met."""
 
-    @abstractmethod
-    def layer(self, index: int, shape: CacheShape) -> MemoryLayer:
-        """An empty layer for the model's layer `index`. Called on a bound method."""
+    def check(self, device: torch.device) -> None:
+        """Raise ValueError for a model on `device` that these options mean nothing to."""
+        return None
 
-    @abstractmethod
-    def layer_bytes(self, index: int, shape: CacheShape, tokens: int) -> int:
-        """Bytes that layer `index` holds for one row of `tokens`, to the byte. Called on a bound method."""
-
-    @abstractmethod
     def least_budget(self, shape: CacheShape) -> float:
         """The smallest fraction that `bind` accepts."""
+        return 0.0
 
     def fits_budget(self) -> bool:
-        """Whether a budget decides anything here: False where the options already say everything."""
+        """Whether a budget decides how many bytes are held: False where the options already say everything."""
         return True
 
-    def nbytes(self, shape: CacheShape, tokens: int, batch: int = 1) -> int:
-        """Bytes of the whole cache for `batch` rows of `tokens` each, sliding layers included."""
-        memory = sum(self.layer_bytes(index, shape, tokens) for index in shape.memory_layers)
-        return batch * (memory + shape.sliding_bytes(tokens))
 
-    def peak_bytes(self, shape: CacheShape, tokens: int, batch: int = 1) -> int:
-        """The most that `nbytes` reaches on the way to `tokens`."""
-        return self.nbytes(shape, tokens, batch)
+@dataclass(frozen=True, eq=False)
+class Bound(ABC):
+    """A method bound to a model's shape, a measurement and a budget: every decision made, exact to the byte.
+
+    budget: the fraction it was bound to. profile: digest of the measurement that decided, "" for none. Two of them are
+    equal if all that they decide is: see `digest`.
+    """
+
+    method: Method
+    shape: CacheShape
+    budget: float | None = None
+    profile: str = ""
+
+    @abstractmethod
+    def layer(self, index: int) -> MemoryLayer:
+        """An empty layer for the model's layer `index`."""
+
+    @abstractmethod
+    def layer_bytes(self, index: int, tokens: int) -> int:
+        """Bytes that layer `index` holds for one row after a prompt of `tokens`, to the byte."""
+
+    def shared_bytes(self, index: int, tokens: int) -> int:
+        """Of `layer_bytes`, what all rows of a batch share."""
+        return 0
+
+    def decisions(self) -> Iterator[bytes]:
+        """What was decided beyond method, shape and budget, for the digest."""
+        return iter(())
+
+    @property
+    def needs(self) -> Needs:
+        """What its layers ask of the frame."""
+        return Needs()
+
+    @property
+    def warning(self) -> str | None:
+        """What a user should know before relying on it."""
+        return None
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of everything that decides what is stored: two different plans never share one."""
+        found = hashlib.sha256(f"{self.method!r} {self.shape!r} {self.budget!r}".encode())
+        for part in self.decisions():
+            found.update(len(part).to_bytes(8, "little") + part)
+        return found.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Bound) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __str__(self) -> str:
+        return self.method.name
+
+    def nbytes(self, tokens: int, batch: int = 1) -> int:
+        """Bytes of the whole cache for `batch` rows of `tokens` each, sliding layers included."""
+        memory = sum(self.layer_bytes(index, tokens) for index in self.shape.memory_layers)
+        once = sum(self.shared_bytes(index, tokens) for index in self.shape.memory_layers) if batch > 1 else 0
+        return batch * (memory + self.shape.sliding_bytes(tokens)) - (batch - 1) * once
+
+    def peak_bytes(self, tokens: int, batch: int = 1) -> int:
+        """The most that the cache holds on the way to `tokens`."""
+        return self.nbytes(tokens, batch)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from longwave.cache import MemoryLayer
-from longwave.methods.base import CacheShape, Method
+from longwave.frame import MemoryLayer
+from longwave.methods.base import Bound, CacheShape, Method
+from longwave.plan.profile import Profile
 from longwave.store.tokens import capacity
-
-if TYPE_CHECKING:
-    from longwave.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -19,16 +17,18 @@ class Dense(Method):
 
     name: ClassVar[str] = "dense"
 
-    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> Dense:
+    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> DenseBound:
         if budget is not None and budget < 1:
             raise ValueError(f"dense keeps everything, so its budget is 1; got {budget}. Use fourier for less")
-        return self
-
-    def layer(self, index: int, shape: CacheShape) -> MemoryLayer:
-        return MemoryLayer(index)
-
-    def layer_bytes(self, index: int, shape: CacheShape, tokens: int) -> int:
-        return capacity(tokens) * shape.token_bytes
+        return DenseBound(self, shape, budget)
 
     def least_budget(self, shape: CacheShape) -> float:
         return 1.0
+
+
+class DenseBound(Bound):
+    def layer(self, index: int) -> MemoryLayer:
+        return MemoryLayer(index)
+
+    def layer_bytes(self, index: int, tokens: int) -> int:
+        return capacity(tokens) * self.shape.token_bytes

@@ -6,18 +6,18 @@ window of recent tokens. Of our own: the sinks, and that K and V leave the windo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from longwave.checks import whole
 from longwave.methods.base import CacheShape
-from longwave.methods.segmented import LayerCodes, Segmented, check_count
+from longwave.methods.segmented import Segmented, SegmentedBound
 from longwave.ops.codes import BITS
-from longwave.store.layout import OWN, Code
-
-if TYPE_CHECKING:
-    from longwave.profile import Profile
+from longwave.ops.spectral.layout import OWN, Code
+from longwave.plan.plan import LayerCodes
+from longwave.plan.profile import Profile
 
 
 def bit_pair(value: object, allowed: tuple[int, ...]) -> tuple[int, int]:
@@ -46,23 +46,15 @@ class Kivi(Segmented):
     group: int = 64
     sinks: int = 4
     window: int = 256
-    _bits: tuple[int, int] | None = field(default=None, repr=False, compare=False)
-    _shape: CacheShape | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.bits is not None:
             bit_pair(self.bits, BITS[:-1])
-        check_count("group", self.group, 8)
+        whole("group", self.group, 8, "tokens")
         if self.group % 8:
             raise ValueError(f"codes are packed by eights, so group is a multiple of 8; got {self.group}")
-        check_count("sinks", self.sinks, 0)
-        check_count("window", self.window, 1)
-
-    def __str__(self) -> str:
-        if self._bits is None:
-            return f"kivi(unbound, group={self.group}, sinks={self.sinks}, window={self.window})"
-        k, v = (bits or "all" for bits in self._bits)
-        return f"kivi(K {k} V {v} bits, group={self.group}, sinks={self.sinks}, window={self.window})"
+        whole("sinks", self.sinks, 0, "tokens")
+        whole("window", self.window, 1, "tokens")
 
     @property
     def dense_tokens(self) -> tuple[int, int, int]:
@@ -72,32 +64,33 @@ class Kivi(Segmented):
         return self.bits is None
 
     def least_budget(self, shape: CacheShape) -> float:
-        return replace(self, _bits=(2, 2), _shape=shape).page_fraction(shape)
+        return self._bound(shape, None, (2, 2)).page_fraction()
 
-    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> Kivi:
+    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> SegmentedBound:
         if self.bits is not None:
             if budget is not None:
                 raise ValueError("give a budget or bits, not both: each of them decides how many bits are kept")
-            return replace(self, _bits=bit_pair(self.bits, BITS), _shape=shape)
+            return self._bound(shape, None, bit_pair(self.bits, BITS))
         if budget is None:
-            return replace(self, _bits=(4, 4), _shape=shape)
+            return self._bound(shape, None, (4, 4))
         # from all to least, K's bits before V's: keys are what 2 bits lose most on
         for pair in ((OWN, OWN), (8, 8), (8, 4), (4, 4), (4, 3), (3, 3), (3, 2), (2, 2)):
-            bound = replace(self, _bits=pair, _shape=shape)
-            if bound.page_fraction(shape) <= budget:
+            bound = self._bound(shape, budget, pair)
+            if bound.page_fraction() <= budget:
                 return bound
         raise ValueError(
             f"a budget of {budget:g} is less than kivi can do: 2 bits and their scales take "
             f"{self.least_budget(shape):.3f} of this model's cache. Use fourier, or a larger group"
         )
 
-    def codes(self, position: int) -> LayerCodes:
-        if self._shape is None or self._bits is None:
-            raise ValueError("not bound to a model yet: build a cache with longwave.cache(model, ...)")
-        heads, dim = self._shape.kv_heads, self._shape.head_dim
-        group = self.group if dim % self.group == 0 else 0
+    def _bound(self, shape: CacheShape, budget: float | None, bits: tuple[int, int]) -> SegmentedBound:
+        heads, dim = shape.kv_heads, shape.head_dim
         order = torch.arange(dim).expand(heads, -1).contiguous()
-        k, v = self._bits
-        keys = Code(((k, dim),), states=0, axis="time", fit=False)
-        values = Code(((v, dim),), states=0, axis="token", fit=False, group=group)
-        return LayerCodes((keys,) * heads, (values,) * heads, order, order.clone())
+        keys = Code(((bits[0], dim),), states=0, axis="time", fit=False)
+        values = Code(
+            ((bits[1], dim),), states=0, axis="token", fit=False, group=self.group if dim % self.group == 0 else 0
+        )
+        layer = LayerCodes((keys,) * heads, (values,) * heads, order, order)
+        k, v = (b or "all" for b in bits)
+        words = f"kivi(K {k} V {v} bits, group={self.group}, sinks={self.sinks}, window={self.window})"
+        return SegmentedBound(self, shape, budget, plan=(layer,) * len(shape.memory_layers), words=words)

@@ -1,7 +1,8 @@
-"""What methods share that store the middle of the context in segments: sinks and window dense, pages in between."""
+"""Methods that store the middle of the context in segments: sinks and window dense, pages in between."""
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,40 +10,19 @@ from typing import Any
 
 import torch
 
-from longwave.cache import MemoryLayer
-from longwave.methods.base import CacheShape, Method
-from longwave.ops.attention import group_heads, query_block, visible_mask
-from longwave.store.layout import Code, Layout
+from longwave.frame import MemoryLayer, Pass, Step
+from longwave.methods.base import Bound, CacheShape, Method
+from longwave.ops import mass as attention_mass
+from longwave.ops.attention.reference import group_heads, last_attention, query_block, visible_mask
+from longwave.ops.spectral.layout import Layout
+from longwave.plan.plan import Plan
 from longwave.store.pages import PageStore
 from longwave.store.tokens import capacity
 
 
-@dataclass(frozen=True, eq=False)
-class LayerCodes:
-    """How one layer is stored: a code for each head of K and V, and its channels by falling importance [H, D]."""
-
-    k: tuple[Code, ...]
-    v: tuple[Code, ...]
-    order_k: torch.Tensor
-    order_v: torch.Tensor
-
-    def layout(self, segment: int, dtype: torch.dtype) -> Layout:
-        return Layout(self.k, self.v, self.order_k, self.order_v, segment, dtype)
-
-    @property
-    def states(self) -> int:
-        """The longest table any head needs."""
-        return max(1, *(code.states for code in (*self.k, *self.v)))
-
-
-def check_count(name: str, value: object, least: int, unit: str = "tokens") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is a whole number of {unit}, at least {least}; got {value!r}")
-
-
 @dataclass(frozen=True)
 class Segmented(Method):
-    """Options: `sinks`, `window` (first and last tokens, dense) and `segment` (tokens compressed together)."""
+    """Options: `sinks`, `window` (first and last tokens, dense) and how many are compressed together."""
 
     @property
     @abstractmethod
@@ -50,62 +30,122 @@ class Segmented(Method):
         """(sinks, window, segment)."""
 
     @abstractmethod
-    def codes(self, position: int) -> LayerCodes:
-        """How memory layer number `position` is stored. Called on a bound method."""
+    def bind(self, shape: CacheShape, profile: Any, budget: float | None) -> SegmentedBound: ...
 
-    def layout(self, position: int, dtype: torch.dtype) -> Layout:
+
+@dataclass(frozen=True, eq=False)
+class SegmentedBound(Bound):
+    """plan: how every head is stored. words: the decisions, for reports. warn: see `Bound.warning`. basis: of
+    states."""
+
+    method: Segmented
+    plan: Plan = ()
+    words: str = ""
+    warn: str | None = None
+    basis: str = "dct"
+
+    def decisions(self) -> Iterator[bytes]:
+        yield self.basis.encode()
+        for layer in self.plan:
+            yield from layer.contents()
+
+    @property
+    def dense_tokens(self) -> tuple[int, int, int]:
+        """(sinks, window, segment)."""
+        return self.method.dense_tokens
+
+    @property
+    def warning(self) -> str | None:
+        return self.warn
+
+    def __str__(self) -> str:
+        return self.words or self.method.name
+
+    @property
+    def kept(self) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+        """Per memory layer, the channels of K and V kept as values or codes: bool [kv_heads, head_dim] each."""
+        tables = []
+        for layer in self.plan:
+            pair = []
+            for codes, order in ((layer.k, layer.order_k), (layer.v, layer.order_v)):
+                rank = torch.argsort(order.long(), dim=-1)
+                pair.append(rank < torch.tensor([[code.kept] for code in codes]))
+            tables.append((pair[0], pair[1]))
+        return tuple(tables)
+
+    def layout(self, position: int) -> Layout:
         """The pages of memory layer number `position`."""
-        return self.codes(position).layout(self.dense_tokens[2], dtype)
+        return self.plan[position].layout(self.dense_tokens[2], self.shape.dtype)
 
-    def new_store(self, position: int, batch: int, dtype: torch.dtype, device: torch.device) -> Any:
-        codes = self.codes(position)
-        return PageStore(batch, codes.layout(self.dense_tokens[2], dtype), "dct", codes.states, device)
+    @functools.cached_property
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Bytes of a page of each memory layer, and of its index. Layers may share their codes."""
+        sizes = {id(layer): layer.sizes(self.dense_tokens[2], self.shape.dtype) for layer in set(self.plan)}
+        return [sizes[id(layer)] for layer in self.plan]
+
+    def new_store(self, position: int, batch: int, device: torch.device) -> Any:
+        return PageStore(batch, self.layout(position), self.basis, self.plan[position].states, device)
+
+    @property
+    def span(self) -> int:
+        """Middle tokens that make a page: a segment, or more where some of them are left out."""
+        return self.dense_tokens[2]
 
     def absorbed(self, tokens: int) -> int:
-        """Middle tokens compressed after a prompt of `tokens` given in one call."""
-        sinks, window, segment = self.dense_tokens
-        return max(0, tokens - sinks - window) // segment * segment
+        """Middle tokens that are behind pages after a prompt of `tokens` given in one call."""
+        sinks, window, _ = self.dense_tokens
+        return max(0, tokens - sinks - window) // self.span * self.span
 
-    def layer_bytes(self, index: int, shape: CacheShape, tokens: int) -> int:
+    def layer(self, index: int) -> MemoryLayer:
+        return SegmentedLayer(index, self)
+
+    def layer_bytes(self, index: int, tokens: int) -> int:
         middle = self.absorbed(tokens)
-        return self._bytes(index, shape, tokens - middle, middle)
+        return self._bytes(index, tokens - middle, middle)
 
-    def _bytes(self, index: int, shape: CacheShape, dense: int, middle: int) -> int:
-        total = capacity(dense) * shape.token_bytes
+    def shared_bytes(self, index: int, tokens: int) -> int:
+        """What names the channels."""
+        return self._sizes[self.shape.memory_layers.index(index)][1] if self.absorbed(tokens) else 0
+
+    def _bytes(self, index: int, dense: int, middle: int) -> int:
+        """Of a layer with `dense` tokens, and `middle` behind pages."""
+        needs, shape = self.needs, self.shape
+        columns = shape.kv_heads * sum(dtype.itemsize for dtype in needs.columns().values())
+        total = capacity(dense) * (shape.token_bytes + columns)
+        total += needs.nbytes(shape.query_heads, shape.head_dim, shape.dtype.itemsize)
         if middle:
-            layout = self.layout(shape.memory_layers.index(index), shape.dtype)
-            total += middle // layout.segment * layout.page_bytes + layout.index_bytes
+            page, names = self._sizes[shape.memory_layers.index(index)]
+            total += middle // self.span * page + names
         return total
 
-    def peak_bytes(self, shape: CacheShape, tokens: int, batch: int = 1) -> int:
-        sinks, window, segment = self.dense_tokens
+    def peak_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Besides what layers hold, one row of one layer dense: a turn over pages takes that while it is read."""
+        sinks, window, _ = self.dense_tokens
         middle = self.absorbed(tokens)
+        scratch = tokens * self.shape.token_bytes if middle else 0
         if batch > 1:  # rows may differ: the longest dense part of one is padded beside the longest middle of another
-            dense = min(tokens, sinks + window + segment - 1)
-            layers = sum(self._bytes(i, shape, dense, middle) for i in shape.memory_layers)
-            return batch * (layers + shape.sliding_bytes(tokens))
-        lengths = {tokens, min(tokens, middle + sinks + window + segment - 1)}
+            dense = min(tokens, sinks + window + self.span - 1)
+            layers = sum(self._bytes(i, dense, middle) for i in self.shape.memory_layers)
+            return batch * (layers + self.shape.sliding_bytes(tokens)) + scratch
+        lengths = {tokens, min(tokens, middle + sinks + window + self.span - 1)}
         if middle:
             lengths.add(middle + sinks + window - 1)
-        return max(self.nbytes(shape, n, batch) for n in lengths)
+        return max(self.nbytes(n, batch) for n in lengths) + scratch
 
-    def page_fraction(self, shape: CacheShape) -> float:
-        """Bytes of a page of every layer over those of the same tokens dense: what a budget bounds."""
-        layers = range(len(shape.memory_layers))
-        pages = sum(self.layout(position, shape.dtype).page_bytes for position in layers)
-        return pages / (len(layers) * self.dense_tokens[2] * shape.token_bytes)
-
-    def layer(self, index: int, shape: CacheShape) -> SegmentedLayer:
-        return SegmentedLayer(index, self, shape.memory_layers.index(index), (shape.kv_heads, shape.head_dim))
+    def page_fraction(self) -> float:
+        """Bytes of a page of every layer over those of the tokens behind it dense: what a budget bounds."""
+        pages = sum(page for page, _ in self._sizes)
+        return pages / (len(self._sizes) * self.span * self.shape.token_bytes)
 
 
 class SegmentedLayer(MemoryLayer):
     """Sinks, window and open segment dense, the middle in the method's store."""
 
-    def __init__(self, index: int, method: Segmented, position: int, heads: tuple[int, int]):
-        super().__init__(index)
-        self.method, self.position, self.heads = method, position, heads
-        self.sinks, self.window, _ = method.dense_tokens
+    def __init__(self, index: int, bound: SegmentedBound):
+        super().__init__(index, bound.needs)
+        self.bound = bound
+        self.position = bound.shape.memory_layers.index(index)
+        self.sinks, self.window, self.segment = bound.dense_tokens
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
@@ -122,76 +162,135 @@ class SegmentedLayer(MemoryLayer):
     def patience(self) -> int:
         return self.window if self.max_tokens is None else 0  # `crop` reaches into the window either way
 
-    def _due(self, row: int) -> int:
+    def due(self, row: int) -> int:
+        """Dense tokens of a row, the oldest behind the sinks, that pages are to take over now."""
         waiting = max(0, self.dense.lengths[row] - self.sinks - self.window)
         if self.store is not None:
             return self.store.due(row, waiting)
-        return self.method.absorbed(self.dense.lengths[row])
+        return self.bound.absorbed(self.dense.lengths[row])
+
+    def chosen(self, rows: slice, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V that go into pages, of the `count` oldest dense tokens behind the sinks: all of them."""
+        k, v = self.dense.view()
+        middle = slice(self.sinks, self.sinks + count)
+        return k[rows, :, middle], v[rows, :, middle]
 
     def settle(self) -> None:
-        due = [self._due(row) for row in range(self.batch_size)]
+        due = [self.due(row) for row in range(self.batch_size)]
         if not any(due):
             self.dense.fit()
             return
         k, v = self.dense.view()
         self._check_shape(k, v)
         if self.store is None:
-            self.store = self.method.new_store(self.position, self.batch_size, k.dtype, k.device)
+            self.store = self.bound.new_store(self.position, self.batch_size, k.device)
         if len(set(due)) == 1:
             batches: Iterator[tuple[int | None, slice, int]] = iter([(None, slice(None), due[0])])
         else:
             batches = ((row, slice(row, row + 1), count) for row, count in enumerate(due) if count)
+        del k, v
         for row, rows, count in batches:
-            middle = slice(self.sinks, self.sinks + count)
-            middle_k, middle_v = k[rows, :, middle], v[rows, :, middle]
-            if k.device.type != "cpu":  # on the CPU every token was checked when it was written
+            middle_k, middle_v = self.chosen(rows, count)
+            if middle_k.device.type != "cpu":  # on the CPU every token was checked when it was written
                 self._refuse_nan(middle_k, middle_v, None)
             self.store.append(row, middle_k, middle_v)
         self.dense.drop(self.sinks, due)
 
     def _check_shape(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        shape = self.bound.shape
         for x in (k, v):
-            if (x.shape[1], x.shape[3]) != self.heads:
+            if (x.shape[1], x.shape[3]) != (shape.kv_heads, shape.head_dim):
                 raise ValueError(
-                    f"layer {self.index} has {x.shape[1]} heads of {x.shape[3]} channels, its profile {self.heads[0]} "
-                    f"of {self.heads[1]}: the profile is of another model, or the model is split over devices"
+                    f"layer {self.index} has {x.shape[1]} heads of {x.shape[3]} channels, its plan {shape.kv_heads} of "
+                    f"{shape.head_dim}: the cache was built for another model, or the model is split over devices"
+                )
+            if x.dtype != shape.dtype:
+                raise ValueError(
+                    f"layer {self.index} got {x.dtype} and was planned for {shape.dtype}: build the cache after the "
+                    "model's dtype is what it will run in"
                 )
 
-    def attend(
-        self, q: torch.Tensor, scaling: float, causal: bool = True, mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def refuse(self, p: Pass) -> None:
+        self._check_shape(p.k, p.v)
+        if p.mask is not None and self.store is not None:
+            raise NotImplementedError("a 4D attention mask over compressed tokens is not supported: pass a 2D mask")
+
+    # attention
+
+    def attend(self, p: Pass) -> torch.Tensor:
         if self.store is None:
-            return super().attend(q, scaling, causal, mask)
-        if mask is not None:
-            raise NotImplementedError("a 4D attention mask over compressed tokens is not supported")
+            return super().attend(p)
+        if self.store.expands(p.q):
+            return self._attend_expanded(p)
         k, v = self.dense.view()
-        visible = self.visible(q.shape[2], causal)
-        if isinstance(self.store, PageStore):
-            answer = self.store.attend(q, scaling, k, v, visible)
-            if answer is not None:
-                return answer
-        middle = self.store.tokens
-        ends = torch.tensor(middle, device=q.device) if len(set(middle)) > 1 else None
-        return store_attention(self.store, q, scaling, k, v, visible, ends, max(middle))
+        visible = self.visible(p.q.shape[2], p.causal)
+        answer = self.store.attend(p.q, p.scaling, k, v, visible)
+        if answer is not None:
+            return answer
+        return store_attention(self.store, p.q, p.scaling, k, v, visible, self._ends(p.q), max(self.store.tokens))
+
+    def _ends(self, q: torch.Tensor) -> torch.Tensor | None:
+        """Middle tokens of each row, None where all have as many."""
+        tokens = self.store.tokens
+        return None if len(set(tokens)) == 1 else torch.tensor(tokens, device=q.device)
+
+    def _attend_expanded(self, p: Pass) -> torch.Tensor:
+        """Many queries: a row's pages are unpacked once, beside its dense tokens and in order, and SDPA does the
+        rest."""
+        held_k, held_v = self.dense.view()
+        out = torch.zeros_like(p.q)
+        for row in range(self.batch_size):
+            own = slice(None) if p.valid is None else p.valid[row].nonzero()[:, 0]
+            q = p.q[row : row + 1, :, own]
+            if not q.shape[2]:
+                continue
+            dense, middle = self.dense.lengths[row], self.store.tokens[row]
+            first = min(self.sinks, dense) if middle else dense
+            k, v = self.progress.scratch.take(held_k, dense + middle)
+            for whole, held in ((k, held_k), (v, held_v)):
+                whole[:, :, :first] = held[row : row + 1, :, :first]
+                whole[:, :, first + middle :] = held[row : row + 1, :, first:dense]
+            if middle:
+                self.store.expand(row, k[:, :, first : first + middle], v[:, :, first : first + middle])
+            out[row : row + 1, :, own] = last_attention(q, k, v, p.scaling, p.causal)
+        return out
+
+    def log_sum_exp(self, p: Pass) -> torch.Tensor | None:
+        if self.store is None:
+            return None
+        k, _ = self.dense.view()
+        near = attention_mass.log_sum_exp(p.q, k, p.scaling, self.visible(p.q.shape[2], p.causal))
+        far = torch.full_like(near, float("-inf"))
+        ends, middle = self._ends(p.q), max(self.store.tokens)
+        step = query_block(self.batch_size * p.q.shape[1], middle)
+        for start in range(0, p.q.shape[2], step):
+            block = p.q[:, :, start : start + step]
+            scores = self.store.scores(group_heads(block.to(near.dtype) * p.scaling, k.shape[1]))
+            if ends is not None:
+                scores = scores.masked_fill(~visible_mask(ends[:, None], middle), float("-inf"))
+            far[:, :, start : start + step] = scores.logsumexp(-1).reshape(block.shape[:3])
+        return torch.logaddexp(near, far)
+
+    # steps
 
     def unsteady(self) -> str | None:
-        if not self.method.dense_tokens[2]:
-            return "its method fits one period to the whole middle again and again: use segments"
-        return None
+        return None if isinstance(self.store, PageStore | None) else "its store grows with every token"
+
+    def page_counts(self) -> list[int]:
+        return super().page_counts() if self.store is None else list(self.store.counts)
 
     def reserve(self, new: int) -> None:
-        lengths = self.dense.lengths
-        segment = self.method.dense_tokens[2]
-        filled = [self.method.absorbed(length + new) // segment for length in lengths]
+        lengths = [length + new for length in self.dense.lengths]
+        filled = [max(0, n - self.sinks - self.window) // self.bound.span for n in lengths]
         if self.store is None and any(filled):
             k, v = self.dense.view()
             self._check_shape(k, v)
-            self.store = self.method.new_store(self.position, self.batch_size, k.dtype, k.device)
+            self.store = self.bound.new_store(self.position, self.batch_size, k.device)
             del k, v  # they would hold the old storage beside the new
         if self.store is not None:
             self.store.reserve(max(held + more for held, more in zip(self.store.counts, filled, strict=True)))
-        longest = max(lengths)
-        self.dense.reserve(min(longest + new, max(longest + 1, self.sinks + self.window + segment)))
+        longest = self.dense.longest
+        self.dense.reserve(min(longest + new, max(longest + 1, self.sinks + self.window + self.bound.span)))
 
     def release(self) -> None:
         super().release()
@@ -201,19 +300,26 @@ class SegmentedLayer(MemoryLayer):
             self.store = None
 
     def ripe(self) -> bool:
-        return any(self._due(row) for row in range(self.batch_size))
+        return any(self.due(row) for row in range(self.batch_size))
 
-    def attend_step(self, q: torch.Tensor, scaling: float, seen: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def attend_step(self, p: Pass, step: Step) -> torch.Tensor:
         if self.store is None:
-            return super().attend_step(q, scaling, seen, counts)
+            return super().attend_step(p, step)
         k, v = self.dense.tensors()
-        answer = self.store.attend(q, scaling, k, v, seen, counts)
+        answer = self.store.attend(p.q, p.scaling, k, v, step.seen, step.counts)
         if answer is not None:
             return answer
-        segment = self.method.dense_tokens[2]
-        return store_attention(
-            self.store, q, scaling, k, v, seen, counts * segment, self.store.pages.shape[1] * segment
-        )
+        middle = self.store.pages.shape[1] * self.segment
+        return store_attention(self.store, p.q, p.scaling, k, v, step.seen, step.counts * self.segment, middle)
+
+    # what it holds
+
+    def held(self) -> list[int]:
+        dense = super().held()
+        return dense if self.store is None else [a + b for a, b in zip(dense, self.store.tokens, strict=True)]
+
+    def answers(self) -> list[str]:
+        return [] if self.store is None else self.store.answers()
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = super().materialize()
@@ -221,7 +327,7 @@ class SegmentedLayer(MemoryLayer):
             return k, v
         sides = []
         for dense, middle in zip((k, v), self.store.materialize(), strict=True):
-            whole = dense.new_zeros(*dense.shape[:2], max(self.rows), dense.shape[3])
+            whole = dense.new_zeros(*dense.shape[:2], max(self.held()), dense.shape[3])
             for row, (held, count) in enumerate(zip(self.dense.lengths, self.store.tokens, strict=True)):
                 first = min(self.sinks, held)
                 whole[row, :, :first] = dense[row, :, :first]
@@ -245,7 +351,7 @@ class SegmentedLayer(MemoryLayer):
         if self.store is not None:
             self.store.select(rows)
 
-    def drop_last(self, counts: list[int]) -> None:
+    def can_drop(self, counts: list[int]) -> None:
         for row, count in enumerate(counts):
             free = self.dense.lengths[row] - (self.sinks if self.store and self.store.tokens[row] else 0)
             if count > free:
@@ -253,7 +359,6 @@ class SegmentedLayer(MemoryLayer):
                     f"cannot remove the last {count} tokens: all but {free} of them are compressed already. "
                     "Raise window, or keep a copy.deepcopy of the cache to go back to"
                 )
-        super().drop_last(counts)
 
 
 def store_attention(

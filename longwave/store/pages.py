@@ -1,9 +1,10 @@
-"""Compressed segments as fixed-size pages (store/layout.py).
+"""Compressed segments as fixed-size pages (ops/spectral/layout.py).
 
 A page is made once from dense values and never touched again, so the order in which tokens arrived cannot matter.
 """
 
 import importlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 from longwave.ops.kernels import choice, on_device, wants_triton
 from longwave.ops.spectral import cpu, reference
 from longwave.ops.spectral.basis import table
-from longwave.store.layout import Layout
+from longwave.ops.spectral.layout import Layout
 from longwave.store.tokens import writable
+
+_LOGGED: set[str] = set()  # what answers is said once a process
+EXPAND = 64  # query rows (group x queries) a KV head from which on pages are unpacked once, and SDPA answers
 
 
 class PageStore:
@@ -24,15 +28,31 @@ class PageStore:
         self.counts = [0] * batch
         self.pages = torch.zeros(batch, 0, layout.page_bytes, dtype=torch.uint8, device=device)
         # where the kernels find what: like basis tables, not counted as held
-        self._plan: cpu.Plan | None = None
-        self._plans: dict[str, Any] = {}  # of Triton's modules, or why they cannot read or make these pages
+        self._tables: cpu.Tables | None = None
+        self._triton_tables: dict[str, Any] = {}  # of Triton's modules, or why they cannot read or make these pages
         self._ends: torch.Tensor | None = None  # `counts` where the GPU kernel reads them
+        self._answered: dict[str, None] = {}  # what has attended over these pages, in order
         self.move(device)
 
     @property
     def tokens(self) -> list[int]:
         """Middle tokens held, per row."""
         return [count * self.layout.segment for count in self.counts]
+
+    def answers(self) -> list[str]:
+        """What has attended over these pages so far, and where that is plain torch, why."""
+        return list(self._answered)
+
+    def _answer(self, who: str) -> None:
+        if who not in self._answered:
+            self._answered[who] = None
+            if who not in _LOGGED:
+                _LOGGED.add(who)
+                logging.getLogger("longwave").info("attention over pages is answered by %s", who)
+
+    def expands(self, q: torch.Tensor) -> bool:
+        """Whether q [B, Hq, Q, D] is better answered by `expand` and dense attention."""
+        return q.shape[1] // self.layout.heads * q.shape[2] > EXPAND
 
     def due(self, row: int, waiting: int) -> int:
         """How many of `waiting` tokens behind the window would be compressed now."""
@@ -70,10 +90,10 @@ class PageStore:
         if kernels is None:
             return reference.encode(self.layout, k, v, rows)
         with on_device(k.device):
-            return kernels.encode(self._plans["triton_encode"], k, v, rows)
+            return kernels.encode(self._triton_tables["triton_encode"], k, v, rows)
 
     def _triton(self, name: str, cannot: str, device: torch.device, rows: int = 0) -> Any:
-        """The module ops/spectral/`name`, with its plan of these pages in `_plans`; None where the reference answers.
+        """The module ops/spectral/`name`, with `_triton_tables` of these pages; None where the reference answers.
 
         rows: query rows a KV head; a block of a prompt has too many: it is made of products that torch does well.
         """
@@ -82,16 +102,16 @@ class PageStore:
         try:
             module = importlib.import_module(f"longwave.ops.spectral.{name}")
         except ImportError:
-            self._plans[name] = "Triton is not installed"
+            self._triton_tables[name] = "Triton is not installed"
         else:
             if rows and rows > module.ROWS:
                 return None
-            if name not in self._plans:
-                self._plans[name] = module.fits(self.layout) or module.plan(self.layout)
-        if not isinstance(self._plans[name], str):
+            if name not in self._triton_tables:
+                self._triton_tables[name] = module.fits(self.layout) or module.tables_of(self.layout)
+        if not isinstance(self._triton_tables[name], str):
             return module
         if choice() == "triton":
-            raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the {cannot}: {self._plans[name]}")
+            raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the {cannot}: {self._triton_tables[name]}")
         return None
 
     def reserve(self, segments: int) -> None:
@@ -123,6 +143,7 @@ class PageStore:
         fused = self._triton("triton", "kernel cannot be used", q.device, rows)
         if fused is None:
             return None
+        self._answer("the Triton kernel")
         if counts is None:
             if self._ends is None:
                 self._ends = torch.tensor(self.counts, dtype=torch.int32, device=q.device)
@@ -133,29 +154,55 @@ class PageStore:
             seen = visible.to(q.device, torch.int32).expand(q.shape[0], q.shape[2]).contiguous()
         basis = self._table(q.dtype, q.device)
         with on_device(q.device):
-            return fused.attend(self._plans["triton"], self.pages, counts, basis, q, scaling, k, v, seen)
+            return fused.attend(self._triton_tables["triton"], self.pages, counts, basis, q, scaling, k, v, seen)
 
-    def _kernel(self, q: torch.Tensor) -> cpu.Plan | None:
-        """The CPU kernel's plan, if it answers for such q."""
-        if choice() == "reference" or not cpu.usable(self.layout, q):
+    def _kernel(self, usable: bool) -> cpu.Tables | None:
+        """The CPU kernel's tables, where it is usable and may answer."""
+        if choice() == "reference" or not usable:
             return None
-        if self._plan is None:
-            self._plan = cpu.plan(self.layout)
-        return self._plan
+        if self._tables is None:
+            self._tables = cpu.tables_of(self.layout)
+        return self._tables
+
+    def _who(self, tables: Any, q: torch.Tensor) -> str:
+        """What `scores` and `mix` are computed by."""
+        if tables is not None:
+            return "the numba kernel"
+        if choice() == "reference":
+            return "plain torch (LONGWAVE_KERNELS=reference)"
+        why = self._triton_tables.get("triton") if q.device.type == "cuda" else cpu.why_not(self.layout, q)
+        return f"plain torch ({why})" if isinstance(why, str) else "plain torch"
 
     def scores(self, q: torch.Tensor) -> torch.Tensor:
         """q [B, H, R, D] -> unscaled scores [B, H, R, M], M the longest row's middle."""
-        rows, plan = self._table(q.dtype, q.device), self._kernel(q)
-        if plan is not None:
-            return cpu.scores(plan, self.pages, q, rows)
+        rows, tables = self._table(q.dtype, q.device), self._kernel(cpu.usable(self.layout, q))
+        self._answer(self._who(tables, q))
+        if tables is not None:
+            return cpu.scores(tables, self.pages, q, rows)
         return reference.scores(self.layout, self.pages, q, rows)
 
     def mix(self, p: torch.Tensor) -> torch.Tensor:
         """Probabilities [B, H, R, M] -> their share of the output [B, H, R, D]."""
-        rows, plan = self._table(p.dtype, p.device), self._kernel(p)
-        if plan is not None:
-            return cpu.mix(plan, self.pages, p, rows)
+        rows, tables = self._table(p.dtype, p.device), self._kernel(cpu.usable(self.layout, p))
+        if tables is not None:
+            return cpu.mix(tables, self.pages, p, rows)
         return reference.mix(self.layout, self.pages, p, rows)
+
+    def expand(self, row: int, out_k: torch.Tensor, out_v: torch.Tensor) -> None:
+        """Write the K and V that a row's pages stand for into out_k and out_v [1, H, tokens[row], D]."""
+        pages, rows = self.pages[row : row + 1, : self.counts[row]], self._table(out_k.dtype, out_k.device)
+        kernels = self._triton("triton_expand", "kernels cannot unpack", out_k.device)
+        if kernels is not None:
+            who = "the Triton kernel"
+            with on_device(out_k.device):
+                kernels.expand(self._triton_tables["triton_expand"], pages, rows, out_k, out_v)
+        elif (tables := self._kernel(cpu.can_expand(self.layout, out_k))) is not None:
+            who = "the numba kernel"
+            cpu.expand(tables, pages, rows, out_k, out_v)
+        else:
+            who = "plain torch"
+            reference.expand(self.layout, pages, rows, out_k, out_v)
+        self._answer(f"SDPA over what {who} unpacked")
 
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The K and V that the store stands for: [B, H, M, D] each."""
@@ -171,7 +218,7 @@ class PageStore:
 
     def move(self, device: torch.device | str) -> None:
         self.pages = self.pages.to(device)
-        self._plans, self._ends = {}, None
+        self._triton_tables, self._ends = {}, None
         for group in (*self.layout.k, *self.layout.v):
             group.heads, group.order = group.heads.to(device), group.order.to(device)
 

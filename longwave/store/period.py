@@ -1,6 +1,6 @@
 """The paper's own store: one period over the whole middle, complex DFT, mean and maximum-deviation correction.
 
-Source: arXiv 2506.11886 and its reference code, section 5 of our notes; what differs here is what was wrong there.
+Source: arXiv 2506.11886 and its released code; docs/fourier.md says what differs here, being wrong there.
 A token's phase is its own index in the middle; the mean is removed before the transform; the gain follows the tokens
 that join later; a full period is fitted again with a longer one instead of wrapping round; nothing is a view.
 """
@@ -135,13 +135,14 @@ class Row:
 
 
 class PeriodStore:
-    """The middle of a batch, each row one period. Same interface as `SegmentStore`."""
+    """The middle of a batch, each row one period. Answers to what `PageStore` does, but never unpacks: see
+    `expands`."""
 
     def __init__(
-        self, batch: int, split_k: ChannelSplit, split_v: ChannelSplit, states: int, reserve: int, gain: str | None
+        self, batch: int, split_k: ChannelSplit, split_v: ChannelSplit, states: int, reserve: int, stretch: bool
     ):
         self.split_k, self.split_v = split_k, split_v
-        self.states, self.reserve, self.stretch = states, reserve, gain == "max"
+        self.states, self.reserve, self.stretch = states, reserve, stretch
         self.rows = [Row() for _ in range(batch)]
 
     @property
@@ -193,6 +194,16 @@ class PeriodStore:
                 ends = torch.tensor(lengths, device=like.device)[:, None, None, None]
                 beyond = torch.arange(longest, device=like.device) >= ends
             yield rows, period, longest, beyond
+
+    def expands(self, q: torch.Tensor) -> bool:
+        """Never: rebuilding a period costs as much as attending over it."""
+        return False
+
+    def attend(self, *args: object) -> None:
+        """No kernel knows a period."""
+
+    def answers(self) -> list[str]:
+        return ["plain torch (a period has no kernel)"]
 
     def scores(self, q: torch.Tensor) -> torch.Tensor:
         """q [B, H, R, D] -> unscaled scores [B, H, R, longest]; columns after a row's end are zero."""

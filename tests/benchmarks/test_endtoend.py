@@ -39,7 +39,7 @@ def test_everything_runs(tmp_path, monkeypatch):
 def test_synthetic_memory_is_that_of_a_prompt():
     """Same bytes and lengths as after reading one, so that its time is too."""
     model = endtoend.build(2, True, "cpu")
-    method = endtoend.Given.of("b", 2)
+    method = endtoend.Given("b")
     made = endtoend.filled(model, method, 2, 1000, seed=0)
     read = endtoend.longwave.cache(model, method)
     with torch.no_grad():

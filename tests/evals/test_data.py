@@ -4,7 +4,7 @@ import json
 import pytest
 
 from longwave.evals import data
-from longwave.evals.data import data_folder, field, find_records, haystack, read_object, read_records, require, texts
+from longwave.evals.data import data_folder, field, find_records, haystack, read_records, require, texts
 from tests.conftest import DATA
 
 RECORDS = [{"a": 1, "text": "one\u2028line\x85"}, {"a": None, "text": "zwei Äpfel"}]
@@ -119,22 +119,14 @@ def test_missing_records(tmp_path):
         read_records(tmp_path)
 
 
-def test_read_object(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{"ä": 1}', encoding="utf-8")
-    assert read_object(path) == {"ä": 1}
-    for content, message in ((b"[1]", "holds a list"), (b'{\n"a"', r"a\.json:2 is not JSON"), (b"\xff", "not UTF-8")):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            read_object(path)
-
-
 def test_field():
     assert field({"a": None}, "a", "x:1") is None
     with pytest.raises(ValueError, match="x:1 has no field 'b'; it has a, c"):
         field({"a": 1, "c": 2}, "b", "x:1")
     with pytest.raises(ValueError, match="it has none"):
         field({}, "b", "x:1")
+    with pytest.raises(ValueError, match=r"x:1 has no field 'b': it is \['a'\]"):
+        field(["a"], "b", "x:1")
 
 
 # prose

@@ -2,22 +2,23 @@ import pytest
 import torch
 
 import longwave
-from longwave.evals.fork import fork, pad_left, prefill, read
+from longwave.evals.fork import fork, needs_of, pad_left, prefill, read
 from tests.conftest import random_profile, tokens
 
 METHODS = {
-    "dense": longwave.Dense(),
-    "segments": longwave.Fourier(keep=0.25, segment=16, states=3, sinks=2, window=16),
-    "ragged": longwave.Fourier(keep=0.4, segment=16, states=3, sinks=0, window=16, quota="layer"),
-    "period": longwave.Fourier(
-        keep=0.25, segment=None, states=8, sinks=2, window=16, basis="dft", gain="max", reserve=32
-    ),
+    "dense": (longwave.Dense(), None),
+    "segments": (longwave.Fourier(segment=16, sinks=2, window=16), 0.4),
+    "no sinks": (longwave.Fourier(segment=16, sinks=0, window=16), 0.2),
+    "period": (longwave.FourierPaper(keep=0.25, states=8, sinks=2, window=16, reserve=32), None),
+    "queries": (longwave.SnapKV(sinks=2, window=16), 0.4),
+    "mass": (longwave.H2O(sinks=2, window=16), 0.4),
 }
 
 
 @pytest.fixture(params=list(METHODS))
 def make(request):
-    return lambda model: longwave.cache(model, METHODS[request.param], profile=random_profile(model))
+    method, budget = METHODS[request.param]
+    return lambda model: longwave.cache(model, method, budget, random_profile(model) if method.uses_profile else None)
 
 
 @torch.no_grad()
@@ -25,10 +26,15 @@ def feed(model, ids, memory):
     return model(ids, past_key_values=memory, use_cache=True).logits
 
 
+def seen(model, make, ids, mask=None):
+    """A dense cache that has read ids, and observed what the method needs."""
+    return prefill(model, ids, mask, needs_of([make(model)]))
+
+
 @pytest.mark.parametrize("length", [1, 20, 141])
 def test_fork_equals_reading_the_prompt(llama, make, length):
     ids = tokens(2, length)
-    forked, own = fork(prefill(llama, ids), make(llama)), make(llama)
+    forked, own = fork(seen(llama, make, ids), make(llama)), make(llama)
     feed(llama, ids, own)
     assert forked.report() == own.report()
     assert forked.get_seq_length() == length
@@ -40,7 +46,7 @@ def test_fork_equals_reading_the_prompt(llama, make, length):
 
 def test_fork_answers_like_its_twin(llama, make):
     ids, new = tokens(2, 141), tokens(2, 40, seed=3)
-    forked, own = fork(prefill(llama, ids), make(llama)), make(llama)
+    forked, own = fork(seen(llama, make, ids), make(llama)), make(llama)
     feed(llama, ids, own)
     assert torch.equal(feed(llama, new, forked), feed(llama, new, own))
     assert forked.report() == own.report()
@@ -48,7 +54,7 @@ def test_fork_answers_like_its_twin(llama, make):
 
 def test_forks_share_nothing(llama, make):
     ids = tokens(1, 100)
-    dense = prefill(llama, ids)
+    dense = seen(llama, make, ids)
     first, second = fork(dense, make(llama)), fork(dense, make(llama))
     before = [x.clone() for layer in [*dense.layers, *second.layers] for x in layer.materialize()]
     feed(llama, tokens(1, 40, seed=4), first)
@@ -87,7 +93,7 @@ def ragged(lengths=(141, 60, 100)):
 
 def test_ragged_rows_are_forked_as_if_read(llama, make):
     ids, mask = pad_left(ragged(), 0)
-    forked, own = fork(prefill(llama, ids, mask), make(llama)), make(llama)
+    forked, own = fork(seen(llama, make, ids, mask), make(llama)), make(llama)
     read(llama, own, ids, mask)
     assert forked.report() == own.report()
     for ours, theirs in zip(forked.layers, own.layers, strict=True):
@@ -98,9 +104,10 @@ def test_ragged_rows_are_forked_as_if_read(llama, make):
 
 def test_a_ragged_row_is_what_it_is_alone(llama, make):
     rows = ragged()
-    forked = fork(prefill(llama, *pad_left(rows, 0)), make(llama))
+    forked = fork(seen(llama, make, *pad_left(rows, 0)), make(llama))
     for number, row in enumerate(rows):
-        alone = fork(prefill(llama, torch.tensor([row])), make(llama))
+        alone = fork(seen(llama, make, torch.tensor([row])), make(llama))
         for ours, theirs in zip(forked.layers, alone.layers, strict=True):
+            assert (ours.rows[number], ours.held()[number]) == (len(row), theirs.held()[0])
             for x, y in zip(ours.materialize(), theirs.materialize(), strict=True):
-                torch.testing.assert_close(x[number, :, : len(row)], y[0], rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(x[number, :, : y.shape[2]], y[0], rtol=1e-3, atol=1e-4)

@@ -19,7 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from longwave.evals.harness import LongwaveLM, StopTexts, Wish
 
-SMALL = {"segment": 16, "states": 3, "sinks": 2, "window": 16}
+SMALL = {"segment": 16, "sinks": 2, "window": 16}
 TEXT = " the quick brown fox jumps over the lazy dog, and then the dog sleeps until the fox is back;"
 PAIRS = [  # different lengths of context and continuation, an empty context, trailing spaces
     (TEXT * 2, " yes"),
@@ -373,9 +373,10 @@ def test_arguments_that_need_the_model_are_checked(make, folder):
         make(method="dense").apply_chat_template([{"role": "user", "content": "hello"}])
 
 
-def test_method_options_arrive(make):
-    assert make(budget=None, keep=[0.25, 0.5])._empty.method.keep == (0.25, 0.5)
-    assert make(states=4)._empty.method.states == 4
+def test_method_options_arrive(make, folder):
+    assert make(segment=32)._empty.method.method.segment == 32
+    kivi = LongwaveLM(str(folder), method="kivi", device="cpu", bits=[4, 2])
+    assert kivi._empty.method.method.bits == (4, 2)
 
 
 def test_no_method_option_is_hidden_by_an_argument():
@@ -388,10 +389,10 @@ def test_no_method_option_is_hidden_by_an_argument():
 
 
 def test_a_budget_in_bytes_holds_for_one_row(make):
-    lm = make(budget="60KiB", batch_size=4, max_length=400)
+    lm = make(budget="90KiB", batch_size=4, max_length=400)
     assert lm.batch_size == 1
     loglikelihood(lm, [(TEXT * 2, " yes"), (TEXT * 2, " no")])
-    assert lm.report()["bytes"] <= 2 * 60 * 1024
+    assert lm.report()["bytes"] <= 2 * 90 * 1024
     assert lm.report()["bytes"] < lm.report()["dense_bytes"]
 
 

@@ -18,8 +18,8 @@ from longwave.evals import results as module
 from longwave.evals import runner
 from longwave.evals.results import FIXED, Results, key_of, load, merge
 from longwave.evals.tasks import Needle
+from tests.cli.calls import TEXT, call, refused, succeeds
 from tests.conftest import build
-from tests.test_cli import TEXT, call, refused, succeeds
 
 TASK = "needle:lengths=180,200,depths=0.1,0.9,haystack={}"
 MANY = "needle:lengths=180,200,depths=0,0.1,0.2,0.4,0.6,0.8,0.9,1,haystack={}"
@@ -119,6 +119,13 @@ def test_what_is_not_finite_becomes_null(out):
         json.dumps(row("b", score=float("nan"))).encode(),
         json.dumps(row("b", task=["echo"])).encode(),
         json.dumps(row("b", meta=None)).encode(),
+        json.dumps(row("b", metrics={"loss": "0.25"})).encode(),
+        json.dumps(row("b", metrics={"kl": float("inf")})).encode(),
+        json.dumps(row("b", curve={"loss": 0.25})).encode(),
+        json.dumps(row("b", curve={"loss": [0.25, "0.5"]})).encode(),
+        json.dumps(row("b", rows=0)).encode(),
+        json.dumps(row("b", scored=[128])).encode(),
+        json.dumps(row("b", prefill_seconds=None)).encode(),
         json.dumps({name: value for name, value in row("b").items() if name != "prompt"}).encode(),
         json.dumps({name: value for name, value in row("b").items() if name != "score"}).encode(),
         json.dumps({name: value for name, value in row("b").items() if name != "bytes"}).encode(),
@@ -244,7 +251,7 @@ def test_a_label_means_one_thing(out, changes):
 def test_methods_and_tasks_join_and_earlier_commands_stay(out):
     Results.open(out, header()).append([row("a")])
     lines = (out / "samples.jsonl").read_bytes()
-    more = {"methods": {"fourier": "f"}, "tasks": {"other": {}}, "runs": [{"command": "second"}]}
+    more = {"methods": {"fourier": "f"}, "tasks": {"other": header()["tasks"]["echo"]}, "runs": [{"command": "second"}]}
     results = Results.open(out, header(**more))
     results.append([row("a", "fourier")])
     joined = load(out).header
@@ -283,6 +290,29 @@ def test_a_damaged_header(out, content, message):
         with pytest.raises(ValueError, match=re.escape(str(out / "run.json")) + ".*" + message):
             read()
     assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": None}, "it has no model"),
+        ({"seed": "42"}, "it has no seed"),
+        ({"question": ["after"]}, "it has no question"),
+        ({"window": [512]}, "it has no number of tokens as window"),
+        ({"tasks": {"echo": "echo"}}, "it has no name, version and options of task 'echo'"),
+        ({"tasks": {"echo": {"name": "echo", "version": 1}}}, "it has no name, version and options of task 'echo'"),
+        ({"samples": {"echo": 5}}, "it has no counts of samples of 'echo'"),
+        ({"runs": ["first"]}, "it has no commands of its runs"),
+        ({"runs": [{"command": 5}]}, "it has no commands of its runs"),
+    ],
+    ids=str,
+)
+def test_a_header_without_what_a_report_reads(out, changes, message):
+    Results.open(out, header()).append([row("a")])
+    (out / "run.json").write_text(json.dumps(header(**changes)))
+    for read in (lambda: load(out), lambda: merge([out])):
+        with pytest.raises(ValueError, match=re.escape(str(out / "run.json")) + " is damaged, " + message):
+            read()
 
 
 def test_a_process_killed_while_it_writes_the_header_leaves_the_old_one(out, monkeypatch):
@@ -464,7 +494,7 @@ def unkilled(folder, tmp_path_factory):
     """A run of 16 samples with two methods that nothing disturbed: its arguments, its rows."""
     path = tmp_path_factory.mktemp("unkilled")
     (path / "hay.txt").write_text(TEXT)
-    methods = ["--method", "dense", "--method", "fourier:budget=1,segment=16,states=2,window=16"]
+    methods = ["--method", "dense", "--method", "fourier:budget=1,segment=16,window=16"]
     arguments = ["eval", "run", "--model", folder, "--task", MANY.format(path / "hay.txt"), *methods, "--batch", 1]
     succeeds(*arguments, "--out", path / "out")
     assert len(rows_of(path / "out")) == 32
@@ -511,7 +541,7 @@ def test_the_header_is_written_before_anything_is_measured(evaluate, out, monkey
 
     monkeypatch.setattr(runner, "run", killed)
     call(*evaluate)
-    assert load(out).header["methods"] == {"dense": "Dense()"}
+    assert load(out).header["methods"] == {"dense": "dense"}
     assert not (out / "samples.jsonl").exists()
 
 
@@ -577,7 +607,7 @@ def test_another_version_of_a_task(evaluate, out, monkeypatch):
 
 
 def test_another_profile_under_the_same_label(evaluate, folder, hay, out, tmp_path):
-    options = ["-o", "segment=16", "-o", "states=2", "-o", "window=16"]
+    options = ["-o", "segment=16", "-o", "window=16"]
     profiles = [tmp_path / "one.json", tmp_path / "two.json"]
     succeeds(
         "calibrate",
@@ -596,7 +626,7 @@ def test_another_profile_under_the_same_label(evaluate, folder, hay, out, tmp_pa
     made = json.loads(profiles[0].read_text())
     made["k_error"] = [[head[::-1] for head in layer] for layer in made["k_error"]]
     profiles[1].write_text(json.dumps(made))
-    arguments = [*evaluate, "--method", "fourier:keep=0.5,segment=16,states=2,window=16", "--limit", 1]
+    arguments = [*evaluate, "--method", "fourier-paper:keep=0.5,states=20,window=16", "--limit", 1]
     succeeds(*arguments, "--profile", profiles[0])
     before = contents(out)
     assert "with other settings" in refused(*arguments, "--profile", profiles[1])

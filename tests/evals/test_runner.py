@@ -12,7 +12,7 @@ from longwave.evals.runner import Batch, Contexts, answer, batches, run, run_los
 from longwave.evals.task import Judged, LossTask, Sample, TextTask
 from tests.conftest import random_profile, tokens
 
-OPTIONS = {"segment": 16, "states": 2, "sinks": 2, "window": 16}
+OPTIONS = {"segment": 16, "sinks": 2, "window": 16}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def makers(llama):
     profile = random_profile(llama)
     return {
         "dense": lambda rows: longwave.cache(llama, "dense"),
-        "fourier": lambda rows: longwave.cache(llama, longwave.Fourier(keep=0.3, **OPTIONS), profile=profile),
+        "fourier": lambda rows: longwave.cache(llama, "fourier", 0.1, profile, **OPTIONS),
     }
 
 
@@ -104,9 +104,9 @@ def test_the_question_is_read_after_compression(llama, tokenizer, makers):
         memory = makers["fourier"](rows)
         attend = memory.layers[0].attend
 
-        def watch(q, *args, **options):
-            seen.append((q.shape[2], memory.layers[0].store is not None))
-            return attend(q, *args, **options)
+        def watch(p):
+            seen.append((p.q.shape[2], memory.layers[0].store is not None))
+            return attend(p)
 
         memory.layers[0].attend = watch
         return memory
@@ -119,7 +119,7 @@ def test_the_question_is_read_after_compression(llama, tokenizer, makers):
 def test_a_shared_context_is_read_once(llama, tokenizer, makers, mixed, monkeypatch):
     read = []
     real = runner.prefill
-    monkeypatch.setattr(runner, "prefill", lambda model, ids, mask: read.append(ids.shape) or real(model, ids, mask))
+    monkeypatch.setattr(runner, "prefill", lambda model, ids, *more: read.append(ids.shape) or real(model, ids, *more))
     list(run_text(llama, tokenizer, Echo(), mixed[3:], makers, "after"))
     assert read == [(1, 100)]  # one context, for three questions and two methods
 

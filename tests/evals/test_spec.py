@@ -1,6 +1,6 @@
 import pytest
 
-from longwave.evals.spec import as_spec, nearest, parse_spec, parse_value
+from longwave.evals.spec import as_spec, parse_spec, parse_value
 
 
 @pytest.mark.parametrize(
@@ -101,10 +101,3 @@ def test_a_mapping_means_what_its_text_means():
 def test_bad_recipe_entries(item):
     with pytest.raises(ValueError, match="a text or a mapping with a name"):
         as_spec(item)
-
-
-def test_nearest():
-    assert nearest("nedle", ["needle", "ruler"]) == "did you mean 'needle'?"
-    assert nearest("zzz", ["needle", "ruler"]) == "choose from needle, ruler"
-    assert nearest("zzz", iter(["needle"])) == "choose from needle"
-    assert nearest("zzz", []) == "choose from none"

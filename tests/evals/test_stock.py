@@ -4,14 +4,14 @@ import pytest
 import torch
 from transformers import DynamicCache, QuantizedCache, cache_utils
 
-from longwave.cache import storage_bytes
-from longwave.evals.plan import Plan, evaluate, make_methods
+from longwave.evals.recipe import Recipe, evaluate, make_methods
 from longwave.evals.results import load
 from longwave.evals.runner import Contexts, answer
 from longwave.evals.stock import Quantized
+from longwave.frame import storage_bytes
+from tests.cli.calls import TEXT
 from tests.conftest import tokens
 from tests.evals.test_runner import sample
-from tests.test_cli import TEXT
 
 NAME = Quantized.name
 
@@ -40,8 +40,8 @@ def feed(model, ids, memory):
     return model(ids, past_key_values=memory, use_cache=True).logits
 
 
-def plan(*methods, **changes):
-    return Plan(**{"out": "out", "methods": list(methods), "tasks": ["needle"], **changes})
+def recipe(*methods, **changes):
+    return Recipe(**{"out": "out", "methods": list(methods), "tasks": ["needle"], **changes})
 
 
 def never(*arguments):
@@ -69,7 +69,7 @@ def never(*arguments):
 )
 def test_options_are_checked_before_a_model_is_loaded(options, message):
     with pytest.raises(ValueError) as error:
-        evaluate(plan(f"{NAME}:{options}"), never)
+        evaluate(recipe(f"{NAME}:{options}"), never)
     assert message in str(error.value)
 
 
@@ -80,7 +80,7 @@ def test_options_are_checked_before_a_model_is_loaded(options, message):
 def test_a_missing_backend_says_what_to_install(monkeypatch, backend, available, package):
     monkeypatch.setattr(cache_utils, available, lambda: False)
     with pytest.raises(ValueError) as error:
-        evaluate(plan(f"{NAME}:backend={backend}"), never)
+        evaluate(recipe(f"{NAME}:backend={backend}"), never)
     assert str(error.value) == f"{NAME} with backend={backend} needs {package}: pip install -U {package}"
 
 
@@ -98,7 +98,7 @@ def test_a_backend_that_fails_is_found_before_a_model_is_loaded(monkeypatch, bac
 
     monkeypatch.setattr(cache_utils.Fp8QuantizedLayer, "_dequantize", broken)
     with pytest.raises(ValueError, match=r"^QuantizedCache\(backend=fp8\) does not work here: no compiler$"):
-        evaluate(plan(f"{NAME}:backend={backend}"), never)
+        evaluate(recipe(f"{NAME}:backend={backend}"), never)
 
 
 # what it is
@@ -169,7 +169,7 @@ def test_a_run_measures_it_one_prompt_at_a_time(llama, tokenizer, tmp_path, back
         f"needle:lengths=180,depths=0.1,0.9,haystack={tmp_path / 'hay.txt'}",
         f"divergence:contexts=100,scored=20,windows=1,text={tmp_path / 'hay.txt'}",
     ]
-    evaluate(plan(*methods, tasks=tasks, out=tmp_path / "out"), lambda *given: (llama, tokenizer))
+    evaluate(recipe(*methods, tasks=tasks, out=tmp_path / "out"), lambda *given: (llama, tokenizer))
     loaded = load(tmp_path / "out")
     assert [row["method"] for row in loaded.rows] == methods * 3
     assert {row["rows"] for row in loaded.rows} == {1}
@@ -184,13 +184,13 @@ def test_a_run_measures_it_one_prompt_at_a_time(llama, tokenizer, tmp_path, back
 def test_rows_are_refused(llama, backend, options):
     with pytest.raises(ValueError, match=f"{NAME} reads one prompt at a time, not 2"):
         Quantized(backend).cache(llama, 2)
-    assert make_methods(llama, plan(f"{NAME}:backend=fp8", batch=4))[2] == 1
+    assert make_methods(llama, recipe(f"{NAME}:backend=fp8", batch=4))[2] == 1
 
 
 @pytest.mark.parametrize(("backend", "options"), [FP8])
 def test_models_with_sliding_layers_are_refused_before_anything_is_measured(models, backend, options):
     with pytest.raises(ValueError, match="only supported for models with only full attention layers"):
-        make_methods(models["gemma3"][0], plan(f"{NAME}:backend=fp8"))
+        make_methods(models["gemma3"][0], recipe(f"{NAME}:backend=fp8"))
 
 
 @pytest.mark.parametrize(("backend", "options"), SETTINGS[1:2])

@@ -1,6 +1,5 @@
-"""What fourier promises, on its layer and through small models."""
+"""What fourier decides: its plans, what it says of them, and what it refuses. What its pages do: test_segmented.py."""
 
-import copy
 import warnings
 from dataclasses import replace
 
@@ -8,548 +7,35 @@ import pytest
 import torch
 
 import longwave
-from longwave.cache import storage_bytes
-from longwave.methods.base import CacheShape
-from longwave.methods.fourier import paper_share
-from longwave.ops.spectral.basis import BASES
-from tests.conftest import build, left_padded, random_profile, shape_of, tokens
-
-H, D = 2, 8
-OPTIONS = {
-    "dct": longwave.Fourier(keep=0.25, states=3, segment=16, sinks=3, window=10, basis="dct"),
-    "dft": longwave.Fourier(keep=(0.0, 0.5), states=4, segment=15, sinks=0, window=1, basis="dft"),
-    "legendre": longwave.Fourier(keep=0.5, states=2, segment=7, sinks=2, window=9, basis="legendre"),
-    "ragged": longwave.Fourier(keep=0.3, states=3, segment=16, sinks=3, window=10, quota="layer"),
-    "codes": longwave.Fourier(keep=1.0, keep_bits=(3, 4), states=2, coef_bits=8, segment=16, sinks=3, window=10),
-    "period": longwave.Fourier(
-        keep=0.3, states=12, segment=None, sinks=3, window=10, basis="dft", gain="max", quota="layer", reserve=20
-    ),
-}
-
-
-def bound(options, seed=0, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    profile = longwave.Profile({}, {}, {}, torch.rand(1, H, D, generator=g), torch.rand(1, H, D, generator=g))
-    shape = CacheShape((0,), (), H, D, dtype)
-    return options.bind(shape, profile, None), shape
-
-
-def new_layer(options, dtype=torch.float64):
-    method, shape = bound(options, dtype=dtype)
-    return method.layer(0, shape)
-
-
-def kept_by(options):
-    """Kept channels of K and V: bool [H, D] each."""
-    return bound(options)[0].kept[0]
-
-
-def draw(batch, count, seed=0, dtype=torch.float64):
-    g = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(batch, H, count, D, generator=g, dtype=dtype) for _ in range(2))
-
-
-def feed(layer, k, v, sizes, valid=None):
-    start = 0
-    for size in sizes:
-        part = None if valid is None else valid[:, start : start + size]
-        layer.write(k[:, :, start : start + size], v[:, :, start : start + size], part)
-        layer.settle()
-        start += size
-    assert start == k.shape[2]
-
-
-@pytest.fixture(params=list(OPTIONS))
-def options(request):
-    return OPTIONS[request.param]
-
-
-# attention
-
-
-@pytest.mark.parametrize("queries", [1, 17])
-@pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("causal", [True, False])
-def test_attend_is_softmax_over_materialize(options, queries, groups, batch, causal):
-    layer = new_layer(options)
-    k, v = draw(batch, 101)
-    feed(layer, k, v, [50, 51])
-    assert min(layer.store.tokens) > 0
-    layer.write(*draw(batch, queries, seed=5))
-    q = torch.randn(batch, H * groups, queries, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    got = layer.attend(q, 0.4, causal)
-    dense_k, dense_v = (x.repeat_interleave(groups, 1) for x in layer.materialize())
-    allowed = torch.ones(queries, 101 + queries, dtype=torch.bool)
-    if causal:
-        allowed = allowed.tril(101)
-    p = torch.softmax((q @ dense_k.mT * 0.4).masked_fill(~allowed, float("-inf")), -1)
-    torch.testing.assert_close(got, p @ dense_v, rtol=0, atol=1e-9)
-
-
-def test_attend_in_query_blocks(options, monkeypatch):
-    layer = new_layer(options)
-    feed(layer, *draw(1, 101), [101])
-    layer.write(*draw(1, 17, seed=5))
-    q = torch.randn(1, H, 17, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    whole = layer.attend(q, 0.4)
-    monkeypatch.setattr("longwave.ops.attention.MASK_ELEMENTS", 2 * 200 * 3)
-    torch.testing.assert_close(layer.attend(q, 0.4), whole, rtol=0, atol=1e-12)
-
-
-# storage
-
-
-def test_compressed_channels_are_projections_of_the_dense_ones():
-    """Independently: rows of cosines, least squares, one segment at a time."""
-    options = OPTIONS["dct"]
-    layer = new_layer(options)
-    k, v = draw(2, 103)
-    feed(layer, k, v, [103])
-    t = torch.arange(16, dtype=torch.float64)
-    basis = torch.stack([torch.cos(torch.pi * n * (t + 0.5) / 16) for n in range(3)], dim=1)
-    for exact, held, kept in zip((k, v), layer.materialize(), kept_by(options), strict=True):
-        expected = exact.clone()
-        for segment in range(5):  # 103 - 3 - 10 = 90 waiting, 5 segments of 16
-            at = slice(3 + 16 * segment, 3 + 16 * (segment + 1))
-            for head in range(H):
-                for channel in (~kept[head]).nonzero()[:, 0].tolist():
-                    y = exact[:, head, at, channel]
-                    expected[:, head, at, channel] = (basis @ torch.linalg.lstsq(basis, y.T).solution).T
-        assert not torch.equal(expected, exact)
-        torch.testing.assert_close(held, expected, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "period"])
-def test_step_by_step_equals_all_at_once(name):
-    k, v = draw(2, 97)
-    layers = []
-    for sizes in ([97], [1] * 97, [40, 1, 1, 30, 25]):
-        layers.append(new_layer(OPTIONS[name]))
-        feed(layers[-1], k, v, sizes)
-    for layer in layers[1:]:
-        assert layer.store.tokens == layers[0].store.tokens
-        assert layer.nbytes == layers[0].nbytes
-        for a, b in zip(layer.materialize(), layers[0].materialize(), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "codes"])
-def test_every_token_keeps_its_place(name):
-    """Kept channels across every segment border, sinks and window are the dense ones, in order."""
-    options = OPTIONS[name]
-    layer = new_layer(options)
-    k, v = draw(1, 120)
-    feed(layer, k, v, [60] + [1] * 60)
-    for exact, held, kept in zip((k, v), layer.materialize(), kept_by(options), strict=True):
-        assert held.shape == exact.shape
-        for head in range(H):
-            assert torch.equal(held[0, head][:, kept[head]], exact[0, head][:, kept[head]])
-        first, last = options.sinks, options.window
-        assert torch.equal(held[:, :, :first], exact[:, :, :first])
-        assert torch.equal(held[:, :, -last:], exact[:, :, -last:])
-
-
-@pytest.mark.parametrize("basis", list(BASES))
-def test_all_states_are_exact(basis):
-    layer = new_layer(longwave.Fourier(keep=0.0, states=9, segment=9, sinks=1, window=4, basis=basis))
-    k, v = draw(2, 77)
-    feed(layer, k, v, [50, 27])
-    for exact, held in zip((k, v), layer.materialize(), strict=True):
-        torch.testing.assert_close(held, exact, rtol=0, atol=1e-9)
-
-
-def test_rows_of_different_lengths(options):
-    """Row by row, a padded batch holds what single rows hold, whatever the chunks."""
-    k, v = draw(3, 110)
-    pads = [0, 37, 109]
-    valid = torch.stack([torch.arange(110) >= pad for pad in pads])
-    together = new_layer(options)
-    feed(together, k, v, [60, 49, 1], valid)
-    held = together.materialize()
-    for row, pad in enumerate(pads):
-        alone = new_layer(options)
-        sizes = [max(0, 60 - pad), 49 - max(0, pad - 60), 1]
-        feed(alone, k[row : row + 1, :, pad:], v[row : row + 1, :, pad:], [s for s in sizes if s])
-        for a, b in zip(held, alone.materialize(), strict=True):
-            torch.testing.assert_close(a[row : row + 1, :, : 110 - pad], b, rtol=0, atol=1e-9)
-            assert not a[row, :, 110 - pad :].any()
-
-
-# bytes
-
-
-def padded(size):
-    """A field of a page begins at a multiple of 16 bytes."""
-    return (size + 15) // 16 * 16
-
-
-def page(options, kept_k, kept_v, itemsize):
-    """Bytes of a segment: heads that keep as many channels share a field [h, T, n] and one [h, S, c]."""
-    if options.keep_bits:
-        keys = H * D * 6 + H * 2 * D * 2  # 3 bits for 16 tokens are 6 bytes; a scale and a zero a channel
-        values = H * 16 * 4 + H * 16 * 2  # 4 bits for 8 channels are 4 bytes; a scale a token
-        return keys + values + H * 2 * D + padded(H * 2 * 2)  # two coefficients of 8 bits a channel, a gain each
-    total = 0
-    for kept in (kept_k, kept_v):
-        counts = kept.sum(-1).tolist()
-        for n in set(counts):
-            heads = counts.count(n)
-            total += padded(heads * options.segment * n * itemsize) + padded(
-                heads * options.states * (D - n) * itemsize
-            )
-    return total
-
-
-def formula(options, length, kept_k, kept_v, itemsize):
-    """Bytes of one row, from the text of docs/fourier.md: pages, everything else dense in blocks of 64 tokens."""
-    waiting = max(0, length - options.sinks - options.window)
-    if options.segment is None:
-        middle = waiting if waiting > options.states else 0
-    else:
-        middle = waiting // options.segment * options.segment
-    dense = (length - middle + 63) // 64 * 64
-    total = dense * 2 * H * D * itemsize
-    if not middle:
-        return total
-    if options.segment is not None:  # the index: for K and V, each head (int64) and the order of its channels (int16)
-        pages = middle // options.segment
-        return total + pages * page(options, kept_k, kept_v, itemsize) + 2 * (H * 8 + H * D * 2)
-    total += (
-        2 * (2 * H * D + H) * 8
-    )  # the index, int64: for K and V, each channel's place there and back, and the heads
-    for kept in (kept_k, kept_v):
-        n = int(kept.sum())
-        c = H * D - n
-        total += (middle * n + options.states * c) * itemsize + 4 * c * max(4, itemsize)
-    return total
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("length", [1, 5, 28, 29, 90, 333])
-def test_bytes_equal_the_formula(options, dtype, length):
-    layer = new_layer(options, dtype)
-    k, v = draw(1, length, dtype=dtype)
-    layer.write(k, v)
-    layer.settle()
-    method, shape = bound(options, dtype=dtype)
-    expected = formula(options, length, *kept_by(options), k.element_size())
-    assert layer.nbytes == expected
-    assert method.layer_bytes(0, shape, length) == expected
-
-
-@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "period"])
-def test_bytes_while_growing(name):
-    """A token at a time: never more than the formula, and never above the peak that a size budget is computed with."""
-    options = OPTIONS[name]
-    method, shape = bound(options)
-    layer, (k, v) = method.layer(0, shape), draw(1, 200)
-    most = 0
-    for t in range(200):
-        layer.write(k[:, :, t : t + 1], v[:, :, t : t + 1])
-        layer.settle()
-        assert layer.nbytes == method.layer_bytes(0, shape, t + 1)
-        most = max(most, layer.nbytes)
-    assert most <= method.peak_bytes(shape, 200)
-
-
-def test_nothing_of_a_prompt_is_pinned(options):
-    """No tensor held shares memory with the prompt's, and none is a view of something larger."""
-    layer = new_layer(options)
-    k, v = draw(2, 150)
-    layer.write(k, v)
-    layer.settle()
-    own = [x for tensors in layer.parts().values() for x in tensors]
-    theirs = {k.untyped_storage().data_ptr(), v.untyped_storage().data_ptr()}
-    assert not theirs & {x.untyped_storage().data_ptr() for x in own}
-    assert sum(x.numel() * x.element_size() for x in own) == storage_bytes(own) == layer.nbytes
-
-
-def test_the_store_is_not_copied_for_every_token():
-    layer = new_layer(OPTIONS["dct"])
-    k, v = draw(1, 130)
-    seen = set()
-    for t in range(130):
-        layer.write(k[:, :, t : t + 1], v[:, :, t : t + 1])
-        layer.settle()
-        if layer.store is not None:
-            seen.add(layer.store.pages.data_ptr())
-    assert len(seen) <= (130 - 13) // 16
-
-
-# through models
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("options", [dict(keep=0.0, states=16), dict(keep=1.0, states=2)], ids=["states", "kept"])
-def test_nothing_lost_equals_dense(dtype, options):
-    model = build("llama", dtype)
-    ids = tokens(2, 90)
-    expected = model(ids, use_cache=False).logits
-    memory = longwave.cache(model, longwave.Fourier(segment=16, sinks=2, window=8, **options))
-    with torch.no_grad():
-        got = [model(ids[:, a:b], past_key_values=memory).logits for a, b in ((0, 60), (60, 89), (89, 90))]
-    assert any(layer.store is not None for layer in memory.memory_layers())
-    atol = 1e-9 if dtype == torch.float64 else 1e-4
-    torch.testing.assert_close(torch.cat(got, 1), expected, rtol=0, atol=atol)
-
-
-LOSSY = {
-    "segments": dict(keep=0.25, states=2, segment=16, sinks=2, window=8),
-    "ragged": dict(keep=0.25, states=2, segment=16, sinks=2, window=8, quota="layer"),
-    "planned": dict(segment=16, sinks=2, window=8),
-    "period": dict(
-        keep="paper", states=16, segment=None, sinks=2, window=8, basis="dft", gain="max", quota="layer", reserve=16
-    ),
-}
-
-
-@pytest.fixture(params=list(LOSSY))
-def lossy(request):
-    return lambda model: longwave.cache(model, longwave.Fourier(**LOSSY[request.param]), profile=random_profile(model))
-
-
-@pytest.mark.parametrize("chunk", [None, 13])
-def test_a_row_does_not_depend_on_the_others(models, lossy, chunk):
-    model = models["llama"][0]
-    ids, mask = left_padded(3, 80, [31, 0, 77])
-    options = dict(max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    options |= {} if chunk is None else {"prefill_chunk_size": chunk}
-    memory = lossy(model)
-    together = model.generate(ids, attention_mask=mask, past_key_values=memory, **options)
-    assert all(torch.isfinite(x).all() for x in together.logits)
-    for row, pad in enumerate((31, 0, 77)):
-        if chunk is not None and pad % chunk:  # chunks would begin elsewhere in the row
-            continue
-        alone = model.generate(
-            ids[row : row + 1, pad:], attention_mask=mask[row : row + 1, pad:], past_key_values=lossy(model), **options
-        )
-        assert torch.equal(together.sequences[row, 80:], alone.sequences[0, 80 - pad :])
-        torch.testing.assert_close(together.logits[-1][row], alone.logits[-1][0], rtol=1e-3, atol=1e-3)
-    assert min(layer.store.tokens[1] for layer in memory.memory_layers()) > 0
-
-
-def test_it_really_compresses(llama, lossy):
-    """Lossy settings must change the logits: a silent no-op would pass every test of exactness."""
-    ids = tokens(1, 300)
-    exact = llama(ids, use_cache=False).logits[:, -1]
-    memory = lossy(llama)
-    with torch.no_grad():
-        llama(ids[:, :299], past_key_values=memory)
-        got = llama(ids[:, 299:], past_key_values=memory).logits[:, -1]
-    assert memory.nbytes < 0.8 * memory.dense_nbytes
-    assert (got - exact).abs().max() > 1e-2
-
-
-def test_beams_reorder_the_compressed_past(models, lossy):
-    """Beam search with k beams on a compressed cache equals replaying each result alone."""
-    model = models["llama"][0]
-    ids = tokens(1, 70)
-    memory = lossy(model)
-    out = model.generate(
-        ids,
-        past_key_values=memory,
-        num_beams=3,
-        num_return_sequences=3,
-        max_new_tokens=30,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_scores=True,
-        length_penalty=0.0,
-    )
-    for sequence, score in zip(out.sequences, out.sequences_scores, strict=True):
-        replay, total = lossy(model), 0.0
-        with torch.no_grad():
-            logits = model(ids, past_key_values=replay).logits[:, -1]
-            for token in sequence[70:]:
-                total += torch.log_softmax(logits, -1)[0, token].item()
-                logits = model(token.view(1, 1), past_key_values=replay).logits[:, -1]
-        assert total == pytest.approx(score.item(), abs=2e-3)
-
-
-def test_several_tokens_at_once_equal_one_by_one_within_the_open_segment(llama, lossy):
-    ids, new = tokens(2, 66), tokens(2, 6, seed=2)
-    at_once, stepwise = lossy(llama), lossy(llama)
-    with torch.no_grad():
-        for memory in (at_once, stepwise):
-            llama(ids, past_key_values=memory)
-        before = [layer.store.tokens for layer in stepwise.memory_layers()]
-        expected = torch.cat([llama(new[:, i : i + 1], past_key_values=stepwise).logits for i in range(6)], 1)
-        assert before == [layer.store.tokens for layer in stepwise.memory_layers()]  # nothing crossed the window
-        torch.testing.assert_close(llama(new, past_key_values=at_once).logits, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_prompts_shorter_than_sinks_and_window_stay_dense(llama):
-    memory = longwave.cache(llama, longwave.Fourier(keep=0.0, states=2, segment=16, sinks=4, window=40))
-    ids = tokens(1, 30)
-    with torch.no_grad():
-        got = llama(ids, past_key_values=memory).logits
-    torch.testing.assert_close(got, llama(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
-    assert all(layer.store is None for layer in memory.memory_layers())
-    assert "dense" in str(memory.report())
-
-
-def test_paper_growth_crosses_the_threshold(llama):
-    """A short prompt that grows past sinks + window + states is compressed then; the release keeps it dense."""
-    memory = longwave.cache(llama, longwave.Fourier(**LOSSY["period"]), profile=random_profile(llama))
-    llama.generate(tokens(1, 20), past_key_values=memory, max_new_tokens=60, do_sample=False)
-    assert all(layer.store is not None and layer.store.tokens[0] > 16 for layer in memory.memory_layers())
-
-
-def test_crop_keeps_to_the_dense_tail(llama, lossy):
-    memory, twin = lossy(llama), lossy(llama)
-    ids, guess, new = tokens(1, 80), tokens(1, 5, seed=2), tokens(1, 3, seed=3)
-    with torch.no_grad():
-        for m in (memory, twin):
-            llama(ids, past_key_values=m)
-        memory.activate_past_recording()
-        llama(guess, past_key_values=memory)
-        memory.crop(-5)
-        assert memory.get_seq_length() == 80
-        got, expected = (llama(new, past_key_values=m).logits for m in (memory, twin))
-    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="compressed already"):
-        memory.crop(-70)
-
-
-def test_recording_postpones_compression_by_one_pass_only(llama):
-    memory = longwave.cache(llama, longwave.Fourier(**LOSSY["segments"]), profile=random_profile(llama))
-    memory.activate_past_recording()
-    with torch.no_grad():
-        llama(tokens(1, 20), past_key_values=memory)
-        llama(tokens(1, 6), past_key_values=memory)  # a segment is due, and waits
-        assert all(layer.store is None for layer in memory.memory_layers())
-        llama(tokens(1, 1), past_key_values=memory)
-    assert all(layer.store is not None for layer in memory.memory_layers())
-
-
-def test_recording_does_not_hold_a_whole_prompt_dense(llama, lossy):
-    """Prompt lookup starts recording before the prompt is read."""
-    memory = lossy(llama)
-    memory.activate_past_recording()
-    with torch.no_grad():
-        llama(tokens(1, 300), past_key_values=memory)
-    assert memory.report().ratio < 0.8
-    memory.crop(-5)
-    assert memory.get_seq_length() == 295
-    memory.reset()
-    assert not any(layer.record_past for layer in memory.memory_layers())
-
-
-def test_inference_mode_and_back(llama, lossy):
-    memory = lossy(llama)
-    ids, mask = left_padded(2, 90, [30, 0])
-    with torch.inference_mode():
-        llama(ids, attention_mask=mask, past_key_values=memory)
-        llama(tokens(2, 1), attention_mask=torch.cat([mask, mask[:, -1:]], 1), past_key_values=memory)
-    mask = torch.nn.functional.pad(mask, (0, 60), value=1)
-    out = llama.generate(
-        torch.cat([ids, tokens(2, 60, seed=4)], 1), attention_mask=mask, past_key_values=memory, max_new_tokens=40
-    )
-    assert out.shape == (2, 190)
-
-
-@pytest.mark.parametrize("name", list(OPTIONS))
-def test_peak_covers_rows_of_different_lengths(name):
-    method, shape = bound(OPTIONS[name])
-    for pads in ([0, 1, 1, 1], [0, 20, 70, 119], [0, 0, 0, 50]):
-        layer, (k, v) = method.layer(0, shape), draw(4, 120)
-        valid = torch.stack([torch.arange(120) >= pad for pad in pads])
-        most = 0
-        for start in range(0, 120, 5):
-            layer.write(k[:, :, start : start + 5], v[:, :, start : start + 5], valid[:, start : start + 5])
-            layer.settle()
-            most = max(most, layer.nbytes)
-        assert most <= method.peak_bytes(shape, 120, batch=4)
-
-
-def test_deepcopies_do_not_share_the_store(llama, lossy):
-    memory = lossy(llama)
-    with torch.no_grad():
-        llama(tokens(1, 90), past_key_values=memory)
-        twin = copy.deepcopy(memory)
-        expected = llama(tokens(1, 4, seed=3), past_key_values=twin).logits
-        llama(tokens(1, 90, seed=9), past_key_values=memory)
-        fresh = lossy(llama)
-        llama(tokens(1, 90), past_key_values=fresh)
-        torch.testing.assert_close(llama(tokens(1, 4, seed=3), past_key_values=fresh).logits, expected)
-    assert twin.nbytes > 0
-
-
-def test_half_precision_stays_close_to_float32():
-    model, half = build("llama"), build("llama", torch.bfloat16)
-    ids = tokens(1, 100)
-    made = []
-    for m in (model, half):
-        memory = longwave.cache(m, longwave.Fourier(**LOSSY["segments"]), profile=random_profile(m))
-        with torch.no_grad():
-            m(ids, past_key_values=memory)
-        made.append(memory.layers[0].materialize()[0].float())
-        layout = memory.layers[0].store.layout
-        assert layout.dtype == layout.k[0].states.dtype == m.dtype
-    assert (made[0] - made[1]).abs().max() < 0.02 * made[0].abs().max()
-
+from longwave.plan.profile import Sensitivity
+from tests.conftest import random_profile, shape_of
 
 # options
-
-
-def test_paper_preset(llama):
-    paper = longwave.Fourier.paper()
-    assert (paper.states, paper.segment, paper.sinks, paper.window, paper.basis) == (1024, None, 4, 1020, "dft")
-    assert [paper_share(i, 32) for i in (0, 3, 4, 23, 24, 31)] == [(0.9, 0.95)] * 2 + [(0.8, 0.8)] * 2 + [
-        (0.5, 0.7)
-    ] * 2
-    # the counts of the published Llama-3.1-8B profile: 8 heads of 128 channels, 32 layers
-    shape = CacheShape(tuple(range(32)), (), 8, 128, torch.bfloat16)
-    errors = torch.rand(32, 8, 128, generator=torch.Generator().manual_seed(0))
-    kept = paper.bind(shape, longwave.Profile({}, {}, {}, errors, errors), None).kept
-    compressed = [tuple(int((~table).sum()) for table in pair) for pair in kept]
-    assert compressed == [(921, 972)] * 4 + [(819, 819)] * 20 + [(512, 716)] * 8
-    assert sum(k + v for k, v in compressed) == 50156
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(keep=1.5), "keep is a share of channels from 0 to 1.*1.5"),
-        (dict(keep=-0.1), "from 0 to 1"),
-        (dict(keep="papre"), "papre"),
-        (dict(keep=(0.1, 0.2, 0.3)), r"\(K, V\)"),
-        (dict(keep=True), "True"),
-        (dict(states=0), "states is a whole number of coefficients, at least 1; got 0"),
-        (dict(states=2.5), "2.5"),
-        (dict(states=300, segment=256), "cannot exceed the segment's 256 tokens"),
-        (dict(segment=0), "segment is a whole number of tokens"),
+        (dict(segment=0), "segment is a whole number of tokens, at least 8; got 0"),
+        (dict(segment=100), "segment is a multiple of 8, got 100"),
+        (dict(segment=None), "segment is a whole number of tokens.*None"),
+        (dict(segment=True), "segment is a whole number of tokens.*True"),
         (dict(sinks=-1), "sinks is a whole number of tokens, at least 0; got -1"),
         (dict(window=0), "window is a whole number of tokens, at least 1; got 0"),
-        (dict(basis="wavelet"), "unknown basis 'wavelet'; choose from dct, dft, legendre"),
-        (dict(gain="max"), "gain belongs to one period"),
-        (dict(gain="mean"), 'gain is None or "max"'),
-        (dict(quota="model"), 'quota is "head" or "layer"'),
-        (dict(segment=None), 'needs basis="dft"'),
-        (dict(segment=None, basis="dft", gain="max", states=7), "must be even; got 7"),
-        (dict(segment=None, basis="dft", states=8), "one period keeps values .* give keep alone"),
-        (dict(segment=100), "segment is a multiple of 8, got 100"),
+        (dict(window=2.5), "window is a whole number of tokens.*2.5"),
         (dict(plan="best"), "plan is measured, uniform or bits, got 'best'"),
-        (dict(plan="bits", keep=0.5), "a plan decides what is kept"),
-        (dict(keep_bits=4), "keep_bits goes with keep"),
-        (dict(keep=0.5, keep_bits=5), "bits are 16, 8, 4, 3, 2 or 1.*got 5"),
-        (dict(keep=0.5, keep_bits=(4, 2, 2)), r"a pair \(K, V\)"),
-        (dict(coef_bits=4), "coef_bits is 16 or 8, got 4"),
     ],
+    ids=str,
 )
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         longwave.Fourier(**options)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [(dict(keep_bits=4, segment=12), "segments of 12 tokens"), (dict(keep_bits=(8, 4)), "4 channels")],
-)
-def test_bits_that_do_not_fill_bytes_are_refused_before_any_token(llama, options, message):
-    with pytest.raises(ValueError, match=f"packed by eights: {message} do not fit"):
-        longwave.cache(llama, longwave.Fourier(keep=0.5, **options), profile=random_profile(llama))
+@pytest.mark.parametrize("option", ["keep", "keep_bits", "states", "coef_bits", "basis", "gain", "quota", "reserve"])
+def test_options_that_earned_nothing_are_gone(llama, option):
+    with pytest.raises(ValueError, match=f"fourier has no option '{option}'"):
+        longwave.cache(llama, "fourier", **{option: 1})
 
 
 # the plan
@@ -557,11 +43,11 @@ def test_bits_that_do_not_fill_bytes_are_refused_before_any_token(llama, options
 
 @pytest.mark.parametrize("plan", ["measured", "uniform", "bits"])
 def test_budget_bounds_the_pages(llama, plan):
-    shape, options = shape_of(llama), longwave.Fourier(plan=plan, segment=16)
+    options = longwave.Fourier(plan=plan, segment=16)
     biggest = 1 / 6  # of the pages: three layers of two heads, and a plan decides a head at a time
     for budget in (1.0, 0.75, 0.5, 0.25):
-        method = options.bind(shape, random_profile(llama), budget)
-        assert budget - biggest < method.page_fraction(shape) <= budget
+        bound = options.bind(shape_of(llama), random_profile(llama), budget)
+        assert budget - biggest < bound.page_fraction() <= budget
 
 
 def test_smallest_plan_is_named(llama):
@@ -574,8 +60,8 @@ def test_smallest_plan_is_named(llama):
 
 
 def test_bits_compress_no_channel(llama):
-    method = longwave.Fourier(plan="bits", segment=16).bind(shape_of(llama), random_profile(llama), 0.4)
-    assert all(table.all() for pair in method.kept for table in pair)
+    bound = longwave.Fourier(plan="bits", segment=16).bind(shape_of(llama), random_profile(llama), 0.4)
+    assert all(table.all() for pair in bound.kept for table in pair)
 
 
 def test_a_head_that_costs_more_gets_more(llama):
@@ -585,11 +71,11 @@ def test_a_head_that_costs_more_gets_more(llama):
     for x in costs:
         x[1, 0] *= 100
     none = [torch.zeros_like(x) for x in costs]
-    measured = longwave.profile.Sensitivity(found.about, costs[0], none[0], costs[1], none[1], found.key_weight)
-    method = longwave.Fourier(segment=16).bind(shape_of(llama), replace(profile, sensitivity=measured), 0.15)
+    measured = Sensitivity(found.about, costs[0], none[0], costs[1], none[1], found.key_weight)
+    bound = longwave.Fourier(segment=16).bind(shape_of(llama), replace(profile, sensitivity=measured), 0.15)
     bits = [
-        sum(b * n for code in (x.k[head], x.v[head]) for b, n in code.runs)
-        for x in map(method.codes, range(3))
+        sum(b * n for code in (layer.k[head], layer.v[head]) for b, n in code.runs)
+        for layer in bound.plan
         for head in range(2)
     ]
     assert bits[2] == max(bits) > min(bits)
@@ -599,9 +85,9 @@ def test_everything_is_kept_where_the_budget_allows_it_and_nothing_costs_anythin
     profile = random_profile(llama)
     found = profile.sensitivity
     free = [torch.zeros_like(getattr(found, name)) for name in ("k_prose", "k_recall", "v_prose", "v_recall")]
-    measured = longwave.profile.Sensitivity(found.about, *free, found.key_weight)
-    method = longwave.Fourier(segment=16).bind(shape_of(llama), replace(profile, sensitivity=measured), 1.0)
-    assert method.page_fraction(shape_of(llama)) == 1
+    measured = Sensitivity(found.about, *free, found.key_weight)
+    bound = longwave.Fourier(segment=16).bind(shape_of(llama), replace(profile, sensitivity=measured), 1.0)
+    assert bound.page_fraction() == 1
 
 
 def test_nothing_measured_says_so(llama):
@@ -617,6 +103,50 @@ def test_nothing_measured_says_so(llama):
         longwave.cache(llama, "fourier", plan="uniform", profile=profile)
 
 
-def test_unbound_options_say_so():
-    with pytest.raises(ValueError, match="not bound to a model"):
-        _ = longwave.Fourier().kept
+# of which pages the costs were measured
+
+
+def cut(profile, **about):
+    """A profile that was measured on pages cut as `about` says."""
+    found = profile.sensitivity
+    return replace(profile, sensitivity=replace(found, about={**found.about, **about}))
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        (dict(segment=128, states=1), "segment 128, not 16"),
+        (dict(segment=128), "segment 128, not 16"),
+        (dict(segment=16, states=4), "states 4, not 1"),
+        (dict(segment=32, states=2), "segment 32, not 16, states 2, not 1"),
+    ],
+    ids=str,
+)
+def test_costs_of_other_pages_are_not_called_a_measurement(llama, about, words):
+    profile = cut(random_profile(llama), **about)
+    with pytest.warns(UserWarning, match=rf"costs are of other pages than these \({words}\).*measure again"):
+        memory = longwave.cache(llama, "fourier", segment=16, budget=0.4, profile=profile)
+    assert f"by costs of other pages ({words})" in str(memory.method)
+
+
+@pytest.mark.parametrize(
+    ("about", "budget"),
+    [(dict(segment=16, states=1, coef_bits=8, basis="dct"), 0.4), ({}, 0.4), (dict(segment=128), 1.0)],
+    ids=["the same", "not said", "all is kept"],
+)
+def test_costs_of_the_same_pages_are(llama, about, budget):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        profile = cut(random_profile(llama), **about)
+        memory = longwave.cache(llama, "fourier", segment=16, budget=budget, profile=profile)
+    assert str(memory.method).startswith(f"fourier(measured plan for {budget:g}, segment=16")
+    assert memory.method.warning is None
+
+
+def test_the_shipped_measurement_is_of_the_default_pages(smollm2):
+    model, _ = smollm2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert str(longwave.cache(model, "fourier").method).startswith("fourier(measured plan for 0.25, segment=128")
+    with pytest.warns(UserWarning, match="segment 128, not 16"):
+        assert "other pages" in str(longwave.cache(model, "fourier", segment=16).method)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from longwave.ops import attention
+from longwave.ops.attention import reference as attention
 
 
 def plain(q, k, v, scaling, allowed):

@@ -60,4 +60,4 @@ def test_an_unknown_name_is_refused(model, monkeypatch):
 
 def test_triton_says_why_it_cannot(model, monkeypatch):
     with pytest.raises(RuntimeError, match="powers of two"):
-        logits(model, monkeypatch, "triton", keep=0.0, segment=24)
+        logits(model, monkeypatch, "triton", budget=0.3, segment=24)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longwave.ops.write import write_step
+from longwave.ops.write.reference import write_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

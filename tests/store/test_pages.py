@@ -7,12 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 
-from longwave.cache import storage_bytes
+from longwave.frame.cache import storage_bytes
 from longwave.ops.spectral import reference
 from longwave.ops.spectral.basis import BASES
-from longwave.store.layout import OWN, Code, Layout
+from longwave.ops.spectral.layout import OWN, Code, Layout
 from longwave.store.pages import PageStore
-from tests.store.test_layout import random_code
+from tests.ops.spectral.test_layout import random_code
 
 STATES = 4
 
@@ -130,6 +130,47 @@ def test_numbers_that_all_vanish_come_back_as_zero():
         assert bool(torch.isfinite(held).all())
         # symmetric codes have no zero: half of the smallest step, 24 channels at once
         assert held.abs().max() <= 24 * 2.0**-13
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_a_row_unpacks_into_part_of_a_larger_tensor(dtype, kernels, monkeypatch):
+    """Between sinks and window, where a turn has them; rows of other lengths, one of none."""
+    monkeypatch.setenv("LONGWAVE_KERNELS", kernels)
+    store, lengths = new_store(mixed(dtype), 3), [48, 16, 0]
+    k, v = draw(2, 3, 3, 48, 24).to(dtype)
+    for row, length in enumerate(lengths[:2]):
+        store.append(row, k[row : row + 1, :, :length], v[row : row + 1, :, :length])
+    held = store.materialize()
+    for row, length in enumerate(lengths):
+        wholes = [torch.full((1, 3, length + 11, 24), 7.0, dtype=dtype) for _ in range(2)]
+        store.expand(row, *(whole[:, :, 4 : 4 + length] for whole in wholes))
+        for whole, expected in zip(wholes, held, strict=True):
+            fine = {torch.float64: 1e-12, torch.float32: 2e-5}.get(dtype, 2e-2)
+            torch.testing.assert_close(whole[0, :, 4 : 4 + length], expected[row, :, :length], rtol=fine, atol=fine)
+            assert (whole[:, :, :4] == 7).all()
+            assert (whole[:, :, 4 + length :] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("rows", "queries", "expands"), [(3, 64, False), (3, 65, True), (12, 16, False), (12, 17, True)]
+)
+def test_many_query_rows_a_head_are_better_unpacked_for(rows, queries, expands):
+    assert new_store(mixed()).expands(torch.zeros(1, rows, queries, 24)) is expands
+
+
+@pytest.mark.parametrize(
+    ("code", "segment", "message"),
+    [
+        (Code(((4, 8),), 1), 12, "codes of 4 bits are packed by eights: segments of 12 tokens do not fit"),
+        (Code(((2, 4),), 1, axis="token"), 16, "codes of 2 bits are packed by eights: 4 channels do not fit"),
+    ],
+    ids=["segment", "channels"],
+)
+def test_bits_that_do_not_fill_bytes_are_refused_before_any_token(code, segment, message):
+    order = torch.arange(24).expand(1, -1)
+    with pytest.raises(ValueError, match=message):
+        Layout([code], [Code()], order, order, segment, torch.float32)
 
 
 # how tokens came

@@ -18,9 +18,9 @@ def signal(length, channels=6, seed=0):
     return walk + 3 * torch.randn(1, 2, 1, channels, generator=g, dtype=torch.float64)
 
 
-def stores(kept, reserve=40, gain="max"):
+def stores(kept, reserve=40, stretch=True):
     table = torch.tensor(kept)
-    return PeriodStore(1, ChannelSplit(table), ChannelSplit(~table), S, reserve, gain)
+    return PeriodStore(1, ChannelSplit(table), ChannelSplit(~table), S, reserve, stretch)
 
 
 KEPT = [[True, False, True, False, False, False], [False] * 6]
@@ -82,9 +82,9 @@ def test_without_reserve_the_published_scaling_gives_the_same():
     )
 
 
-def test_without_gain_it_is_the_plain_low_pass():
+def test_unstretched_it_is_the_plain_low_pass():
     x, length = signal(60), 60
-    store = stores(KEPT, reserve=0, gain=None)
+    store = stores(KEPT, reserve=0, stretch=False)
     store.append(None, x, x)
     bins = torch.fft.rfft(x[0, 1, :, 2])
     bins[S // 2 :] = 0
@@ -155,7 +155,7 @@ def test_compresses_only_when_it_saves():
 @pytest.mark.parametrize("lengths", [(50, 50, 50), (50, 71, 55)], ids=["equal", "ragged"])
 def test_a_batch_is_its_rows(lengths):
     table = torch.tensor(KEPT)
-    batch = PeriodStore(3, ChannelSplit(table), ChannelSplit(~table), S, 40, "max")
+    batch = PeriodStore(3, ChannelSplit(table), ChannelSplit(~table), S, 40, True)
     alone = [stores(KEPT) for _ in lengths]
     for row, length in enumerate(lengths):
         x = signal(length, seed=row)

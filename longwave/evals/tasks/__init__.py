@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from longwave.evals.spec import nearest, parse_spec
+from longwave.checks import nearest
+from longwave.evals.spec import parse_spec
 from longwave.evals.task import Task
 from longwave.evals.tasks.divergence import Divergence
 from longwave.evals.tasks.infinitebench import InfiniteBench

@@ -12,6 +12,7 @@ from array import array
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from longwave.checks import whole
 from longwave.evals import data
 from longwave.evals.task import LossTask, Sample, Setting, listed
 
@@ -31,15 +32,20 @@ class Divergence(LossTask):
     scored: int = 256
     windows: int = 24  # of every context, texts taken in turn
     text: str = "mixed"
+    step: int | None = None  # tokens fed at a time, all in one pass unless given: 1 for methods that choose by step
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "contexts", listed(self.contexts, int, "contexts"))
         for name in ("scored", "windows"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is a whole number, at least 1; got {value!r}")
+            whole(name, getattr(self, name), 1)
+        if self.step is not None:
+            whole("step", self.step, 1, "tokens")
         if min(self.contexts) < 1:
             raise ValueError(f"contexts are at least 1 token, got {min(self.contexts)}")
+
+    @property
+    def feed(self) -> int | None:
+        return self.step
 
     def samples(self, setting: Setting) -> list[Sample]:
         texts = data.texts(self.text, setting.data)
@@ -61,7 +67,7 @@ class Divergence(LossTask):
                 start = draw.randrange(len(long[name]) - need)
                 part = long[name][start : start + need + 1]
                 meta = {"context": context, "text": name, "start": start}
-                whole = array("i", [*opening, *part[len(opening) :]])
-                cells.append(Sample(f"{context}/{number}", whole, context, meta=meta))
+                fed = array("i", [*opening, *part[len(opening) :]])
+                cells.append(Sample(f"{context}/{number}", fed, context, meta=meta))
             made += setting.limited(cells)
         return made

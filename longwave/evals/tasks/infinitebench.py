@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from longwave.checks import read_json, whole
 from longwave.evals import data
 from longwave.evals.documents import ask, mean_over_sets, mean_score
 from longwave.evals.metrics import CJK_PUNCTUATION, overlap_f1, rouge_scores, token_f1
@@ -84,25 +85,26 @@ class InfiniteBench(TextTask):
         if self.templates not in TEMPLATES:
             raise ValueError(f"templates is one of {', '.join(TEMPLATES)}; got {self.templates!r}")
         if self.size is not None:
-            if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
-                raise ValueError(f"size is a number of tokens, at least 1; got {self.size!r}")
+            whole("size", self.size, 1, "tokens")
             for name in self.sets:
                 if name not in SYNTHETIC:
                     raise ValueError(f"size is for the sets {', '.join(SYNTHETIC)}; {name} is read from a file")
 
     def samples(self, setting: Setting) -> list[Sample]:
         path = data.require(setting.data, "infinitebench/templates.json", "infinitebench")
-        templates: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))[TEMPLATES[self.templates]]
+        family = TEMPLATES[self.templates]
+        templates = data.field(read_json(path, "a table of templates"), family, path)
         folder = path.parent if self.source == "data" else Path(self.source).expanduser()
         if not folder.is_dir():
             raise ValueError(f'source is "data" or a folder; there is no folder {self.source!r}')
         made: list[Sample] = []
         for name in self.sets:
+            template = data.text_field(templates, name, f"{family} in {path}")
             found = data.find_records(folder, name) if self.size is None else None
             if found is not None:
-                made += self._read(setting, name, found, templates[name])
+                made += self._read(setting, name, found, template)
             elif name in SYNTHETIC:
-                made += self._generate(setting, name, templates[name])
+                made += self._generate(setting, name, template)
             else:
                 raise ValueError(
                     f"there is no {name}.jsonl in {folder}: put the published file there, or name its folder as "
@@ -148,7 +150,7 @@ class InfiniteBench(TextTask):
         noise = ""
         if name in KEYS:
             path = data.require(setting.data, "ruler/templates_and_tasks.json", f"infinitebench:sets={name}")
-            noise = json.loads(path.read_text(encoding="utf-8"))["noise"]
+            noise = data.text_field(read_json(path, "RULER's texts"), "noise", path)
 
         def prompt(units: int, place: float, seed: str) -> tuple[Any, int, tuple[str, ...]]:
             record = generated(name, units, place, random.Random(seed), noise)
@@ -183,8 +185,7 @@ class InfiniteBench(TextTask):
 
 def fill(template: str, name: str, record: dict[str, Any], where: str) -> tuple[str, str, str]:
     """A record's prompt: what stands before the document, the document, the question behind it."""
-    if "{context}" not in template:
-        raise ValueError(f"the template of {name} has no {{context}}")
+    before, after = data.halves(template, "{context}", f"the template of {name}")
     fields = {"input": str(record.get("input", "")), "question": str(record.get("input", ""))}
     if name in CHOICE:
         options = data.field(record, "options", where)
@@ -201,8 +202,8 @@ def fill(template: str, name: str, record: dict[str, Any], where: str) -> tuple[
         if wanted is None:
             raise ValueError(f'{where} does not ask for "The ... of" in its input')
         fields["prefix"] = f"What is the {wanted[1].lower()} in the following list?"
-    before, after = template.split("{context}")
-    return before.format(**fields), str(data.field(record, "context", where)), after.format(**fields)
+    before, after = (data.fill(part, f"the template of {name}", **fields) for part in (before, after))
+    return before, str(data.field(record, "context", where)), after
 
 
 def answers(name: str, record: dict[str, Any], where: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from longwave.checks import read_json
 from longwave.evals import data
 from longwave.evals.task import Judged, Sample, Setting, TextTask, listed
 
@@ -32,8 +33,9 @@ class KeyValue(TextTask):
 
     def samples(self, setting: Setting) -> list[Sample]:
         path = data.require(setting.data, PAIRS, "kv")
-        templates = data.read_object(data.require(setting.data, "infinitebench/templates.json", "kv"))
-        template = str(templates["gpt4_templates"]["kv_retrieval"])
+        source = data.require(setting.data, "infinitebench/templates.json", "kv")
+        family = data.field(read_json(source, "a table of templates"), "gpt4_templates", source)
+        template = data.text_field(family, "kv_retrieval", f"gpt4_templates in {source}")
         records = setting.limited(data.read_records(path))
         made = []
         for depth in self.depths:

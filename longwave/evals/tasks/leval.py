@@ -10,7 +10,6 @@ several sets. Topics carry meta "part" (first, second, third), and sci_fi asks e
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, ClassVar
 
+from longwave.checks import read_json
 from longwave.evals import data
 from longwave.evals.documents import Prompt, ask, mean_over_sets, mean_score
 from longwave.evals.metrics import rouge_scores, token_f1
@@ -76,7 +76,10 @@ class LEval(TextTask):
         names = {"closed": CLOSED, "open": OPEN, "all": CLOSED + OPEN}[self.sets] if optional else self.sets
         folder = self._folder(setting)
         path = data.require(setting.data, "leval/system_prompts.json", "leval")
-        systems: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
+        systems: dict[str, str] = read_json(path, "L-Eval's system prompts")
+        for name in systems:
+            data.text_field(systems, name, path)
+        data.text_field(systems, "else", path)
         made: list[Sample] = []
         for name in names:
             paths = (data.find_records(folder / inner, name) for inner in FOLDERS)

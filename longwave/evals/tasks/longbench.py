@@ -15,7 +15,6 @@ Of several answers the best match counts. A score of several sets is the plain m
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import zipfile
 from array import array
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from longwave.checks import read_json
 from longwave.evals import data
 from longwave.evals.documents import mean_over_sets, mean_score
 from longwave.evals.metrics import first_line, rouge_l, rouge_l_zh, token_f1, token_f1_zh
@@ -91,7 +91,11 @@ class LongBench(TextTask):
             object.__setattr__(self, "heat", ("set", "bucket"))
 
     def samples(self, setting: Setting) -> list[Sample]:
-        prompts, lengths = (self._config(setting, f"dataset2{kind}.json") for kind in ("prompt", "maxlen"))
+        config = [
+            data.require(setting.data, f"longbench/config/dataset2{kind}.json", "longbench")
+            for kind in ("prompt", "maxlen")
+        ]
+        prompts, lengths = (read_json(path, "a table of sets") for path in config)
         places = self._places(setting)
         optional = isinstance(self.sets, str)
         names = (E_SETS if self.e else ENGLISH if self.sets == "en" else SETS) if optional else self.sets
@@ -106,8 +110,8 @@ class LongBench(TextTask):
             where, records = found
             if not records:
                 raise ValueError(f"{where} has no records")
-            new = int(data.field(lengths, name, "longbench/config/dataset2maxlen.json"))
-            template = str(data.field(prompts, name, "longbench/config/dataset2prompt.json"))
+            new = data.count_field(lengths, name, config[1])
+            template = data.text_field(prompts, name, config[0])
             for number, record in enumerate(setting.limited(records)):
                 at = f"{where}, record {number + 1},"
                 made.append(self._sample(setting, name, f"{stem}/{number}", record, at, template, new))
@@ -139,16 +143,6 @@ class LongBench(TextTask):
     def total(self, rows: Sequence[Mapping[str, Any]]) -> float:
         return mean_over_sets(rows, mean_score)
 
-    def _config(self, setting: Setting, file: str) -> dict[str, Any]:
-        path = data.require(setting.data, f"longbench/config/{file}", "longbench")
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} is not a table of sets")
-        return config
-
     def _places(self, setting: Setting) -> list[Path]:
         """Folders, or one zip file, to look for sets in."""
         if self.source == "hub":
@@ -172,18 +166,18 @@ class LongBench(TextTask):
         if self.e:
             meta["bucket"] = bucket(data.field(record, "length", where), where)
         if name in CLASSES:
-            meta["classes"] = list_field(record, "all_classes", where)
-        answers = list_field(record, "answers", where)
+            meta["classes"] = data.list_field(record, "all_classes", where)
+        answers = data.list_field(record, "answers", where)
         if name in NUMBERS and not all(re.search(NUMBERS[name], answer) for answer in answers):
             raise ValueError(f"{where} has answers {answers!r}, of which one has no number of the form {NUMBERS[name]}")
         if "prompt" in record and "context" not in record:
-            prompt = text_field(record, "prompt", where)
+            prompt = data.text_field(record, "prompt", where)
             question = ready_question(setting.tokenizer, name, prompt, template)
         else:
-            fields = {key: text_field(record, key, where) for key in ("context", "input")}
-            before, after = template.split("{context}")
-            question = after.format(**fields)
-            prompt = before.format(**fields) + fields["context"] + question
+            fields = {key: data.text_field(record, key, where) for key in ("context", "input")}
+            told = f"the template of {name}"
+            before, question = (data.fill(part, told, **fields) for part in data.halves(template, "{context}", told))
+            prompt = before + fields["context"] + question
         ids, context, cut_from = encode(setting, prompt, question, new, chat=name not in NO_CHAT)
         return Sample(id, ids, context, new, tuple(answers), meta, cut_from, stop_at_newline=name == "samsum")
 
@@ -206,12 +200,13 @@ def encode(setting: Setting, prompt: str, question: str, new: int, chat: bool) -
 
 def ready_question(tokenizer: Any, name: str, prompt: str, template: str) -> str:
     """What ends a ready-made prompt, see the top of this file."""
-    after = template.split("{context}")[1]
+    _, after = data.halves(template, "{context}", f"the template of {name}")
     if name in LAST_EXAMPLE:
         start = prompt.rfind("\n" + LAST_EXAMPLE[name]) + 1
     else:
-        fixed = next(line.strip() for line in after.replace("{input}", "\n").split("\n") if line.strip())
-        start = prompt.rfind(fixed[:OPENING])
+        lines = (line.strip() for line in after.replace("{input}", "\n").split("\n"))
+        fixed = next(filter(None, lines), None)
+        start = prompt.rfind(fixed[:OPENING]) if fixed else -1
     if start > 0:
         gap = after[: len(after) - len(after.lstrip())]
         return prompt[start - len(gap) if prompt[:start].endswith(gap) else start :]
@@ -233,20 +228,6 @@ def bucket(length: Any, where: str) -> str:
     if not isinstance(length, (int, float)):
         raise ValueError(f"{where} has length {length!r}, which is not a number of words")
     return "0-4k" if length < 4000 else "4-8k" if length < 8000 else "8k+"
-
-
-def text_field(record: dict[str, Any], name: str, where: str) -> str:
-    value = data.field(record, name, where)
-    if not isinstance(value, str):
-        raise ValueError(f"{where} has {name} {value!r}, which is not a text")
-    return value
-
-
-def list_field(record: dict[str, Any], name: str, where: str) -> list[str]:
-    value = data.field(record, name, where)
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{where} has {name} {value!r}, which is not a list of texts")
-    return [str(item) for item in value]
 
 
 def read_set(places: Sequence[Path], stem: str) -> tuple[str, list[dict[str, Any]]] | None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from longwave.checks import read_json
 from longwave.evals import data
 from longwave.evals.documents import ask, mean_over_sets, mean_score
 from longwave.evals.metrics import token_f1
@@ -56,10 +57,10 @@ class LooGLE(TextTask):
         object.__setattr__(self, "source", str(self.source))
 
     def samples(self, setting: Setting) -> list[Sample]:
-        prompts, lengths = (
-            json.loads(data.require(setting.data, f"loogle/config/task2{kind}.json", "loogle").read_text("utf-8"))
-            for kind in ("prompt", "maxlen")
-        )
+        config = [
+            data.require(setting.data, f"loogle/config/task2{kind}.json", "loogle") for kind in ("prompt", "maxlen")
+        ]
+        prompts, lengths = (read_json(path, "a table of sets") for path in config)
         if self.source == "data":
             folder = data.require(setting.data, "loogle", "loogle")
         else:
@@ -71,12 +72,14 @@ class LooGLE(TextTask):
             path = data.find_records(folder, name)
             if path is None:
                 raise ValueError(f"there is no {name}.jsonl in {folder}: is it the folder of LooGLE's records?")
+            template = data.text_field(prompts, name, config[0])
+            new = data.count_field(lengths, name, config[1])
             mine: list[Sample] = []
             for number, record in enumerate(data.read_records(path)):
                 if setting.limit is not None and len(mine) >= setting.limit:
                     break
                 where = f"{path}, record {number + 1}"
-                mine += self._record(setting, name, f"{name}/{number}", record, where, prompts[name], lengths[name])
+                mine += self._record(setting, name, f"{name}/{number}", record, where, template, new)
             made += setting.limited(mine)
         return made
 
@@ -98,10 +101,10 @@ class LooGLE(TextTask):
         self, setting: Setting, name: str, id: str, record: dict[str, Any], where: str, template: str, new: int
     ) -> list[Sample]:
         pairs = question_pairs(record, where)
-        before, after = template.split("{input}")
-        questions = [after.format(Q=question) for question, _ in pairs]
+        before, after = data.halves(template, "{input}", f"the template of {name}")
+        questions = [data.fill(after, f"the template of {name}", Q=question) for question, _ in pairs]
         document = str(data.field(record, "input", where))
-        prompts = ask(setting, before.format(), document, questions, new, where, "ends")
+        prompts = ask(setting, data.fill(before, f"the template of {name}"), document, questions, new, where, "ends")
         meta = {"set": name}
         return [
             Sample(f"{id}/{number}", prompt.ids, prompt.context, new, (gold,), meta, prompt.cut_from)

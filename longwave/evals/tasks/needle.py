@@ -14,14 +14,13 @@ The last three read their sentences from needles/ in the data folder.
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from array import array
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from longwave.checks import read_json, whole
 from longwave.evals import data
 from longwave.evals.task import Judged, Sample, Setting, TextTask, listed
 
@@ -62,8 +61,7 @@ class Needle(TextTask):
         for depth in self.depths:
             if not 0 <= depth <= 1:
                 raise ValueError(f"depths are shares from 0 to 1, got {depth}")
-        if not isinstance(self.repeats, int) or isinstance(self.repeats, bool) or self.repeats < 1:
-            raise ValueError(f"repeats is a whole number, at least 1; got {self.repeats!r}")
+        whole("repeats", self.repeats, 1)
         if self.kind not in NEW_TOKENS:
             raise ValueError(f"kind is one of {', '.join(NEW_TOKENS)}; got {self.kind!r}")
 
@@ -118,25 +116,32 @@ class Needle(TextTask):
         if self.kind == "needlebench":
             path = data.require(setting.data, "needles/needlebench_style.jsonl", "needle:kind=needlebench")
             prompts = data.require(setting.data, "needles/needlebench_prompts.json", "needle:kind=needlebench")
-            return data.read_records(path), json.loads(prompts.read_text())["v2"]["End"]
+            form = data.field(read_json(prompts, "NeedleBench's prompts"), "v2", prompts)
+            template = data.text_field(form, "End", f"v2 in {prompts}")
+            return path, data.read_records(path), data.halves(template, "{context}", prompts)
         path = data.require(setting.data, "needles/classic.json", f"needle:kind={self.kind}")
-        return json.loads(path.read_text())
+        name = {"classic": "single", "multi": "multi_pizza"}[self.kind]
+        return f"{name} in {path}", data.field(read_json(path, "a table of needles"), name, path)
 
     def _hide(self, draw: random.Random, repeat: int, bank: Any) -> Hidden:
         if self.kind == "number":
             key = f"{draw.randrange(10000, 100000)}"
             return Hidden((NUMBER.format(key=key),), NUMBER_QUESTION, (key,))
-        if self.kind == "classic":
-            one = bank["single"]
-            return Hidden((one["needle"],), "\n\n" + one["question"], tuple(one["keywords"]))
-        if self.kind == "multi":
-            many = bank["multi_pizza"]
-            return Hidden(tuple(many["needles"]), "\n\n" + many["question"], tuple(many["keywords"]))
-        records, template = bank
-        record: Mapping[str, str] = records[repeat % len(records)]
-        before, after = template.split("{context}")
-        question = after.replace("{question}", record["retrieval_question"])
-        return Hidden((" " + record["needle"] + " ",), question, (record["arg2"],), before)
+        if self.kind in ("classic", "multi"):
+            where, told = bank
+            needles = [data.text_field(told, "needle", where)] if self.kind == "classic" else None
+            needles = needles or data.list_field(told, "needles", where)
+            question = "\n\n" + data.text_field(told, "question", where)
+            return Hidden(tuple(needles), question, tuple(data.list_field(told, "keywords", where)))
+        path, records, (before, after) = bank
+        if not records:
+            raise ValueError(f"{path} has no records")
+        number = repeat % len(records)
+        needle, asked, answer = (
+            data.text_field(records[number], name, f"{path}, record {number + 1},")
+            for name in ("needle", "retrieval_question", "arg2")
+        )
+        return Hidden((f" {needle} ",), after.replace("{question}", asked), (answer,), before)
 
     def _frame(self, setting: Setting, hidden: Hidden) -> tuple[list[int], list[int]]:
         """Token ids before and after the text."""

@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from longwave.checks import read_json, whole
 from longwave.evals import data
 from longwave.evals.task import Judged, Sample, Setting, TextTask, listed
 
@@ -37,13 +38,14 @@ class Passkey(TextTask):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lengths", listed(self.lengths, int, "lengths"))
-        if not isinstance(self.repeats, int) or isinstance(self.repeats, bool) or self.repeats < 1:
-            raise ValueError(f"repeats is a whole number, at least 1; got {self.repeats!r}")
+        whole("repeats", self.repeats, 1)
 
     def samples(self, setting: Setting) -> list[Sample]:
-        texts = data.read_object(data.require(setting.data, "infinitebench/templates.json", "passkey"))
-        task = str(texts["gpt4_templates"]["passkey"]).partition("\n")[0]
-        line = str(data.read_object(data.require(setting.data, "ruler/templates_and_tasks.json", "passkey"))["noise"])
+        path = data.require(setting.data, "infinitebench/templates.json", "passkey")
+        family = data.field(read_json(path, "a table of templates"), "gpt4_templates", path)
+        task = data.text_field(family, "passkey", f"gpt4_templates in {path}").partition("\n")[0]
+        path = data.require(setting.data, "ruler/templates_and_tasks.json", "passkey")
+        line = data.text_field(read_json(path, "RULER's texts"), "noise", path)
         made: list[Sample] = []
         for length in self.lengths:
             setting.check_fits(length, NEW_TOKENS, f"passkey at {length}")

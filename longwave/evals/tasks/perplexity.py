@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from longwave.checks import whole
 from longwave.evals import data
 from longwave.evals.task import LossTask, Sample, Setting, listed
 
@@ -42,9 +43,7 @@ class Perplexity(LossTask):
         if self.mode not in ("strided", "stream"):
             raise ValueError(f'mode is "strided" or "stream", got {self.mode!r}')
         for name in ("scored", "windows", "step"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is a whole number, at least 1; got {value!r}")
+            whole(name, getattr(self, name), 1)
         if self.mode == "strided" and min(self.lengths) <= self.scored:
             raise ValueError(f"a length of {min(self.lengths)} leaves no context before {self.scored} scored tokens")
         if min(self.lengths) < 2:
@@ -75,11 +74,11 @@ class Perplexity(LossTask):
                     if end > len(tokens):
                         continue
                     part = tokens[end - length - 1 : end]
-                    whole = array("i", [*opening, *part[len(opening) :]])
+                    fed = array("i", [*opening, *part[len(opening) :]])
                     count = self.scored if self.mode == "strided" else length - 1
                     size = len(setting.tokenizer.decode(part[-count:]).encode("utf-8"))
                     meta = {"length": length, "text": name, "window": number, "utf8_bytes": size}
-                    cells.append(Sample(f"{length}/{name}/{number}", whole, length - count, meta=meta))
+                    cells.append(Sample(f"{length}/{name}/{number}", fed, length - count, meta=meta))
             made += setting.limited(cells)
         return made
 

@@ -2,16 +2,18 @@
 
 Notation: E is a basis table [S, T] with orthonormal rows, X one head's keys or values over a segment [T, channels].
 Compressed channels are stored as C = E X, kept ones as values or as codes with X ~ scale * code + zero. Attention is
-linear in K before the softmax and linear in V after it, so none of it is ever rebuilt:
+linear in K before the softmax and linear in V after it, so none of it has to be rebuilt:
     compressed        scores += (q C^T) E                       out += (p E^T) C
     codes, axis time  scores += (q * scale) codes + q zero      out += (p codes) * scale + sum(p) zero
     codes, axis token scores += (q codes) * scale + sum(q) zero out += (p * scale) codes + (p zero)
 Residual codes stand for (X - E^T C) R, R a rotation across channels: q R comes in, and R^T goes out.
 Source: docs/fourier.md; the re-association replaces the per-position synthesis of arXiv 2506.11886.
 
+Where many queries come at once, `expand` makes all of it dense again instead, once for all of them.
+
 Shapes below: B batch, H key/value heads, h heads of a group, R query rows per such head (group x query length), N
-segments of T tokens, D head_dim. Pages are uint8
-[B, N, page bytes] (store/layout.py); a head with fewer states takes the first rows of the table.
+segments of T tokens, D head_dim. Pages are uint8 [B, N, page bytes] (layout.py); a head with fewer states takes the
+first rows of the table.
 """
 
 import functools
@@ -20,7 +22,9 @@ from collections.abc import Iterator
 import torch
 
 from longwave.ops.codes import BITS, pack, quantize, rotation, unpack
-from longwave.store.layout import Group, Layout
+from longwave.ops.spectral.layout import Group, Layout
+
+BLOCK = 2048  # tokens, of all rows, that `expand` makes at once
 
 
 def project(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -33,7 +37,7 @@ def synthesize(coef: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return table.mT @ coef.to(table.dtype)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # a captured graph reads a table at its address: none may go
 def _rotation(n: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         return rotation(n).to(dtype=dtype, device=device)
@@ -195,7 +199,7 @@ def _group_mix(group: Group, pages: torch.Tensor, p: torch.Tensor, table: torch.
 
 
 def decode(layout: Layout, pages: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K and V that pages stand for, [B, H, N * T, D] each. For tests, plots and measuring, never to attend."""
+    """The K and V that pages stand for, [B, H, N * T, D] each, in the table's dtype."""
     sides = []
     for groups in (layout.k, layout.v):
         whole = table.new_zeros(*pages.shape[:2], layout.heads, layout.segment, layout.dim)
@@ -205,6 +209,25 @@ def decode(layout: Layout, pages: torch.Tensor, table: torch.Tensor) -> tuple[to
             whole[:, :, group.heads] = torch.zeros_like(part).scatter(-1, order, part)
         sides.append(whole.transpose(1, 2).flatten(2, 3))
     return sides[0], sides[1]
+
+
+def expand(layout: Layout, pages: torch.Tensor, table: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor) -> None:
+    """Write what `decode` gives into out_k and out_v [B, H, N * T, D], some pages at a time: of these alone there is a
+    copy in the table's dtype beside."""
+    b, n, _ = pages.shape
+    for out in (out_k, out_v):
+        check_dense(out, (b, layout.heads, n * layout.segment, layout.dim))
+    some = max(1, BLOCK // max(1, b * layout.segment))
+    for start in range(0, n, some):
+        tokens = slice(start * layout.segment, (start + some) * layout.segment)
+        for out, part in zip((out_k, out_v), decode(layout, pages[:, start : start + some], table), strict=True):
+            out[:, :, tokens] = part
+
+
+def check_dense(out: torch.Tensor, shape: tuple[int, int, int, int]) -> None:
+    """Raise ValueError where `expand` cannot fill such an output."""
+    if out.shape != shape or out.stride(-1) != 1:
+        raise ValueError(f"pages expand to {list(shape)}, channels side by side; got {list(out.shape)}, {out.stride()}")
 
 
 def _group_values(group: Group, pages: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from longwave.ops.codes import BITS
-from longwave.store.layout import Field, Group, Layout
+from longwave.ops.spectral.layout import Field, Group, Layout
 
 VALUES = 16  # kind of a run of 16-bit values; codes are their number of bits
 WIDTHS = (8, 4, 3, 2, 1)  # of codes, in the order that they are read in
@@ -17,12 +17,12 @@ CHUNK = 32  # channels of K's codes taken at once
 # What a page of a head costs to score and to mix, from its codes' widths, in no unit: fitted to layers on an H200.
 SCORE_COST = {8: 330, 4: 200, 3: 290, 2: 172, 1: 175}  # of a chunk
 MIX_COST = {8: 2200, 4: 1375, 3: 1560, 2: 1270, 1: 1200}
-# numbers of a head before its chunks, of a chunk, and of a head of V: see `plan`
+# numbers of a head before its chunks, of a chunk, and of a head of V: see `tables_of`
 K_TABLE, PIECE, VALUE_FIELDS = 13, 4, 11
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Tables:
     """Where the kernel finds what.
 
     costs: of a page of each head, to score and to mix; cost_k and cost_v int32 [H], the same.
@@ -85,7 +85,7 @@ def fits(layout: Layout) -> str | None:
     return None
 
 
-def plan(layout: Layout) -> Plan:
+def tables_of(layout: Layout) -> Tables:
     """The tables of a layout that `fits`, on its device.
 
     A row of `keys`: states, channels that have them, the first of these, byte of the states and of the gains; channels,
@@ -148,7 +148,7 @@ def plan(layout: Layout) -> Plan:
     iota = torch.arange(128, dtype=torch.int16)
     keys, values, order_k, order_v, iota = (x.to(device) for x in (keys, values, order_k, order_v, iota))
     cost_k, cost_v = (torch.tensor(side, dtype=torch.int32, device=device) for side in (score, mix))
-    return Plan(layout, keys, values, order_k, order_v, iota, traits, (score, mix), cost_k, cost_v)
+    return Tables(layout, keys, values, order_k, order_v, iota, traits, (score, mix), cost_k, cost_v)
 
 
 def _score_cost(k: list[int], v: list[int]) -> int:

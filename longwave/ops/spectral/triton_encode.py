@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from longwave.ops.codes import BITS, SPANS, signs
-from longwave.store.layout import Layout
+from longwave.ops.spectral.layout import Layout
 
 # the interpreter multiplies the bits of bfloat16, not the numbers: there, one product in float32
 _SPLIT = not triton.knobs.runtime.interpret
@@ -33,7 +33,7 @@ _SPAN_FIELDS = 10  # numbers of a row of spans: how many, and they
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Tables:
     """Where the kernels put what.
 
     states int32 [items, STATES], values [items, VALUES], time [items, TIME]; tokens: (scales of a token, whether
@@ -70,7 +70,7 @@ def fits(layout: Layout) -> str | None:
     return None
 
 
-def plan(layout: Layout) -> Plan:
+def tables_of(layout: Layout) -> Tables:
     """The work of a layout that `fits`, on its device."""
     states: list[list[int]] = []
     values: list[list[int]] = []
@@ -114,7 +114,7 @@ def plan(layout: Layout) -> Plan:
     for row, found in enumerate(((1.0,), *(SPANS[bits] for bits in BITS))):
         spans[row, : 1 + len(found)] = torch.tensor((len(found), *found))
     turn = signs(layout.dim).to(device, torch.bfloat16 if _SPLIT else torch.float32)
-    return Plan(
+    return Tables(
         layout,
         table(states, STATES.value),
         table(values, VALUES.value),
@@ -128,7 +128,7 @@ def plan(layout: Layout) -> Plan:
 
 
 def _spans(bits: int, fit: bool) -> int:
-    """Where the spans of so many bits start in `Plan.spans`."""
+    """Where the spans of so many bits start in `Tables.spans`."""
     return (1 + BITS.index(bits) if fit else 0) * _SPAN_FIELDS
 
 
@@ -349,12 +349,12 @@ def _tokens_kernel(
     tl.store(flag_ptr + r * 0, 1, mask=bad)
 
 
-def encode(plan: Plan, k: torch.Tensor, v: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+def encode(tables: Tables, k: torch.Tensor, v: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     """Pages uint8 [B, N, page bytes] of K and V [B, H, N * T, D] in the layout's dtype; basis float32 [S, T].
 
     Waits for the device once, if anything is in codes. Raises ValueError where K or V exceed what float16 scales hold.
     """
-    layout = plan.layout
+    layout = tables.layout
     batch, heads, tokens, dim = k.shape
     n, rest = divmod(tokens, layout.segment)
     if k.dtype != layout.dtype or v.dtype != layout.dtype:
@@ -371,26 +371,26 @@ def encode(plan: Plan, k: torch.Tensor, v: torch.Tensor, basis: torch.Tensor) ->
     strides = (layout.page_bytes, *k.stride()[:3], *v.stride()[:3])
     shape = dict(H=heads, T=layout.segment, D=dim, num_stages=1)
     own = _OWN[k.dtype]
-    if len(plan.states):  # before what they leave is coded
-        _states_kernel[(len(plan.states), n, batch)](
-            k, v, basis, plan.states, plan.place, pages, *strides,
+    if len(tables.states):  # before what they leave is coded
+        _states_kernel[(len(tables.states), n, batch)](
+            k, v, basis, tables.states, tables.place, pages, *strides,
             BT=min(layout.segment, 4096 // dim), OWN=own, **shape,
         )  # fmt: skip
-    if len(plan.values):
-        _values_kernel[(len(plan.values), n, batch)](
-            k, v, plan.values, plan.order, pages, *strides, BC=WIDE, OWN=own, **shape
+    if len(tables.values):
+        _values_kernel[(len(tables.values), n, batch)](
+            k, v, tables.values, tables.order, pages, *strides, BC=WIDE, OWN=own, **shape
         )
-    if len(plan.time):
-        _time_kernel[(len(plan.time), n, batch)](
-            k, v, plan.time, plan.order, plan.spans, pages, flag, *strides, BC=TILE, **shape
+    if len(tables.time):
+        _time_kernel[(len(tables.time), n, batch)](
+            k, v, tables.time, tables.order, tables.spans, pages, flag, *strides, BC=TILE, **shape
         )
-    for (groups, turn), work in plan.tokens.items():
+    for (groups, turn), work in tables.tokens.items():
         block = min(layout.segment, max(16, 2048 // dim))  # larger ones want more registers than there are
         _tokens_kernel[(len(work) * (layout.segment // block), n, batch)](
-            k, v, basis, work, plan.states, plan.order, plan.spans, plan.signs, pages, flag, *strides,
+            k, v, basis, work, tables.states, tables.order, tables.spans, tables.signs, pages, flag, *strides,
             BT=block, BD=min(dim, 64), GROUPS=groups, TURN=turn, SPLIT=_SPLIT, SHRINK=dim**-0.5, OWN=own,
             num_warps=8 if dim == 256 else 4, **shape,
         )  # fmt: skip
-    if (len(plan.time) or plan.tokens) and flag.item():
+    if (len(tables.time) or tables.tokens) and flag.item():
         raise ValueError("K or V exceed what float16 scales can hold (65504): keep these channels at 16 bits")
     return pages

@@ -58,3 +58,10 @@ def test_score_is_the_divergence():
 def test_bad_options(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+def test_tokens_fed_at_a_time():
+    assert Divergence().feed is None
+    assert Divergence(step=1).feed == 1
+    with pytest.raises(ValueError, match="step is a whole number"):
+        Divergence(step=0)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import transformers
 
+from longwave.checks import read_json
 from longwave.evals import data
 from longwave.evals.task import Sample, Setting
 from longwave.evals.tasks import parse_task
@@ -256,7 +257,7 @@ def test_zeta(alpha, value):
 @pytest.mark.parametrize("name", ["qa_1", "qa_2"])
 def test_qa_documents(real, samples, name):
     article = {}
-    for number, entry in enumerate(data.read_object(DATA / "qa_sources/xquad.en.json")["data"]):
+    for number, entry in enumerate(read_json(DATA / "qa_sources/xquad.en.json", "questions")["data"]):
         article |= {paragraph["context"]: number for paragraph in entry["paragraphs"]}
     for length in LENGTHS:
         for sample in samples[name][length]:

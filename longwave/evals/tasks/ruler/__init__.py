@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, ClassVar
 
+from longwave.checks import whole
 from longwave.evals.task import Judged, Sample, Setting, TextTask, chosen, listed
 from longwave.evals.tasks.ruler.counting import CommonWords, FrequentWords
 from longwave.evals.tasks.ruler.maker import Maker, Source
@@ -67,8 +68,7 @@ class Ruler(TextTask):
         for length in self.lengths:
             if length < 1:
                 raise ValueError(f"lengths are numbers of tokens, at least 1; got {length}")
-        if not isinstance(self.repeats, int) or isinstance(self.repeats, bool) or self.repeats < 1:
-            raise ValueError(f"repeats is a whole number, at least 1; got {self.repeats!r}")
+        whole("repeats", self.repeats, 1)
 
     def samples(self, setting: Setting) -> list[Sample]:
         source = Source(setting, self.haystack)

@@ -8,6 +8,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from longwave.checks import read_text
 from longwave.evals import data
 from longwave.evals.tasks.ruler.maker import SHORT, Drawn, Maker, Source, words
 
@@ -49,7 +50,7 @@ class CommonWords(Maker):
             return self.words
         if not self.more:
             path = data.require(self.source.setting.data, MORE_WORDS, "ruler's cwe at this length")
-            self.more = path.read_text(encoding="utf-8").split()
+            self.more = read_text(path).split()
         if size > len(self.more):
             raise ValueError(
                 f"cwe needs {size} different words, {MORE_WORDS} has {len(self.more)}: use a shorter length"

@@ -11,11 +11,22 @@ from functools import cached_property, lru_cache
 from importlib.resources import files
 from typing import Any
 
+from longwave.checks import nearest, read_json
 from longwave.evals import data
 from longwave.evals.task import Setting
 
 SHORT = 4096  # the protocol's shortest length; below it smaller steps are taken
 TEXTS = "ruler/templates_and_tasks.json"
+PARAMETERS: dict[str, dict[str, type]] = {  # kind of task -> what it has to say, and of what type
+    "niah": {
+        **dict.fromkeys(("num_needle_k", "num_needle_v", "num_needle_q"), int),
+        **dict.fromkeys(("type_haystack", "type_needle_k", "type_needle_v"), str),
+    },
+    "variable_tracking": {"num_hops": int},
+    "common_words_extraction": dict.fromkeys(("num_cw", "freq_cw", "freq_ucw"), int),
+    "freq_words_extraction": {"alpha": float},
+    "qa": {"dataset": str},
+}
 
 
 @dataclass(frozen=True)
@@ -47,9 +58,10 @@ class Template:
         return replace(self, before=one(self.before), question=one(self.question), prefix=one(self.prefix))
 
     def fill(self, context: str, answers: Sequence[str], meta: Mapping[str, Any], **values: Any) -> Drawn:
-        question = self.question.format(**values)
-        prompt = self.before.format(**values) + context + question
-        return Drawn(prompt, question, self.prefix.format(**values), tuple(answers), meta)
+        before, question, prefix = (
+            data.fill(part, f"a template in {TEXTS}", **values) for part in (self.before, self.question, self.prefix)
+        )
+        return Drawn(before + context + question, question, prefix, tuple(answers), meta)
 
 
 @dataclass(frozen=True)
@@ -61,22 +73,30 @@ class Source:
 
     @cached_property
     def texts(self) -> dict[str, Any]:
-        return data.read_object(data.require(self.setting.data, TEXTS, "ruler"))
+        return read_json(data.require(self.setting.data, TEXTS, "ruler"), "RULER's texts")
 
-    def text(self, name: str) -> Any:
-        return data.field(self.texts, name, TEXTS)
+    def text(self, name: str) -> str:
+        return data.text_field(self.texts, name, TEXTS)
 
     def parameters(self, task: str) -> dict[str, Any]:
-        return dict(data.field(self.text("tasks"), task, f"tasks in {TEXTS}"))
+        """What the protocol says of a task: its kind, and what that kind of maker reads."""
+        found = data.field(data.field(self.texts, "tasks", TEXTS), task, f"tasks in {TEXTS}")
+        where = f"task {task} in {TEXTS}"
+        kind = data.text_field(found, "task", where)
+        if kind not in PARAMETERS:
+            raise ValueError(f"{where} is of an unknown kind {kind!r}; {nearest(kind, PARAMETERS)}")
+        for name, of in PARAMETERS[kind].items():
+            good = isinstance(data.field(found, name, where), (int, float) if of is float else of)
+            if not good or isinstance(found[name], bool):
+                raise ValueError(f"{where} has {name} {found[name]!r}, which is not of type {of.__name__}")
+        return dict(found)
 
     def template(self, kind: str) -> Template:
         where = f"template {kind} in {TEXTS}"
-        found = data.field(self.text("templates"), kind, f"templates in {TEXTS}")
-        before, place, question = str(data.field(found, "template", where)).partition("{context}")
-        if not place:
-            raise ValueError(f"{where} has no place for {{context}}")
-        prefix, new_tokens = (data.field(found, key, where) for key in ("answer_prefix", "tokens_to_generate"))
-        return Template(before, question, prefix, new_tokens)
+        found = data.field(data.field(self.texts, "templates", TEXTS), kind, f"templates in {TEXTS}")
+        before, question = data.halves(data.text_field(found, "template", where), "{context}", where)
+        prefix = data.text_field(found, "answer_prefix", where)
+        return Template(before, question, prefix, data.count_field(found, "tokens_to_generate", where))
 
     @cached_property
     def words(self) -> list[str]:

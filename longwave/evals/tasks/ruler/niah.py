@@ -8,7 +8,8 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from longwave.evals.tasks.ruler.maker import SHORT, Drawn, Maker, Source, words
+from longwave.evals import data
+from longwave.evals.tasks.ruler.maker import SHORT, TEXTS, Drawn, Maker, Source, words
 
 DEPTHS = [round(100 * number / 39) for number in range(40)]  # percent
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -59,7 +60,7 @@ class Niah(Maker):
         return self.template.fill(context, answers, meta, type_needle_v=self.shown, query=listing(asked))
 
     def _needle(self, key: str, value: str) -> str:
-        return str(self.sentence.format(type_needle_v=self.value_kind, key=key, value=value))
+        return data.fill(self.sentence, f"needle in {TEXTS}", type_needle_v=self.value_kind, key=key, value=value)
 
     def _among_sentences(self, draw: random.Random, text: str, needles: list[str]) -> tuple[str, list[int]]:
         sentences = SENTENCE_END.split(text)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longwave.checks import read_json
 from longwave.evals import data
 from longwave.evals.tasks.ruler.maker import Drawn, Maker, Source
 
@@ -59,7 +60,7 @@ def read_squad(path: Path) -> tuple[list[str], list[Question]]:
     field = data.field
     articles = [
         field(article, "paragraphs", f"an article of {path}")
-        for article in field(data.read_object(path), "data", str(path))
+        for article in field(read_json(path, "a set of questions"), "data", str(path))
     ]
     where = f"a paragraph of {path}"
     paragraphs = sorted({field(p, "context", where) for article in articles for p in article})

@@ -1,0 +1,15 @@
+"""The command line: generate, calibrate, inspect, eval, demo."""
+
+from __future__ import annotations
+
+import typer
+
+from longwave.cli import calibrate, demo, eval, generate, inspect
+from longwave.cli.common import WithMethods
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.command("generate", cls=WithMethods)(generate.command)
+app.command("calibrate", cls=WithMethods)(calibrate.command)
+app.command("inspect", cls=WithMethods)(inspect.command)
+app.add_typer(eval.app, name="eval")
+app.command("demo")(demo.command)

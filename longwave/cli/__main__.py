@@ -1,0 +1,6 @@
+"""python -m longwave.cli"""
+
+from longwave.cli import app
+
+if __name__ == "__main__":
+    app()

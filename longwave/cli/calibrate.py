@@ -1,0 +1,75 @@
+"""longwave calibrate: measure what a model's channels and heads tolerate, and write a profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longwave.checks import read_text
+from longwave.cli.common import Device, Dtype, Json, MethodName, OptionList, load_model, parse_options
+from longwave.cli.console import progress, show_json, user_errors
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Hub id, local path, or smollm2.")],
+    text: Annotated[list[Path], typer.Option("--text", help="UTF-8 text to measure on; repeats.")],
+    out: Annotated[Path, typer.Option(help="Where to write the profile (JSON).")],
+    method: MethodName = "fourier",
+    option: OptionList = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 3072,
+    windows: Annotated[int, typer.Option(min=1, help="Windows in all, shared between the texts.")] = 8,
+    scored: Annotated[int, typer.Option(min=1, help="Last tokens of a window, which are scored for the plan.")] = 128,
+    plan: Annotated[
+        bool | None,
+        typer.Option("--plan/--channels-only", help="Measure every head for the planner (the long part), or not."),
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Windows held in memory at once.")] = 8,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure what a model's channels and heads tolerate, and write a profile. A killed run goes on where it was."""
+    with user_errors():
+        from longwave.methods import METHODS, get_method
+        from longwave.plan.calibrate import calibrate
+
+        chosen = get_method(method, **parse_options(option))
+        if not chosen.uses_profile:
+            users = [name for name, cls in METHODS.items() if cls.uses_profile]
+            raise ValueError(f"{method} needs no profile: only {', '.join(users)} do")
+        if not out.parent.is_dir():
+            raise ValueError(f"there is no folder {out.parent} to write the profile to")
+        if out.is_dir():
+            raise ValueError(f"{out} is a folder: name the file to write the profile to")
+        texts = [read_text(path, blank=False) for path in text]
+        loaded, tokenizer = load_model(model, device, dtype)
+        with progress("measuring") as advance:
+            profile = calibrate(
+                loaded,
+                tokenizer,
+                texts,
+                chosen,
+                tokens,
+                windows,
+                scored=scored,
+                plan=plan,
+                batch=batch,
+                partial=out.with_name(out.name + ".part"),
+                model_id=model,
+                progress=advance,
+            )
+        profile.save(out)
+        summary = {
+            "profile": str(out),
+            "model": model,
+            "windows": profile.text["windows"],
+            "tokens": profile.text["tokens"],
+            "plan": profile.sensitivity is not None,
+        }
+        if as_json:
+            show_json(summary)
+        else:
+            what = "channels and heads" if summary["plan"] else "channels alone"
+            print(f"wrote {out}: {what}, {summary['windows']} windows, {summary['tokens']:,} tokens")

@@ -1,0 +1,133 @@
+"""longwave eval: measure methods on tasks (run), list both (ls), write a page of results (report)."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longwave.cli.common import first_line, load_model, options_of
+from longwave.cli.console import progress, show_json, show_table, user_errors
+
+app = typer.Typer(no_args_is_help=True, help="Measure methods on the field's benchmarks, and report.")
+
+Repeats = list[str] | None
+
+
+@contextmanager
+def eval_errors() -> Iterator[None]:
+    """What a user can get wrong, or has not installed, in one line."""
+    with user_errors():
+        try:
+            yield
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] == "longwave":
+                raise
+            raise ValueError(f"{error.name} is not installed: pip install 'longwave[eval]'") from None
+
+
+@app.command()
+def run(
+    method: Annotated[Repeats, typer.Option("--method", help='Method, "fourier:budget=0.25"; repeats.')] = None,
+    task: Annotated[Repeats, typer.Option("--task", help='Task, "needle:lengths=1000,2000"; repeats.')] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of results; a run in it goes on where it ended.")] = None,
+    model: Annotated[str | None, typer.Option(help='Hub id, local path, or "smollm2" (the default).')] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with these options; flags win over it.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many samples of every set of a task.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of generated prompts; 42 unless said.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Cut prompts to this many tokens, by each task's own rule; else to the window.")
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(help='"after" (default): compress the context before the question is seen; "with": read both.'),
+    ] = None,
+    chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the model's chat template.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of evaluation data; else $LONGWAVE_DATA.")] = None,
+    device: Annotated[str | None, typer.Option(help='"cpu" (default), "cuda", "cuda:1", "mps".')] = None,
+    dtype: Annotated[str | None, typer.Option(help='"auto", "float32", "bfloat16", "float16".')] = None,
+    batch: Annotated[int | None, typer.Option(help="Prompts that share a pass, at most; 8 unless said.")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Rows x longest prompt of a pass, at most; 16384 unless said.")
+    ] = None,
+    profile: Annotated[Path | None, typer.Option(help="Profile made by `longwave calibrate`.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure methods on tasks, same prompts for all; resumes, and two processes may share a folder."""
+    with eval_errors():
+        from longwave.evals.recipe import evaluate, make_recipe
+
+        given = dict(
+            out=out, model=model, limit=limit, seed=seed, max_tokens=max_tokens, question=question, chat=chat, data=data
+        )
+        given |= dict(device=device, dtype=dtype, batch=batch, batch_tokens=batch_tokens, profile=profile)
+        wanted = make_recipe(recipe, methods=method or None, tasks=task or None, **given)
+        command = shlex.join(["longwave", *sys.argv[1:]])
+        with progress("samples x methods") as advance:
+            results = evaluate(wanted, load_model, command, advance)
+        for problem in results.problems:
+            print(f"longwave: {problem}", file=sys.stderr)
+        _show(wanted.out, as_json)
+
+
+@app.command()
+def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """The tasks and methods there are, with their options."""
+    from longwave.evals.stock import Quantized
+    from longwave.evals.tasks import TASKS
+    from longwave.methods import METHODS
+
+    tasks: list[dict[str, Any]] = [
+        {"task": name, "version": cls.version, "what": first_line(cls), "options": options_of(cls)}
+        for name, cls in TASKS.items()
+    ]
+    methods: list[dict[str, Any]] = [
+        {"method": name, "what": first_line(cls), "options": options_of(cls)}
+        for name, cls in {**METHODS, Quantized.name: Quantized}.items()
+    ]
+    if as_json:
+        show_json({"tasks": tasks, "methods": methods})
+        return
+    columns = ["task", "version", "what", "options"]
+    show_table("tasks", columns, [[t["task"], t["version"], t["what"], ", ".join(t["options"])] for t in tasks])
+    columns = ["method", "what", "options"]
+    show_table("methods", columns, [[m["method"], m["what"], ", ".join(m["options"])] for m in methods])
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of results; several are shown as one.")],
+    out: Annotated[Path | None, typer.Option(help="Where report.html and report.md go; the first folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write report.html (one file, no network) and report.md from results."""
+    with eval_errors():
+        from longwave.evals.report import write_report
+
+        written = write_report(folders, out or folders[0])
+        if as_json:
+            show_json({"written": [str(path) for path in written]})
+        else:
+            print("\n".join(map(str, written)))
+
+
+def _show(folder: Path, as_json: bool) -> None:
+    """Mean scores of everything the folder holds."""
+    from longwave.evals.results import load
+    from longwave.evals.summary import summarise
+
+    lines = summarise(load(folder))
+    if as_json:
+        show_json([line.as_dict() for line in lines])
+        return
+    rows = [
+        [x.task, x.column, x.method, f"{x.value:.3f}", f"{x.low:.3f}..{x.high:.3f}", x.count, f"{x.ratio:.3f}"]
+        for x in lines
+    ]
+    show_table("results", ["task", "set", "method", "score", "95 %", "samples", "bytes ratio"], rows)
+    print(folder / "samples.jsonl")

@@ -1,0 +1,180 @@
+"""longwave generate: answer a prompt, with a report of the bytes held and of the time taken."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longwave.checks import read_text
+from longwave.cli.common import (
+    Budget,
+    Device,
+    Dtype,
+    Json,
+    MethodName,
+    Model,
+    OptionList,
+    ProfilePath,
+    check_length,
+    load_model,
+    parse_options,
+)
+from longwave.cli.console import show_json, stderr, user_errors
+
+
+def command(
+    prompt: Annotated[str | None, typer.Argument(help="The prompt, or a question about --file.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="Text to read before the prompt.")] = None,
+    model: Model = "smollm2",
+    method: MethodName = "fourier",
+    budget: Budget = None,
+    profile: ProfilePath = None,
+    option: OptionList = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many tokens at most.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the tokens that make up this share.")
+    ] = None,
+    seed: int = 0,
+    chat: Annotated[bool, typer.Option(help="Use the model's chat template, if it has one.")] = True,
+    prefill_chunk: Annotated[
+        int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens.")
+    ] = None,
+    graph: Annotated[
+        bool | None,
+        typer.Option("--graph/--no-graph", help="Decode by a CUDA graph, or not; otherwise on CUDA where it can be."),
+    ] = None,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Fuse the layers of a graph by torch.compile: slow to begin, faster then.")
+    ] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, with a report of the bytes held and of the time taken."""
+    with user_errors():
+        parts = [read_text(file, blank=False)] if file else []
+        parts += [prompt] if prompt and prompt.strip() else []
+        if not parts:
+            raise ValueError("the prompt is empty: give a PROMPT, a --file, or both")
+        import torch
+        from transformers import TextStreamer
+
+        import longwave
+
+        loaded, tokenizer = load_model(model, device, dtype)
+        text = "\n\n".join(parts)
+        if chat and tokenizer.chat_template:
+            message = [{"role": "user", "content": text}]
+            encoded = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            encoded = tokenizer(text, return_tensors="pt", verbose=False)
+        encoded = encoded.to(loaded.device)
+        count = encoded["input_ids"].shape[1]
+        check_length(loaded, count, max_new_tokens)
+        memory = longwave.cache(loaded, method, budget=budget, profile=profile, **parse_options(option))
+        why = why_python(loaded, memory, graph)
+        if graph and why:
+            raise ValueError(f"--graph: {why}")
+        if compiled and why:
+            raise ValueError(f"--compile is for the steps of a graph, and there is none: {why}")
+        torch.manual_seed(seed)
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        )
+        if not temperature and (top_k, top_p) != (None, None):
+            raise ValueError("--top-k and --top-p choose what is sampled from: give a --temperature above 0")
+        sampling |= {name: value for name, value in (("top_k", top_k), ("top_p", top_p)) if value is not None}
+        if prefill_chunk:
+            sampling["prefill_chunk_size"] = prefill_chunk
+        streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        if loaded.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(loaded.device)
+        clock = Clock(loaded.device)
+        if not as_json and stderr.is_terminal:
+            stderr.print(f"reading {count:,} tokens ...", style="dim")
+        loop = loaded.generate if why else partial(longwave.generate, loaded, compile=compiled)
+        try:
+            out = loop(
+                **encoded,
+                past_key_values=memory,
+                max_new_tokens=max_new_tokens,
+                streamer=streamer,
+                stopping_criteria=[clock],
+                pad_token_id=tokenizer.pad_token_id,
+                **sampling,
+            )
+        except longwave.decode.Unsupported as error:  # seen late: much of the answer may be out
+            raise ValueError(f"{error}: {'leave out --compile' if compiled else 'pass --no-graph'}") from error
+        pace = {"loop": "python" if why else "graph", "loop_reason": why, **clock.read(out.shape[1] - count)}
+        if as_json:
+            answer = tokenizer.decode(out[0, count:], skip_special_tokens=True)
+            show_json({"text": answer, "prompt_tokens": count, "seed": seed, **pace, **memory.report().as_dict()})
+        else:
+            stderr.print(show_pace(pace), style="dim", highlight=False, soft_wrap=True)
+            stderr.print(str(memory.report()), style="dim", highlight=False, soft_wrap=True)
+
+
+def why_python(model: Any, memory: Any, graph: bool | None) -> str | None:
+    """Why transformers' own loop decodes, or None where a CUDA graph does."""
+    from longwave.decode import supports
+
+    if graph is False:
+        return "--no-graph"
+    if model.device.type != "cuda":
+        return f"a graph needs CUDA, and the model is on {model.device.type}"
+    return supports(model, memory)
+
+
+class Clock:
+    """A stopping criterion that never stops: it notes when the prompt was read and when decoding was under way.
+
+    The first step compiles kernels or captures a graph, so decoding is timed from the second token on.
+    """
+
+    def __init__(self, device: Any):
+        self.device = device
+        self.times = [self.now()]
+
+    def now(self) -> float:
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
+        if len(self.times) < 3:
+            self.times.append(self.now())
+        return ids.new_zeros(ids.shape[0], dtype=bool)
+
+    def read(self, new: int) -> dict[str, Any]:
+        """Seconds, tokens a second (None where fewer than three tokens came), and on CUDA the peak of memory."""
+        import torch
+
+        end = self.now()
+        found: dict[str, Any] = {"seconds": end - self.times[0], "prefill_seconds": self.times[1] - self.times[0]}
+        found["tokens_per_second"] = (new - 2) / (end - self.times[2]) if new > 2 else None
+        if self.device.type == "cuda":
+            found["peak_memory"] = torch.cuda.max_memory_allocated(self.device)
+        return found
+
+
+def show_pace(pace: dict[str, Any]) -> str:
+    reason = f" ({pace['loop_reason']})" if pace["loop_reason"] else ""
+    rate = pace["tokens_per_second"]
+    parts = [
+        f"prompt read in {pace['prefill_seconds']:.2f} s",
+        "too few tokens to time decoding" if rate is None else f"{rate:.1f} tokens a second",
+        f"decoded by {pace['loop']}{reason}",
+    ]
+    if "peak_memory" in pace:
+        parts.append(f"peak memory {pace['peak_memory']:,} bytes")
+    return ", ".join(parts)

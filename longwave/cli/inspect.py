@@ -1,0 +1,109 @@
+"""longwave inspect: what a cache holds, in bytes, kept channels and pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from longwave.checks import read_text
+from longwave.cli.common import (
+    Budget,
+    Device,
+    Dtype,
+    Json,
+    MethodName,
+    Model,
+    OptionList,
+    ProfilePath,
+    check_length,
+    load_model,
+    parse_options,
+)
+from longwave.cli.console import show_json, show_table, user_errors, waiting
+
+
+def command(
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Text to read; Python's help topics otherwise.")
+    ] = None,
+    model: Model = "smollm2",
+    method: MethodName = "fourier",
+    budget: Budget = None,
+    profile: ProfilePath = None,
+    option: OptionList = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to read.")] = 2048,
+    layer: Annotated[int, typer.Option(help="Layer of the channel to plot.")] = 0,
+    head: int = 0,
+    channel: Annotated[int | None, typer.Option(help="Channel to plot; the first compressed one otherwise.")] = None,
+    side: Annotated[str, typer.Option(help='"k" or "v".')] = "k",
+    out: Annotated[Path, typer.Option(help="Folder for kept.png and channel.png.")] = Path("out"),
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """What a cache holds: bytes by part, kept channels by layer and rotary pair, one channel and its spectrum."""
+    with user_errors():
+        if side not in ("k", "v"):
+            raise ValueError(f'side is "k" or "v", got {side!r}')
+        import longwave
+        from longwave.cli.pictures import kept_by_pair, plot_channel, plot_kept
+        from longwave.evals.data import pydoc_haystack
+        from longwave.evals.fork import fork, needs_of, prefill
+
+        text = read_text(file, blank=False) if file else pydoc_haystack()
+        loaded, tokenizer = load_model(model, device, dtype)
+        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :tokens]
+        check_length(loaded, ids.shape[1], 0)
+        empty = longwave.cache(loaded, method, budget=budget, profile=profile, **parse_options(option))
+        with waiting(f"reading {ids.shape[1]:,} tokens"):
+            exact = prefill(loaded, ids, needs=needs_of([empty]))
+            held = fork(exact, empty)
+        report = held.report()
+        result: dict[str, Any] = report.as_dict()
+        kept = getattr(held.method, "kept", None)  # of every memory layer: which channels of K and V stay values
+        if kept is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            indices = [i for i, _ in enumerate(held.layers) if held.layers[i] in list(held.memory_layers())]
+            if layer not in indices:
+                raise ValueError(f"layer {layer} holds no full attention; choose from {indices}")
+            table = kept[indices.index(layer)]["kv".index(side)]
+            if not 0 <= head < table.shape[0]:
+                raise ValueError(f"layer {layer} has heads 0 to {table.shape[0] - 1}")
+            compressed = (~table[head]).nonzero()[:, 0].tolist()
+            channel = channel if channel is not None else (compressed or [0])[0]
+            plot_kept(kept, out / "kept.png", f"{model}: {held.method}")
+            result["channel"] = plot_channel(exact, held, layer, side, head, channel, out / "channel.png")
+            result["kept"] = [
+                {
+                    "layer": index,
+                    "k": float(k.mean()),
+                    "v": float(v.mean()),
+                    "k_by_pair": k.tolist(),
+                    "v_by_pair": v.tolist(),
+                }
+                for index, k, v in zip(indices, *kept_by_pair(kept), strict=True)
+            ]
+        if as_json:
+            show_json(result)
+            return
+        show_table(
+            "bytes",
+            ["part", "bytes"],
+            [*report.parts.items(), ("all", report.nbytes), ("dense cache", report.dense_nbytes)],
+        )
+        print(f"ratio {report.ratio:.3f} after {report.tokens:,} tokens")
+        if kept is not None:
+            rows = []
+            for entry in result["kept"]:
+                quarters = [f"{x.float().mean():.2f}" for x in _quarters(entry["k_by_pair"])]
+                rows.append([entry["layer"], f"{entry['k']:.2f}", *quarters, f"{entry['v']:.2f}"])
+            show_table("share of channels kept", ["layer", "K", "K fast pairs", "..", "..", "K slow pairs", "V"], rows)
+            print(f"{out / 'kept.png'}\n{out / 'channel.png'}")
+
+
+def _quarters(values: list[float]) -> Any:
+    import torch
+
+    return torch.tensor(values).chunk(4)

@@ -1,0 +1,270 @@
+"""From a command or a recipe to a run: everything a user can get wrong is found before the first minute has passed."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from longwave.checks import nearest, read_text, whole
+from longwave.evals.data import data_folder
+from longwave.evals.results import FORMAT, VERSION, Results
+from longwave.evals.spec import as_spec, parse_spec
+from longwave.evals.task import LossTask, Sample, Setting, Task
+from longwave.evals.tasks import parse_task
+
+QUESTION = ("after", "with")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to measure. A file of it (YAML) has these names as keys.
+
+    methods, tasks: specs, see `longwave.evals.spec`. out: folder of results. limit: samples per set of a task.
+    max_tokens: where prompts of tasks with a truncation rule are cut. question: "after" compresses the context before
+    the question is seen, "with" reads both in one exact pass. batch: prompts per pass. batch_tokens: rows x longest.
+    """
+
+    out: Path
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    model: str = "smollm2"
+    limit: int | None = None
+    seed: int = 42
+    max_tokens: int | None = None
+    question: str = "after"
+    chat: bool = True
+    data: Path | None = None
+    device: str = "cpu"
+    dtype: str = "auto"
+    batch: int = 8
+    batch_tokens: int = 16384
+    profile: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("out", "data", "profile"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (str, Path)):
+                raise ValueError(f"{name} is a path, got {value!r}")
+            object.__setattr__(self, name, None if value is None else Path(value))
+        for name in ("methods", "tasks"):
+            value = getattr(self, name)
+            items = [value] if isinstance(value, (str, Mapping)) else value or ()
+            if not isinstance(items, (list, tuple)):
+                raise ValueError(f"{name} is a list, got {value!r}")
+            if not items:
+                raise ValueError(f"there are no {name} to measure: give at least one --{name.removesuffix('s')}")
+            specs = tuple(as_spec(item) for item in items)
+            twice = {spec for spec in specs if specs.count(spec) > 1}
+            if twice:
+                raise ValueError(f"{', '.join(sorted(twice))} is given twice")
+            object.__setattr__(self, name, specs)
+        for name in ("model", "device", "dtype"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is a text, got {getattr(self, name)!r}")
+        if not isinstance(self.chat, bool):
+            raise ValueError(f"chat is true or false, got {self.chat!r}")
+        for name, least in (("limit", 1), ("seed", None), ("max_tokens", 1), ("batch", 1), ("batch_tokens", 1)):
+            if (value := getattr(self, name)) is not None or name not in ("limit", "max_tokens"):
+                whole(name, value, least)
+        if self.question not in QUESTION:
+            raise ValueError(f"question is one of {', '.join(QUESTION)}; got {self.question!r}")
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A YAML file whose keys are the fields of `Recipe`; paths in it are relative to where the command runs."""
+    import yaml
+
+    text = read_text(path)
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2025-13-45
+        raise ValueError(f"{path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a recipe: it has to be a mapping with keys such as model, methods, tasks")
+    known = [f.name for f in fields(Recipe)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{path} has no key {key!r} to set; {nearest(str(key), known)}")
+    return values
+
+
+def make_recipe(file: Path | None, **given: Any) -> Recipe:
+    """A file's values, replaced by those that are given. None, and null in a file, is not given."""
+    values = read_recipe(file) if file is not None else {}
+    given = {name: value for name, value in given.items() if value is not None}
+    values = {name: value for name, value in {**values, **given}.items() if value is not None}
+    if "out" not in values:
+        raise ValueError("name a folder for the results: --out DIR")
+    return Recipe(**{"methods": (), "tasks": (), **values})
+
+
+def check_names(recipe: Recipe) -> dict[str, Task]:
+    """The tasks, with unknown names and options refused before a model is loaded. Methods are checked as far as that
+    is possible without one."""
+    from longwave.budget import parse_budget
+    from longwave.evals.stock import Quantized
+    from longwave.methods import get_method
+
+    for spec in recipe.methods:
+        name, options = parse_spec(spec)
+        if name == Quantized.name:
+            Quantized.of(options).check_backend()
+            continue
+        budget = options.pop("budget", None)
+        get_method(name, **options)
+        if budget is not None:
+            parse_budget(budget)
+    return {spec: parse_task(spec) for spec in recipe.tasks}
+
+
+def make_methods(model: Any, recipe: Recipe) -> tuple[dict[str, Callable[[int], Any]], dict[str, str], int]:
+    """label -> function from rows to an empty cache, label -> its settings in words, and the rows a batch may have.
+
+    A budget given as a size bounds a whole cache, so what one prompt gets would depend on its batch: such methods are
+    measured one prompt at a time, and so is transformers' quantized cache.
+    """
+    import longwave
+    from longwave.budget import parse_budget
+    from longwave.evals.stock import Quantized
+    from longwave.methods import get_method
+
+    makers: dict[str, Callable[[int], Any]] = {}
+    words: dict[str, str] = {}
+    rows, bounds = recipe.batch, []
+    for spec in recipe.methods:
+        name, options = parse_spec(spec)
+        if name == Quantized.name:
+            makers[spec], rows = partial(Quantized.of(options).cache, model), 1
+            words[spec] = makers[spec](1).method
+            continue
+        budget = options.pop("budget", None)
+        method = get_method(name, **options)
+        profile = recipe.profile if method.uses_profile else None
+        bound = longwave.cache(model, method, budget, profile).method
+        bounds.append(bound)
+        words[spec] = in_words(bound)
+        if budget is None or parse_budget(budget)[1] is None:
+            makers[spec] = partial(_empty, model, (bound,))  # not bound again for every prompt
+        else:  # its caches refuse more tokens than the size was worked out for
+            makers[spec], rows = partial(_empty, model, (method, budget, profile)), 1
+    if recipe.profile is not None and not any(bound.profile for bound in bounds):
+        raise ValueError(f"profile={recipe.profile} decides nothing for {', '.join(recipe.methods)}: leave it out")
+    return makers, words, rows
+
+
+def _empty(model: Any, settings: tuple[Any, ...], rows: int) -> Any:
+    """A new cache of `settings`; how many rows will read does not matter to it."""
+    import longwave
+
+    return longwave.cache(model, *settings)
+
+
+def in_words(bound: Any) -> str:
+    """A method's settings. Where a profile decides what is kept, only the digest tells two of them apart."""
+    return f"{bound}, {bound.digest[:16]}" if bound.method.uses_profile else str(bound)
+
+
+def prepare(tasks: Mapping[str, Task], setting: Setting) -> dict[str, tuple[Task, Sequence[Sample]]]:
+    """Every task's samples; errors name the task."""
+    prepared: dict[str, tuple[Task, Sequence[Sample]]] = {}
+    for label, task in tasks.items():
+        try:
+            samples = task.samples(setting)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from None
+        if not samples:
+            raise ValueError(f"{label} has no samples")
+        ids = [sample.id for sample in samples]
+        if len(set(ids)) != len(ids):
+            raise RuntimeError(f"{label} names two samples alike")
+        prepared[label] = (task, samples)
+    return prepared
+
+
+def make_header(
+    recipe: Recipe, model: Any, tokenizer: Any, tasks: Mapping[str, Task], words: Mapping[str, str], command: str
+) -> dict[str, Any]:
+    """What run.json says about a run."""
+    import torch
+    import transformers
+
+    import longwave
+    from longwave.plan.profile import signature
+    from longwave.shape import context_limit
+
+    template = getattr(tokenizer, "chat_template", None)
+    weights = {name: float(f"{value:.4g}") for name, value in signature(model).items()}
+    device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": recipe.model,
+        "signature": hashlib.sha256(repr(sorted(weights.items())).encode()).hexdigest()[:16],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "window": context_limit(model),
+        "seed": recipe.seed,
+        "question": recipe.question,
+        "chat": recipe.chat,
+        "chat_template": hashlib.sha256(str(template).encode()).hexdigest()[:16] if template else None,
+        "max_tokens": recipe.max_tokens,
+        "methods": dict(words),
+        "tasks": {
+            label: {"name": task.name, "version": task.version, "options": task.options()}
+            for label, task in tasks.items()
+        },
+        "runs": [
+            {
+                "command": command,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "device": device,
+                "threads": torch.get_num_threads(),
+                "batch": recipe.batch,
+                "batch_tokens": recipe.batch_tokens,
+                "limit": recipe.limit,
+                "longwave": longwave.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            }
+        ],
+    }
+
+
+def _counts(task: Task, samples: Sequence[Sample]) -> dict[str, int]:
+    """How many samples each set has."""
+    return dict(Counter(str(sample.meta.get(task.columns, "")) if task.columns else "" for sample in samples))
+
+
+def evaluate(
+    recipe: Recipe,
+    load: Callable[[str, str, str], tuple[Any, Any]],
+    command: str = "",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Results:
+    """Run a recipe: check it, load the model, build all prompts, measure what the folder does not hold yet."""
+    from longwave.evals.runner import Batch, run
+    from longwave.shape import context_limit
+
+    tasks = check_names(recipe)
+    losses = [label for label, task in tasks.items() if isinstance(task, LossTask)]
+    if recipe.question == "with" and losses:
+        raise ValueError(f"question=with is for tasks that ask: {', '.join(losses)} has none. Run it in another folder")
+    recipe = replace(recipe, data=data_folder(recipe.data))
+    model, tokenizer = load(recipe.model, recipe.device, recipe.dtype)
+    makers, words, rows = make_methods(model, recipe)
+    window = context_limit(model)
+    setting = Setting(tokenizer, window, recipe.seed, recipe.limit, recipe.data, recipe.max_tokens, recipe.chat)
+    prepared = prepare(tasks, setting)
+    header = make_header(replace(recipe, batch=rows), model, tokenizer, tasks, words, command)
+    header["samples"] = {label: _counts(task, samples) for label, (task, samples) in prepared.items()}
+    prompts = {(label, s.id): s.prompt_sha256 for label, (_, samples) in prepared.items() for s in samples}
+    results = Results.open(recipe.out, header, prompts)
+    run(model, tokenizer, prepared, makers, results, Batch(rows, recipe.batch_tokens), recipe.question, progress)
+    return results

@@ -1,0 +1,33 @@
+"""An empty `LongCache` on a model: memory layers where it attends over everything, and all that they need to see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from longwave.frame.attention import use_longwave_attention
+from longwave.frame.cache import LongCache
+from longwave.frame.hidden import Watch
+from longwave.frame.layer import MemoryLayer
+from longwave.frame.observe import Needs
+from longwave.rotary import Rotary
+from longwave.shape import check_supported, other_layers
+
+
+def assemble(model: PreTrainedModel, layer: Callable[[int], MemoryLayer], needs: Needs, method: Any) -> LongCache:
+    """layer: from a model's layer index to an empty memory layer. method: what decided that, for reports."""
+    others = other_layers(check_supported(model))
+    rotary = Rotary.of(model) if needs.unrotated else None  # before anything is selected: it may refuse
+    indices = tuple(index for index, other in enumerate(others) if other is None)
+    watch = Watch(model, indices) if needs.hidden else None
+    use_longwave_attention(model)
+    layers = [layer(index) if other is None else other for index, other in enumerate(others)]
+    return LongCache(layers, method, rotary, watch)
+
+
+def observing(model: PreTrainedModel, needs: Needs | None = None) -> LongCache:
+    """A dense cache that also observes what `needs` says, for others to be forked from."""
+    seen = needs or Needs()
+    return assemble(model, lambda index: MemoryLayer(index, seen), seen, "dense")

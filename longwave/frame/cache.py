@@ -1,0 +1,180 @@
+"""`LongCache`, what transformers holds: memory layers of one method, and transformers' own for the rest."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from longwave.frame.counting import storage_bytes
+from longwave.frame.layer import MemoryLayer
+from longwave.frame.progress import Progress
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a cache holds. Bytes are those of real storages; `ratio` is nbytes / dense_nbytes.
+
+    tokens: seen; held: in the longest row of the layer that holds most. parts: bytes by what they are for. scratch:
+    bytes that a pass took at most for the time that it ran. answers: what attends over what is stored, kernel or plain
+    torch, and why (empty before it did).
+    """
+
+    method: str
+    tokens: int
+    held: int
+    batch: int
+    nbytes: int
+    dense_nbytes: int
+    parts: dict[str, int]
+    scratch: int = 0
+    answers: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        return self.nbytes / self.dense_nbytes if self.dense_nbytes else float("nan")
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "answers": list(self.answers), "ratio": self.ratio}
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size:,}" for name, size in self.parts.items() if size)
+        held = "" if self.held == self.tokens else f" ({self.held:,} held)"
+        scratch = f"; a pass took {self.scratch:,} more" if self.scratch else ""
+        answers = f"; answered by {', '.join(self.answers)}" if self.answers else ""
+        return (
+            f"{self.method}: {self.tokens:,} tokens{held} x {self.batch} rows, {self.nbytes:,} bytes held; a dense "
+            f"cache would hold {self.dense_nbytes:,} (ratio {self.ratio:.3f}) [{parts}]{scratch}{answers}"
+        )
+
+
+class LongCache(Cache):
+    """A cache for `model.generate(past_key_values=...)`, made by `longwave.cache`.
+
+    Full-attention layers are `MemoryLayer`s of one method; every other kind of layer keeps transformers' own class.
+    """
+
+    layers: list[Any]
+
+    def __init__(self, layers: list[Any], method: Any, rotary: Any = None, watch: Any = None):
+        """method: what decided the layers. rotary, watch: what they need to see of the model, kept as long as they."""
+        super().__init__(layers=layers)
+        self.method = method
+        self._watch = watch
+        attention = [i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
+        memory = [i for i, layer in enumerate(layers) if isinstance(layer, MemoryLayer)]
+        self._progress = Progress(attention[0], attention[-1], memory[-1], rotary=rotary)
+        for layer in self.memory_layers():
+            layer.progress = self._progress
+        self._unused = [None if isinstance(layer, MemoryLayer) else copy.deepcopy(layer) for layer in layers]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Hand new tokens to a layer. transformers' own layers keep a view of all they returned: cut it to size."""
+        returned = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self._progress.reached = layer_idx  # not before: a layer that refused took nothing
+        layer: Any = self.layers[layer_idx]
+        if not isinstance(layer, MemoryLayer):
+            for name in ("keys", "values"):
+                held = getattr(layer, name, None)
+                if isinstance(held, torch.Tensor) and held.untyped_storage().nbytes() > 1.25 * held.nbytes:
+                    setattr(layer, name, held.clone())
+        return returned
+
+    def reset(self) -> None:
+        """Forget everything; the next use may have another batch size."""
+        self._progress.reached, self._progress.broken, self._progress.lent = None, False, None
+        for index, unused in enumerate(self._unused):
+            if unused is None:
+                self.layers[index].reset()
+            else:  # transformers' own layers may keep their old batch size through a reset
+                self.layers[index] = copy.deepcopy(unused)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -tokens_to_remove tokens in all layers, or raise and leave every layer as it was."""
+        self._progress.check()
+        for layer in self.memory_layers():
+            layer.check_crop(tokens_to_remove)
+        others = [layer for layer in self.layers if not isinstance(layer, MemoryLayer)]
+        before = [dict(vars(layer)) for layer in others]  # they cut by pointing at other tensors
+        try:
+            for layer in others:
+                layer.crop(tokens_to_remove)
+        except BaseException as error:
+            for layer, was in zip(others, before, strict=True):
+                vars(layer).clear()
+                vars(layer).update(was)
+            raise ValueError(
+                f"cannot remove the last {-int(tokens_to_remove)} tokens: {error} Every layer is as it was; keep a "
+                "copy.deepcopy of the cache to go back to"
+            ) from error
+        try:
+            for layer in self.memory_layers():
+                layer.crop(tokens_to_remove)
+        except BaseException:
+            self._progress.broken = True
+            raise
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Called at the start of a forward pass, so the place to see that the last one ended well."""
+        self._progress.check()
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def memory_layers(self) -> Iterator[MemoryLayer]:
+        return (layer for layer in self.layers if isinstance(layer, MemoryLayer))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes all layers really hold."""
+        return sum(self.report().parts.values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes transformers' DynamicCache would hold after the same calls."""
+        return self.report().dense_nbytes
+
+    def report(self) -> Report:
+        """Tokens seen, bytes held by part, bytes a dense cache would hold, and their ratio."""
+        parts: dict[str, int] = {}
+        dense, batch, held, answers = 0, 0, 0, []
+        for layer in self.layers:
+            if isinstance(layer, MemoryLayer):
+                dense += layer.dense_nbytes
+                batch = getattr(layer, "batch_size", 0)
+                held = max(held, *layer.held(), 0) if layer.is_initialized else held
+                answers += [answer for answer in layer.answers() if answer not in answers]
+                for name, tensors in layer.parts().items():
+                    parts[name] = parts.get(name, 0) + storage_bytes(tensors)
+            else:
+                other = storage_bytes(list(_tensors(vars(layer))))
+                parts["other layers"] = parts.get("other layers", 0) + other
+                dense += other
+        scratch = self._progress.scratch
+        if scratch.tensors():
+            parts["scratch"] = storage_bytes(scratch.tensors())
+        return Report(
+            method=str(self.method),
+            tokens=self.get_seq_length(),
+            held=held,
+            batch=batch,
+            nbytes=sum(parts.values()),
+            dense_nbytes=dense,
+            parts=parts,
+            scratch=scratch.most,
+            answers=tuple(answers),
+        )
+
+
+def _tensors(held: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested lists and dicts: linear-attention layers keep their states in such."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, (dict, list, tuple)):
+        for item in held.values() if isinstance(held, dict) else held:
+            yield from _tensors(item)

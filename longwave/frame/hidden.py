@@ -1,0 +1,65 @@
+"""Seeing what goes into an attention module, where a method asks for it: hooks that last as long as their cache."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+class _Seen(threading.local):
+    """Threads may share a model: each has its own inputs, by the id of a module, held weakly."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[int, weakref.ref[torch.Tensor]] = {}
+
+
+_seen = _Seen()
+
+
+class Watch:
+    """Hooks on the attention modules of some layers. Caches that are copied share it; with the last of them they go."""
+
+    def __init__(self, model: PreTrainedModel, layers: tuple[int, ...]):
+        found = {}
+        for module in model.modules():
+            index = getattr(module, "layer_idx", None)
+            if index in layers and type(module).__name__.endswith("Attention"):
+                found[index] = module
+        if len(found) != len(layers):
+            missing = sorted(set(layers) - set(found))
+            raise NotImplementedError(
+                f"{type(model).__name__}: no attention module says that it is of layer {missing[0]}, so what goes into "
+                "it cannot be seen, and this method needs that"
+            )
+        hooks = [module.register_forward_pre_hook(_see, with_kwargs=True) for module in found.values()]
+        self._end = weakref.finalize(self, _remove, hooks)
+
+    def __deepcopy__(self, memo: object) -> Watch:
+        return self
+
+
+@torch.compiler.disable  # a compiled layer hands its input over, too
+def _see(module: Any, args: Any, kwargs: Any) -> None:
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if hidden is not None:
+        _seen.inputs[id(module)] = weakref.ref(hidden)
+
+
+def _remove(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
+def take_hidden(module: Any) -> torch.Tensor:
+    """What went into an attention module in this pass: [batch, tokens, hidden_size]."""
+    found = _seen.inputs.pop(id(module), None)
+    hidden = None if found is None else found()
+    if hidden is None:
+        raise ValueError(
+            f"the input of {type(module).__name__} was not seen: build the cache on the model that uses it"
+        )
+    return hidden

@@ -1,0 +1,455 @@
+"""`MemoryLayer`: one attention layer's memory, where a method lives.
+
+Its life in one forward pass: `update` takes the new tokens, `forward` (called from the attention function) runs
+`write`, `attend`, `observe` and `settle`. A prompt given in one call is so read with exact attention and compressed
+right after, one layer at a time; later tokens see the compressed past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from longwave.frame.attention import Handle, StepMask
+from longwave.frame.counting import Counting
+from longwave.frame.hidden import take_hidden
+from longwave.frame.observe import Needs, Pass, Queries, Step
+from longwave.frame.progress import Progress
+from longwave.ops import mass as attention_mass
+from longwave.ops.attention.reference import causal_attention, dense_attention, step_attention
+from longwave.store.tokens import TokenBuffer
+
+
+class MemoryLayer(Counting):
+    """One attention layer's memory. The base class keeps every token dense; methods override `settle` and more.
+
+    `dense` holds tokens row by row without padding. `rows[b]` counts the real tokens that row b has *seen*;
+    `dense.lengths[b]`, and pages if a method has them, are what is *held*. `columns` counts what transformers believes
+    is stored, padding included.
+    """
+
+    queries: Queries | None  # of the last tokens, where `needs` says so
+
+    def __init__(self, index: int, needs: Needs | None = None):
+        super().__init__()
+        self.index, self.needs = index, needs or Needs()
+        self.max_tokens: int | None = None  # set, with max_rows, where a byte budget bounds the whole cache
+        self.max_rows: int | None = None
+        self.record_past = False
+        self.progress = Progress()
+        self._clear()
+
+    # what a method overrides
+
+    def refuse(self, p: Pass) -> None:
+        """Raise for a pass that this layer cannot answer. Called before anything is written."""
+
+    def arrive(self, p: Pass) -> None:
+        """Change what a pass brings before it is written: keys that are stored at another position, say."""
+
+    def settle(self) -> None:
+        """Compress, evict or merge what is due. Must leave no reference to a forward pass's own tensors.
+
+        It may come later than its pass (see `patience`): what it needs of it is in the store's columns and `queries`.
+        """
+        self.dense.fit()
+
+    def patience(self) -> int:
+        """Longest forward pass, in tokens, whose `settle` may wait for `crop` while the past is recorded."""
+        return 0
+
+    def attend(self, p: Pass) -> torch.Tensor:
+        """Answer a pass's queries over everything stored, its own tokens included: as p.q. They are written already."""
+        k, v = self.dense.view()
+        if p.mask is None and p.causal and self._fresh and p.valid is None and p.q.shape[2] == k.shape[2] > 1:
+            return causal_attention(p.q, k, v, p.scaling)
+        visible = None if p.mask is not None else self.visible(p.q.shape[2], p.causal)
+        return dense_attention(p.q, k, v, p.scaling, visible, p.mask)
+
+    def log_sum_exp(self, p: Pass) -> torch.Tensor | None:
+        """log of the sum that a pass's softmax divides by, float32 [batch, query_heads, tokens], where it covers more
+        than the dense tokens; None where it does not."""
+        return None
+
+    def can_drop(self, counts: list[int]) -> None:
+        """Raise ValueError if the last counts[b] tokens of row b cannot be removed. Changes nothing."""
+        for row, (count, held) in enumerate(zip(counts, self.dense.lengths, strict=True)):
+            if count > held:
+                raise ValueError(
+                    f"cannot remove the last {count} tokens: of row {row} only {held} are still held. "
+                    "Keep a copy.deepcopy of the cache to go back to"
+                )
+
+    def drop_last(self, counts: list[int]) -> None:
+        """Remove the last tokens of each row, which `can_drop` has allowed."""
+        self.dense.crop(counts)
+
+    # what a method overrides to decode in storage that stays where it is (longwave/decode)
+
+    def unsteady(self) -> str | None:
+        """Why this layer cannot decode in storage of a fixed size, or None if it can."""
+        return None if type(self) is MemoryLayer else "its method does not say how much storage a step needs"
+
+    def reserve(self, new: int) -> None:
+        """Take storage that lasts for `new` more tokens a row, and does not move until `release`."""
+        self.dense.reserve(self.dense.longest + new)
+
+    def release(self) -> None:
+        """Back to storage that grows."""
+        self.dense.release()
+
+    def ripe(self) -> bool:
+        """Whether `settle` has something to do between two steps."""
+        return False
+
+    def page_counts(self) -> list[int]:
+        """Pages of each row, if the method has any."""
+        return [0] * self.batch_size
+
+    def attend_step(self, p: Pass, step: Step) -> torch.Tensor:
+        """`attend` in reserved storage with one query a row, by what the device knows: no host state is read."""
+        k, v = self.dense.tensors()
+        return step_attention(p.q, k, v, p.scaling, step.seen)
+
+    def settle_step(self, step: Step) -> None:
+        """What a method evicts at every step, on the device."""
+
+    def step_state(self) -> list[torch.Tensor]:
+        """What a step changes of storage that earlier tokens lie in: put back after steps that only warm up."""
+        return [
+            *(held for name, held in self.dense.columns.items() if name == "mass"),
+            *(self.queries.tensors() if self.queries is not None else ()),
+        ]
+
+    def count_steps(self, new: int) -> None:
+        """Bring the host's counts of what is held up by `new` steps. A method that evicts in steps overrides it."""
+        self.dense.lengths = [length + new for length in self.dense.lengths]
+
+    # what a step does with them
+
+    def run_step(self, p: Pass, step: Step) -> torch.Tensor:
+        """One token a row: written, attended from, observed, on the device alone."""
+        self.arrive_step(p, step)
+        columns = {} if p.positions is None else {"position": p.positions}
+        if self.needs.mass:  # a tensor: into a captured graph no number is copied from the host
+            columns["mass"] = p.k.new_zeros(p.k.shape[0], 1, dtype=torch.float32)
+        self.dense.write_step(step.rows, step.at, p.k, p.v, columns)
+        out = self.attend_step(p, step)
+        self.observe_step(p, step)
+        self.settle_step(step)
+        return out
+
+    def observe_step(self, p: Pass, step: Step) -> None:
+        """`observe`, by what the device knows."""
+        if self.needs.mass:
+            k, _ = self.dense.tensors()
+            attention_mass.add_step(self.dense.columns["mass"], p.q, k, p.scaling, step.seen)
+        if self.queries is not None:
+            self.queries.add_step(p.q, step.positions)
+
+    def arrive_step(self, p: Pass, step: Step) -> None:
+        """`arrive`, by what the device knows."""
+
+    def stepped(self, new: int) -> None:
+        """The host's counts after `new` steps."""
+        self.count_steps(new)
+        self.columns += new
+        self.rows = [count + new for count in self.rows]
+        self._run = [count + new for count in self._run]
+        if self.queries is not None:
+            self.queries.count_steps(new)
+
+    # what it stands for
+
+    def held(self) -> list[int]:
+        """Tokens of each row that are held, in whatever form."""
+        return list(self.dense.lengths)
+
+    def answers(self) -> list[str]:
+        """What attended over what is stored otherwise than dense, and why; nothing where all is dense."""
+        return []
+
+    def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense K and V this layer stands for, in token order: those of the tokens that it holds.
+
+        Each [batch, kv_heads, tokens, head_dim], tokens = the longest row; shorter rows are followed by zeros, padding
+        is not stored. A copy, for tests and plots.
+        """
+        self._flush()
+        if self.dense.k is None:
+            raise ValueError("nothing is stored yet")
+        k, v = self.dense.view()
+        return k.clone(), v.clone()
+
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        """Every tensor held, by what it is for."""
+        parts = {"dense": [*self.dense.tensors(), *(self._new or ())]}
+        if self.dense.columns:
+            parts["columns"] = list(self.dense.columns.values())
+        if self.queries is not None:
+            parts["queries"] = self.queries.tensors()
+        return parts
+
+    def move(self, device: torch.device | str) -> None:
+        self.progress.check_lent()
+        self.dense.move(device)
+        if self.queries is not None:
+            self.queries.move(device)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        self.dense.select(rows)
+        if self.queries is not None:
+            self.queries.select(rows)
+
+    # what transformers calls
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.batch_size = key_states.shape[0]
+        self.rows = [0] * self.batch_size
+        self._run = [0] * self.batch_size
+        self.dense = TokenBuffer(self.batch_size, self.needs.columns())
+        if self.needs.queries:
+            self.queries = Queries(self.needs.queries, [0] * self.batch_size)
+        self.is_initialized = True
+
+    def update(  # type: ignore[override]  # attention modules pass on whatever this returns
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Handle, Handle]:
+        """Take new tokens [batch, kv_heads, t, head_dim], keys after RoPE. They are written when attention asks."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch_size:
+            raise ValueError(
+                f"this cache holds a batch of {self.batch_size} but got {key_states.shape[0]} rows: use a new cache, "
+                "or cache.reset(), cache.batch_repeat_interleave(n), cache.batch_select_indices(rows)"
+            )
+        self._check_rows(self.batch_size)
+        self._flush()
+        self._finish_settling()  # a past that was kept open for `crop` is final once more tokens come
+        if self.max_tokens is not None and self.columns + key_states.shape[2] > self.max_tokens:
+            raise ValueError(
+                f"the byte budget of this cache was computed for {self.max_tokens} tokens and "
+                f"{self.columns + key_states.shape[2]} were given: build it with a larger max_tokens"
+            )
+        self._new = (key_states.detach(), value_states.detach())
+        self.columns += key_states.shape[2]
+        handle = Handle(self)
+        return handle, handle
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        scaling: float,
+        mask: StepMask | torch.Tensor | None = None,
+        module: Any = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One layer's attention in a forward pass: q [batch, query_heads, queries, head_dim] -> same shape."""
+        if self._new is None:
+            raise RuntimeError(
+                "attention was asked twice for one update: models that share K and V between layers are not supported"
+            )
+        try:
+            p = self._open(q, scaling, mask, module, positions)
+        except BaseException:  # refused, or failed before anything was changed: as if it had never been given
+            self.columns -= q.shape[2]
+            self._new = None
+            self.progress.refused(self.index)
+            raise
+        try:
+            self.scaling = scaling
+            self.arrive(p)
+            self._store(p.k, p.v, p.valid, p.positions)
+            out = self.attend(p)
+            self.observe(p)
+            self._fresh = False
+            if self.record_past and q.shape[2] <= self.patience():
+                self._unsettled = True
+            else:
+                self.settle()
+        except BaseException:  # whatever it was, memory included: layers now hold different tokens
+            self.progress.broken = True
+            raise
+        finally:
+            if self.index == self.progress.last_memory:
+                self.progress.scratch.clear()
+        return out
+
+    def _open(
+        self,
+        q: torch.Tensor,
+        scaling: float,
+        mask: StepMask | torch.Tensor | None,
+        module: Any,
+        positions: torch.Tensor | None,
+    ) -> Pass:
+        """The pass, with everything refused that can be refused. Changes nothing."""
+        assert self._new is not None
+        self.progress.check_lent()
+        k, v = self._new
+        p = Pass(q, k, v, scaling, module=module, positions=positions, rotary=self.progress.rotary)
+        p.phase = "prompt" if not any(self.rows) else "step" if q.shape[2] == 1 else "chunk"
+        if isinstance(mask, StepMask):
+            p.causal, p.valid = mask.causal, self._read_padding(mask)
+        elif mask is not None:
+            p.mask = self._check_own_mask(mask, q)
+            if self.needs.mass or self.needs.queries:
+                raise NotImplementedError(
+                    "this method watches what attention reads, which a 4D attention mask hides from it: pass a 2D mask"
+                )
+        if self.needs.hidden:
+            p.hidden = take_hidden(module)
+        if self.needs.unrotated:
+            p.known_positions()
+            p.rotary.rotates(module)  # an error where the model is not the one that the cache was built for
+        self.refuse(p)
+        self.check_finite(k, v, p.valid)
+        return p
+
+    def write(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        valid: torch.Tensor | None = None,
+        columns: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Store new tokens dense, without a pass. `valid` [batch, t] marks the real ones, None means all; columns: what
+        is known of them, [batch, 1 or kv_heads, t]."""
+        self.progress.check_lent()
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+        self.check_finite(k, v, valid)
+        if self._new is None:  # called directly, not through `update`
+            self.columns += k.shape[2]
+        try:
+            self._store(k, v, valid, None, columns)
+        except BaseException:
+            self.progress.broken = True
+            raise
+
+    def _store(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        valid: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        columns: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self._new = None
+        self._fresh = self.dense.k is None
+        self._valid = valid
+        self._before = list(self.dense.lengths)
+        given = dict(columns or {})
+        if self.needs.positions and "position" not in given:
+            given["position"] = self.positions_of(k, valid, positions)[:, None]
+        self.dense.append(k, v, valid, given)
+        counts = [k.shape[2]] * self.batch_size if valid is None else valid.sum(-1).tolist()
+        self.rows = [row + count for row, count in zip(self.rows, counts, strict=True)]
+        self._run = [
+            run + count if count == k.shape[2] else self._trailing(valid, row)
+            for row, (run, count) in enumerate(zip(self._run, counts, strict=True))
+        ]
+
+    def positions_of(self, k: torch.Tensor, valid: torch.Tensor | None, positions: torch.Tensor | None) -> torch.Tensor:
+        """Positions int64 [batch, t] of new tokens: the model's where it says them, else their number in the row."""
+        if positions is not None:
+            return positions.expand(k.shape[0], -1).to(k.device)
+        before = torch.tensor(self.rows, device=k.device)[:, None]
+        if valid is None:
+            return before + torch.arange(k.shape[2], device=k.device)
+        return before + (valid.cumsum(-1) - 1).clamp(min=0)
+
+    def observe(self, p: Pass) -> None:
+        """Remember of a pass what `needs` asks for. Its tokens are written, and nothing is settled yet."""
+        if self.needs.mass:
+            k, _ = self.dense.view()
+            visible = self.visible(p.q.shape[2], p.causal)
+            if p.valid is not None:
+                assert visible is not None
+                visible = visible * p.valid  # padding asks nothing
+            got = attention_mass.mass(p.q, k, p.scaling, visible, self.log_sum_exp(p))
+            self.dense.columns["mass"][:, :, : k.shape[2]] += got
+        if self.queries is not None:
+            self.queries.add(p.q, self._positions_before(p), p.valid)
+
+    def _positions_before(self, p: Pass) -> torch.Tensor:
+        """Positions of a pass that is stored already."""
+        if p.positions is not None:
+            return p.known_positions()
+        ends = torch.tensor(self.rows, device=p.q.device)[:, None]
+        if p.valid is None:
+            return ends - p.q.shape[2] + torch.arange(p.q.shape[2], device=p.q.device)
+        return ends - p.valid.sum(-1, keepdim=True) + (p.valid.cumsum(-1) - 1).clamp(min=0)
+
+    def adopt(self, source: MemoryLayer) -> None:
+        """Take over what a dense layer has read and seen, as if this one had read it itself. Rows may differ."""
+        k, v = source.materialize()
+        valid = None
+        if len(set(source.rows)) > 1:
+            valid = torch.arange(k.shape[2], device=k.device) < torch.tensor(source.rows, device=k.device)[:, None]
+        missing = [name for name in self.needs.columns() if name not in source.dense.columns and name != "position"]
+        have = source.queries.width if source.queries is not None else 0
+        if missing or have < self.needs.queries:
+            raise ValueError(
+                "this method needs what the dense cache has not observed while it read "
+                f"({', '.join(missing) or f'{self.needs.queries} queries'}): prefill(model, ids, mask, needs)"
+            )
+        columns = {name: source.dense.column(name) for name in self.needs.columns() if name in source.dense.columns}
+        if not self.is_initialized:
+            self.lazy_initialization(k, v)
+        positions = columns["position"][:, 0].long() if "position" in columns else self.positions_of(k, valid, None)
+        p = Pass(k[:, :0], k, v, source.scaling, valid=valid, positions=positions, phase="prompt")
+        p.rotary = self.progress.rotary
+        if p.rotary is not None:  # keys come rotated, and may have to lie otherwise
+            p.module = next((module for module in p.rotary.turns if module.layer_idx == self.index), None)
+        self.arrive(p)
+        self.write(p.k, p.v, valid, columns)
+        if self.needs.queries:
+            assert source.queries is not None
+            self.queries = source.queries.last(self.needs.queries)
+        self._fresh, self.scaling = False, source.scaling
+        try:
+            self.settle()
+        except BaseException:
+            self.progress.broken = True
+            raise
+
+    # inside
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.columns = 0
+        self.rows = []
+        self.dense = TokenBuffer(0)
+        self.queries = None
+        self._run = []
+        self._new = self._valid = None
+        self._before = []
+        self._fresh = self._unsettled = self.record_past = False
+        self.scaling = 1.0  # of the scores, as the last pass had it
+        if hasattr(self, "batch_size"):
+            del self.batch_size
+
+    def _flush(self) -> None:
+        """Tokens given to `update` whose attention was never asked: store them as they are."""
+        self.progress.check_lent()
+        if self._new is not None:
+            self.write(*self._new)
+            self._unsettled = True
+            self._fresh = False
+
+    def visible(self, queries: int, causal: bool) -> torch.Tensor | None:
+        """How many dense tokens each query of the last `write` may see: [batch, queries], None if all."""
+        uniform = self.dense.uniform and self._valid is None
+        if uniform and (queries == 1 or not causal):
+            return None
+        device = self.device
+        if not causal:
+            return torch.tensor(self.dense.lengths, device=device)[:, None].expand(-1, queries)
+        before = torch.tensor(self._before, device=device)[:, None]
+        if self._valid is None:
+            return before + torch.arange(1, queries + 1, device=device)
+        return before + self._valid.cumsum(-1)

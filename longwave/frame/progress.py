@@ -1,0 +1,44 @@
+"""How far the running pass got, and what the layers of a cache share besides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from longwave.frame.scratch import Scratch
+
+
+@dataclass
+class Progress:
+    """How far the running forward pass got, shared by a cache's layers: failing half-way leaves them unequal."""
+
+    first: int = 0
+    last: int = 0
+    last_memory: int = 0
+    reached: int | None = None  # the last layer given tokens in this pass
+    broken: bool = False
+    lent: object | None = None  # of the decoder that holds the layers' storage and counts for them
+    rotary: Any = None  # of the model, where a method needs it (rotary.py)
+    scratch: Scratch = field(default_factory=Scratch)  # what one layer's pass may take at a time
+
+    def check(self) -> None:
+        if self.broken or self.reached not in (None, self.last):
+            raise ValueError(
+                "the last forward pass failed half-way and layers hold different tokens: call cache.reset()"
+            )
+
+    def check_lent(self) -> None:
+        if self.lent is not None:
+            raise RuntimeError("a decoder holds this cache: call the decoder's finish(), or cache.reset()")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles of the cache: what a decoder holds is not counted yet."""
+        self.check_lent()
+        return vars(self)
+
+    def refused(self, index: int) -> None:
+        """A layer took nothing. If it was the first one, the pass never happened."""
+        if index == self.first:
+            self.reached = None
+        else:
+            self.broken = True

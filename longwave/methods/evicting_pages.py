@@ -1,0 +1,100 @@
+"""Evicting over pages: of the tokens that leave the window some survive, and these become a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from longwave.frame import MemoryLayer, Needs
+from longwave.methods.held import best, held_by
+from longwave.methods.segmented import SegmentedBound, SegmentedLayer
+
+
+@dataclass(frozen=True, eq=False)
+class PagedBound(SegmentedBound):
+    """inner: the pages. fraction: the budget, None where every token is kept."""
+
+    method: Any
+    inner: SegmentedBound | None = None
+    fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        assert self.inner is not None
+        page = self.inner.page_fraction()
+        segment = self.inner.dense_tokens[2]
+        span = segment
+        if self.fraction is not None and self.fraction < 1:
+            if self.fraction > page:
+                raise ValueError(
+                    f"a budget of {self.fraction:g} is more than the store's pages take with every token in them "
+                    f"({page:.3f}): nothing would be evicted. Give less, or a store of more bits"
+                )
+            span = math.ceil(segment * page / self.fraction)
+        object.__setattr__(self, "plan", self.inner.plan)
+        object.__setattr__(self, "basis", self.inner.basis)
+        object.__setattr__(self, "warn", self.inner.warn)
+        object.__setattr__(self, "_span", span)
+
+    def decisions(self) -> Iterator[bytes]:
+        assert self.inner is not None
+        yield self.inner.digest.encode()
+        yield str(self.span).encode()
+
+    @property
+    def dense_tokens(self) -> tuple[int, int, int]:
+        assert self.inner is not None
+        return self.method.sinks, self.method.window, self.inner.dense_tokens[2]
+
+    @property
+    def span(self) -> int:
+        return self._span  # type: ignore[attr-defined]
+
+    @property
+    def needs(self) -> Needs:
+        return self.method.needs()
+
+    def __str__(self) -> str:
+        assert self.inner is not None
+        segment = self.inner.dense_tokens[2]
+        return f"{self.method.name}({segment / self.span:.3f} of the middle, in {self.inner})"
+
+    def layout(self, position: int) -> Any:
+        assert self.inner is not None
+        return self.inner.layout(position)
+
+    def layer(self, index: int) -> MemoryLayer:
+        return PagedLayer(index, self)
+
+
+class PagedLayer(SegmentedLayer):
+    """Of `span` middle tokens a segment's worth survives, and becomes a page."""
+
+    bound: PagedBound
+    _worth: torch.Tensor | None = None  # of the dense tokens, while they settle
+
+    def due(self, row: int) -> int:
+        return self.bound.absorbed(self.dense.lengths[row])
+
+    def chosen(self, rows: slice, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._worth is None:
+            self._worth = self.bound.method.score(held_by(self)).float()
+        score = self._worth[rows, :, self.sinks : self.sinks + count]
+        keep = count // self.bound.span * self.segment
+        index = best(score, torch.full((score.shape[0],), keep, device=score.device)) + self.sinks
+        k, v = (x[rows].gather(2, index[..., None].expand(*index.shape, x.shape[3])) for x in self.dense.view())
+        return k, v
+
+    def settle(self) -> None:
+        try:
+            super().settle()
+        finally:
+            self._worth = None
+
+    def unsteady(self) -> str | None:
+        if self.needs.mass:
+            return "its pages take part in the attention that it measures, which a step does not sum up"
+        return super().unsteady()

@@ -1,0 +1,18 @@
+import pytest
+
+from tests.cli.calls import SEGMENTS, TEXT, succeeds
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="session")
+def profile(folder, text, tmp_path_factory):
+    path = tmp_path_factory.mktemp("profile") / "tiny.json"
+    sizes = ["--tokens", 500, "--windows", 3, "--scored", 64]
+    succeeds("calibrate", folder, "--text", text, "--out", path, *sizes, *SEGMENTS)
+    return path

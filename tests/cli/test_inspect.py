@@ -1,0 +1,87 @@
+import json
+
+import pytest
+from PIL import Image
+
+from tests.cli.calls import SEGMENTS, refused, succeeds
+
+
+@pytest.fixture
+def inspect(folder, text, profile, tmp_path):
+    given = ["--model", folder, "--file", text, "--profile", profile, *SEGMENTS]
+    return ["inspect", *given, "--tokens", 200, "--out", tmp_path / "made"]
+
+
+def test_inspect_json(inspect, tmp_path):
+    paper = ["--method", "fourier-paper"]
+    for option in ("keep=0.375", "states=20", "window=16", "stretch=False"):
+        paper += ["-o", option]
+    result = json.loads(succeeds(*(part for part in inspect if part not in SEGMENTS), *paper, "--json").stdout)
+    assert result["tokens"] == 200
+    assert result["nbytes"] == sum(result["parts"].values())
+    assert [entry["layer"] for entry in result["kept"]] == [0, 1, 2]
+    for entry in result["kept"]:
+        assert entry["k"] == entry["v"] == 0.375  # three of eight channels
+        for pairs in (entry["k_by_pair"], entry["v_by_pair"]):
+            assert len(pairs) == 4
+            assert sum(pairs) / 4 == pytest.approx(0.375)
+    channel = result["channel"]
+    assert (channel["layer"], channel["side"], channel["head"], channel["kept"]) == (0, "k", 0, False)
+    assert 0 < channel["variance_missed"] < 2
+    for name in ("kept.png", "channel.png"):
+        with Image.open(tmp_path / "made" / name) as picture:
+            assert picture.format == "PNG"
+    assert len(list((tmp_path / "made").iterdir())) == 2
+
+
+def test_inspect_prints_plain_tables(inspect, tmp_path):
+    lines = succeeds(*inspect, "--budget", 0.5, "--side", "v", "--layer", 2, "--head", 1).stdout.splitlines()
+    cells = [line.split("\t") for line in lines]
+    assert cells[0] == ["part", "bytes"]
+    sizes = {name: int(size) for name, size in cells[1:6]}
+    assert sizes["all"] == sizes["dense"] + sizes["pages"] + sizes["channel index"]
+    assert sizes["all"] < sizes["dense cache"]
+    assert any(line.startswith("ratio 0.") and line.endswith("after 200 tokens") for line in lines)
+    assert cells[-6][0] == "layer"
+    assert [row[0] for row in cells[-5:-2]] == ["0", "1", "2"]
+    assert lines[-2:] == [str(tmp_path / "made" / "kept.png"), str(tmp_path / "made" / "channel.png")]
+
+
+def test_inspect_kept_channel(inspect):
+    whole = json.loads(succeeds(*inspect, "--budget", 1, "--channel", 5, "--json").stdout)
+    assert whole["channel"] == {"layer": 0, "side": "k", "head": 0, "channel": 5, "kept": True, "variance_missed": 0.0}
+
+
+def test_inspect_dense_has_bytes_and_no_channels(inspect, folder, text, tmp_path):
+    dense = ["inspect", "--model", folder, "--file", text, "--tokens", 200, "--method", "dense"]
+    result = json.loads(succeeds(*dense, "--out", tmp_path / "made", "--json").stdout)
+    assert "kept" not in result
+    assert result["parts"] == {"dense": result["nbytes"]}
+    assert not (tmp_path / "made").exists()
+
+
+def test_inspect_a_method_that_compresses_no_channel(folder, text, tmp_path):
+    kivi = ["inspect", "--model", folder, "--file", text, "--tokens", 200, "--method", "kivi"]
+    kivi += ["-o", "group=8", "-o", "window=16", "--out", tmp_path / "made", "--json"]
+    result = json.loads(succeeds(*kivi).stdout)
+    assert {entry[side] for entry in result["kept"] for side in "kv"} == {1.0}
+    assert result["channel"]["kept"] is True
+    assert 0 < result["channel"]["variance_missed"] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--side", "q"], 'side is "k" or "v"'),
+        (["--layer", "3"], "choose from [0, 1, 2]"),
+        (["--layer=-1"], "choose from [0, 1, 2]"),
+        (["--head", "2"], "heads 0 to 1"),
+        (["--channel", "8"], "heads 0 to 1 of channels 0 to 7"),
+        (["--channel=-1"], "channels 0 to 7"),
+        (["--tokens", "30"], "compressed nothing: give more tokens"),
+        (["--tokens", "600"], "context of 512"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_inspect(inspect, arguments, message):
+    assert message in refused(*inspect, *arguments)

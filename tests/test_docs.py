@@ -1,0 +1,39 @@
+"""What the documents print as code runs as printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import longwave
+from longwave.methods import METHODS
+
+DOCS = Path(__file__).resolve().parents[1]
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.S)
+
+
+@pytest.fixture
+def known():
+    """Methods that a document registers are gone afterwards."""
+    before = dict(METHODS)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def test_the_method_in_design_md(known, capsys):
+    (code,) = blocks("docs/design.md")
+    method = code[: code.index("model, tokenizer")]
+    assert len(code.strip().splitlines()) < 40
+    space = {"__name__": "printed"}
+    exec(compile(code, "docs/design.md", "exec"), space)
+    assert "keydiff" in METHODS
+    assert issubclass(METHODS["keydiff"], longwave.Evicting)
+    report = space["cache"].report()
+    assert report.tokens > report.held > 64
+    assert report.ratio < 0.6
+    assert str(report) in capsys.readouterr().out
+    assert method.count("def ") == 1  # the score is all there is to it

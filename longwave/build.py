@@ -60,6 +60,10 @@ def cache(
         )
     if max_tokens is not None and (whole("max_tokens", max_tokens, 1, "tokens") < 1 or size is None):
         raise ValueError('max_tokens is at least 1 and goes with a budget given as a size, such as "512MiB"')
+    if batch != 1 and size is None:
+        raise ValueError(
+            'batch says for how many rows a budget given as a size, such as "512MiB", must do: leave it out'
+        )
     longest = max_tokens if max_tokens is not None else context_limit(model)
     if isinstance(method, Bound):
         bound = _again(method, shape, fraction, size, profile)

@@ -279,7 +279,7 @@ def test_smollm2_is_what_its_card_says(smollm2):
 
 
 @pytest.mark.parametrize(
-    ("options", "budget"), [({}, None), ({"segment": 8, "states": 2, "window": 8}, 0.75)], ids=["default", "compressed"]
+    ("options", "budget"), [({}, None), ({"segment": 8, "window": 8}, 0.75)], ids=["default", "compressed"]
 )
 def test_smollm2_knows_paris(smollm2, options, budget):
     model, tokenizer = smollm2

@@ -274,7 +274,7 @@ class SegmentedLayer(MemoryLayer):
     # steps
 
     def unsteady(self) -> str | None:
-        return None if isinstance(self.store, PageStore | None) else "its store grows with every token"
+        return None if self.segment else "its method fits one period to the whole middle again and again: use segments"
 
     def page_counts(self) -> list[int]:
         return super().page_counts() if self.store is None else list(self.store.counts)

@@ -222,7 +222,8 @@ class SelectingLayer(MemoryLayer):
         always = (start < self.method.sinks) | (start + chunk > (lengths - self.method.window)[:, None])
         worth = worth.masked_fill(always[:, None], float("inf"))
         worth = worth.masked_fill((start >= lengths[:, None])[:, None], float("-inf"))
-        _, chosen = worth.topk(min(most, worth.shape[-1]), dim=-1)  # [batch, kv_heads, most]
+        # [batch, kv_heads, most]; of equals the earlier one, on every device (topk does not say)
+        chosen = worth.argsort(dim=-1, descending=True, stable=True)[..., :most]
         place = chosen[..., None] * chunk + torch.arange(chunk, device=chosen.device)
         rank = torch.arange(chosen.shape[-1], device=chosen.device)
         seen = (rank < allowed[:, None])[:, None, :, None] & (place < lengths[:, None, None, None])
@@ -238,7 +239,12 @@ class SelectingLayer(MemoryLayer):
 
     def reserve(self, new: int) -> None:
         super().reserve(new)
-        self._most = max(self.bound.chunks(n + new) for n in self.dense.lengths)
+        # a chunk more is never fewer to read, a token more may be
+        self._most = max(
+            self.bound.chunks(at)
+            for n in self.dense.lengths
+            for at in range(max(n, n + new - self.method.chunk + 1), n + new + 1)
+        )
         if self.summary is not None:
             every = self.bound.every(self.dense.longest + new)
             made = self.summary.new_zeros(*self.summary.shape[:2], every, *self.summary.shape[3:])

@@ -13,7 +13,7 @@ import torch
 
 import longwave
 from longwave.decode import StaticDecoder, supports
-from longwave.frame import MemoryLayer
+from longwave.frame import MemoryLayer, assemble
 from longwave.methods.base import Bound, Method
 from tests.conftest import build, left_padded, tokens
 from tests.decode.test_steps import Played
@@ -122,7 +122,8 @@ def test_what_cannot_be_stepped_says_so(model):
     pages = longwave.H2O(store=longwave.Kivi(bits=4, group=8), **ENDS)
     assert "takes part" not in (supports(model, longwave.cache(model, "h2o", 0.3)) or "")
     assert "pages take part in the attention" in supports(model, longwave.cache(model, pages, budget=0.06))
-    assert "host memory" in supports(model, longwave.cache(model, "quest", host=True))
+    far = longwave.Quest(host=True).bind(longwave.cache(model, "quest").method.shape, None, 0.3)  # refused on a CPU
+    assert "host memory" in supports(model, assemble(model, far.layer, far.needs, far))
 
 
 @pytest.mark.parametrize("pads", PADS.values(), ids=PADS)

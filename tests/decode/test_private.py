@@ -48,6 +48,8 @@ def test_a_note_in_the_config_that_is_gone(model, monkeypatch, name):
 
     def without(*args):
         config = next(one for one in args if isinstance(one, GenerationConfig))
+        if not hasattr(config, name):
+            pytest.skip("this transformers writes no such note, and drops no mask")
         delattr(config, name)
         return loop(*args)
 
@@ -61,7 +63,7 @@ def test_a_mask_that_is_not_dropped_needs_no_note(model, monkeypatch):
 
     def without(*args):
         config, inputs = args[4], args[-1]
-        del config._mask_length
+        vars(config).pop("_mask_length", None)
         inputs["attention_mask"] = torch.ones_like(ids)
         return loop(*args)
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import longwave
+from longwave.frame import Pass
 from longwave.store.tokens import capacity
 from tests.conftest import left_padded, shape_of, tokens
 from tests.methods import naive
 from tests.methods.naive import SCALE, D, G, H, draw, drive
-from tests.methods.test_evicting import run
+from tests.methods.test_evicting import run, step_of
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,27 @@ def test_crop_over_a_chunks_border_and_on():
     layer.crop(-(102 - 64))  # and of the buffer's block
     check_summaries(layer)
     assert layer.nbytes == layer.bound.nbytes(64)
+
+
+@pytest.mark.parametrize("pads", [[0, 0], [0, 9]], ids=["even", "padded"])
+@pytest.mark.parametrize("budget", [0.01, 0.3, 0.7])
+def test_a_step_on_the_device_reads_what_a_pass_does(method, budget, pads):
+    valid = torch.arange(90) >= torch.tensor(pads)[:, None]
+    k, v, q = draw(2, 90, sharp=3)
+    passes, steps = (run(new_layer(method, budget), k, v, q, [40], valid) for _ in range(2))
+    steps.reserve(50)
+    step = step_of(steps, 0)
+    for i, expected in enumerate(drive(passes, k, v, q, [1] * 50, valid, start=40)):
+        now = slice(40 + i, 41 + i)
+        assert steps._most >= max(map(steps.bound.chunks, passes.dense.lengths))
+        p = Pass(q[:, :, now], k[:, :, now], v[:, :, now], SCALE, phase="step")
+        torch.testing.assert_close(steps.run_step(p, step), expected, rtol=0, atol=1e-9)
+        steps.stepped(1)
+        for count in (step.at, step.seen, step.total):
+            count.add_(1)
+    steps.release()
+    check_summaries(steps)
+    assert steps.nbytes == passes.nbytes
 
 
 def test_reserved_summaries_are_those_of_what_is_there():

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from longwave.ops.spectral import reference
 from longwave.ops.spectral.basis import BASES, smooth_ge, table
 
 
@@ -63,3 +64,8 @@ def test_wrong_tables_are_refused(arguments, message):
 
 def test_smooth_lengths():
     assert [smooth_ge(n) for n in (1, 2, 7, 97, 1001, 7711)] == [2, 2, 8, 100, 1024, 7776]
+
+
+def test_tables_that_a_captured_graph_reads_are_never_dropped():
+    assert table.cache_parameters()["maxsize"] is None
+    assert reference._rotation.cache_parameters()["maxsize"] is None

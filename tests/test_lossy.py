@@ -174,18 +174,18 @@ def test_rows_move(made, make, kind, name, argument, rows):
 # copies
 
 
-def test_deepcopy_is_independent(either, make):
+def test_deepcopy_is_independent(model, make):
     ids = tokens(2, LENGTH + 20)
-    memory = make(either)
-    read_in(either, memory, ids, (LENGTH, 1, 1))
+    memory = make(model)
+    read_in(model, memory, ids, (LENGTH, 1, 1))
     before = state_of(memory)
     twin = copy.deepcopy(memory)
-    read_in(either, memory, tokens(2, LENGTH + 40, seed=8), (20, *STEPS[:5]))
+    read_in(model, memory, tokens(2, LENGTH + 40, seed=8), (20, *STEPS[:5]))
     check_state(state_of(twin), before)
-    fresh = make(either)
-    read_in(either, fresh, ids, (LENGTH, 1, 1))
+    fresh = make(model)
+    read_in(model, fresh, ids, (LENGTH, 1, 1))
     sizes = (*STEPS[:9], 5)
-    assert torch.equal(read_in(either, twin, ids, sizes), read_in(either, fresh, ids, sizes))
+    assert torch.equal(read_in(model, twin, ids, sizes), read_in(model, fresh, ids, sizes))
 
 
 def test_a_pickled_cache_goes_on(model, make):
@@ -274,7 +274,7 @@ def test_prompt_lookup_keeps_the_budget(model, make):
 
 
 @pytest.mark.parametrize("pads", [[0, 0], [0, 9]], ids=["even", "padded"])
-@pytest.mark.parametrize("count", [1, 2, 4, 7, 12, 40])
+@pytest.mark.parametrize("count", [1, 4, 7, 40])
 def test_crop_or_a_refusal(model, make, count, pads):
     """What was held stays held but for the last tokens, or everything stays as it was in every layer."""
     ids, mask = left_padded(2, LENGTH + 30, pads)

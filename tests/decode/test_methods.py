@@ -23,7 +23,7 @@ from tests.reading import check_state, positions_of, read, read_in, state_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 LENGTH, NEW = 40, 40
-PADS = {"one": [0], "alike": [0, 0], "ragged": [0, 3, 11, 38]}  # the last row has yet to fill sinks and window
+PADS = {"alike": [0, 0], "ragged": [0, 3, 11, 38]}  # the last row has yet to fill sinks and window
 
 
 @dataclass(frozen=True)

@@ -199,10 +199,6 @@ class EvictingLayer(MemoryLayer):
     def patience(self) -> int:
         return self.bound.method.window if self.max_tokens is None else 0
 
-    def refuse(self, p: Pass) -> None:
-        if p.mask is not None and any(self._evicted):
-            raise NotImplementedError("a 4D attention mask over evicted tokens is not supported: pass a 2D mask")
-
     def due(self, row: int, undecided: int = 0) -> bool:
         """Whether a row holds more than it may: a token too many after a prompt or chunk, `every` of them after
         steps."""

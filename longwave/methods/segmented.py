@@ -212,8 +212,6 @@ class SegmentedLayer(MemoryLayer):
 
     def refuse(self, p: Pass) -> None:
         self._check_shape(p.k, p.v)
-        if p.mask is not None and self.store is not None:
-            raise NotImplementedError("a 4D attention mask over compressed tokens is not supported: pass a 2D mask")
 
     # attention
 

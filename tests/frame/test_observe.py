@@ -13,6 +13,7 @@ from longwave.evals.fork import fork, needs_of, prefill
 from longwave.methods import METHODS
 from tests.conftest import build, left_padded, tokens
 from tests.frame.spy import Spy, Truth
+from tests.reading import positions_of, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 PADS, LENGTH, WIDTH = [0, 9, 17], 20, 6  # the last row is shorter than the queries that are remembered
@@ -40,21 +41,6 @@ def known():
     longwave.register(Spy)
     yield
     del METHODS["spy"]
-
-
-def positions_of(mask, new):
-    """As generate has them, of the last `new` columns."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]
-
-
-def read(model, memory, ids, mask=None, **options):
-    """Read the ids that the cache does not hold; mask is of all of them."""
-    new = ids.shape[1] - memory.get_seq_length()
-    if mask is not None:
-        mask = mask[:, : ids.shape[1]]
-        options |= {"attention_mask": mask, "position_ids": positions_of(mask, new)}
-    with torch.no_grad():
-        return model(ids[:, -new:], past_key_values=memory, use_cache=True, **options).logits
 
 
 # passes

@@ -6,6 +6,10 @@ BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
+# Tests run in this many processes of one thread each: two threads of one process would be idle half of the time.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
+
 .PHONY: demo test test-all lint quality speed bench endtoend profiles frontier clean
 
 $(VENV)/ready: pyproject.toml
@@ -24,10 +28,10 @@ lint: $(VENV)/ready
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint
-	$(BIN)/pytest -q
+	$(PYTEST)
 
 # the regression gate: fails when a method's divergence or needles leave their recorded band; needs evaluation data
 quality: $(VENV)/ready

@@ -2,6 +2,7 @@ import gc
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, QuantizedCache, cache_utils
 
 from longwave.evals.recipe import Recipe, evaluate, make_methods
@@ -123,8 +124,8 @@ def test_it_answers_as_transformers_does(llama, models, tokenizer, backend, opti
 
 
 def storages(tensors):
-    """Address -> bytes of what is really allocated; wrappers, which claim storage that they do not have, left out."""
-    own = (t for t in tensors if not hasattr(type(t), "__tensor_flatten__"))
+    """Address -> bytes of what is really allocated; wrappers and fakes claim storage that they do not have."""
+    own = (t for t in tensors if not hasattr(type(t), "__tensor_flatten__") and not isinstance(t, FakeTensor))
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in own}
 
 

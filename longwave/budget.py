@@ -62,7 +62,7 @@ def bind_to_size(
     whole, needed = bound(1.0)  # first, since it needs no profile
     if needed <= size:
         return whole
-    low, high = method.least_budget(shape), 1.0
+    low, high = method.least_budget(shape, profile), 1.0
     candidate, needed = bound(low)
     if needed > size:
         raise ValueError(

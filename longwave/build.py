@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -11,7 +12,8 @@ from longwave.budget import bind_to_size, parse_budget
 from longwave.checks import whole
 from longwave.frame import LongCache, assemble
 from longwave.methods import Bound, Method, get_method
-from longwave.plan.profile import Profile, shipped
+from longwave.plan.automatic import profile_for, shipped
+from longwave.plan.profile import Profile
 from longwave.shape import CacheShape, check_supported, context_limit, other_layers
 
 
@@ -22,6 +24,8 @@ def cache(
     profile: Profile | str | Path | None = None,
     max_tokens: int | None = None,
     batch: int = 1,
+    measure: bool = True,
+    tokenizer: Any = None,
     **options: object,
 ) -> LongCache:
     """An empty cache for `model.generate(past_key_values=...)`, holding its memory as `method` does.
@@ -31,7 +35,11 @@ def cache(
     budget: a fraction such as 0.25 of the dense bytes of the middle of the context, or a size such as "512MiB" for
         the whole cache of `batch` rows of `max_tokens` (default: the model's context length); longer input is then
         refused. None leaves it to the method.
-    profile: a `Profile` or its path; None takes the one that ships with the package, if the model has one.
+    profile: a `Profile` or its path. None takes the one that ships with the package or was measured before; a model
+        that has none is measured once, on text that ships too, in seconds on a GPU and a minute or so on a CPU, and the
+        profile is kept under the user's cache folder ($LONGWAVE_HOME).
+    measure: False for those who do not want that: the plan is then a safe one, and the report says so. tokenizer: of
+        the model, where it is not to be found where the model came from.
 
     Selects longwave's attention function on the model (`model.set_attn_implementation`); its other uses go on as
     before. Warns where a method has to plan without a measurement of the model.
@@ -65,13 +73,16 @@ def cache(
             'batch says for how many rows a budget given as a size, such as "512MiB", must do: leave it out'
         )
     longest = max_tokens if max_tokens is not None else context_limit(model)
+    why = ""  # the model was not measured
     if isinstance(method, Bound):
         bound = _again(method, shape, fraction, size, profile)
     else:
         if profile is not None and not method.uses_profile:
             raise ValueError(f"profile= decides nothing for {method.name}, which measures nothing: leave it out")
-        if profile is None and method.uses_profile:
-            profile = shipped(model, shape, paper=method.name == "fourier-paper")
+        if profile is None and (measured := method.measured_by()) is not None:
+            profile, why = profile_for(model, shape, measured, measure, tokenizer)
+        elif profile is None and method.uses_profile:
+            profile = shipped(model, shape, paper=True)
         if size is None:
             bound = method.bind(shape, profile, fraction)
         elif longest is None:
@@ -79,7 +90,7 @@ def cache(
         else:
             bound = bind_to_size(method, shape, profile, size, longest, batch)
     if bound.warning:
-        warnings.warn(bound.warning, stacklevel=2)
+        warnings.warn(f"{bound.warning} ({why})" if why else bound.warning, stacklevel=2)
     built = assemble(model, bound.layer, bound.needs, bound)
     if size is not None:
         for layer in built.memory_layers():

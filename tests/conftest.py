@@ -25,7 +25,7 @@ from transformers import (
 import longwave
 from longwave.frame import Pass
 from longwave.methods.base import CacheShape
-from longwave.plan import KEY_OPTIONS, VALUE_OPTIONS
+from longwave.plan import KEY_OPTIONS, VALUE_OPTIONS, automatic
 from longwave.plan.profile import Sensitivity
 
 DATA = Path(os.environ.get("LONGWAVE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -85,11 +85,11 @@ def random_profile(model, seed=0):
     size = (len(shape.memory_layers), shape.kv_heads, shape.head_dim)
     errors = [torch.rand(size, generator=generator) for _ in range(2)]
     costs = [
-        torch.rand(*size[:2], len(options), generator=generator).sort(descending=True).values
-        for options in (KEY_OPTIONS, KEY_OPTIONS, VALUE_OPTIONS, VALUE_OPTIONS)
+        torch.rand(2, *size[:2], len(options), generator=generator).sort(descending=True).values
+        for options in (KEY_OPTIONS, VALUE_OPTIONS)
     ]
     about = {"k_options": list(KEY_OPTIONS), "v_options": list(VALUE_OPTIONS)}
-    measured = Sensitivity(about, *costs, torch.rand(size, generator=generator))
+    measured = Sensitivity(about, *costs, torch.tensor([False, True]), torch.rand(size, generator=generator))
     return longwave.Profile({}, {}, {}, *errors, measured)
 
 
@@ -114,6 +114,16 @@ def left_padded(batch, length, pads, seed=1):
     for row, count in enumerate(pads):
         ids[row, :count], mask[row, :count] = 0, 0
     return ids, mask
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_measured_by_itself(tmp_path_factory):
+    """A test that measures gives a tokenizer; and nothing is kept in, or taken from, the user's own folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("profiles")
+        patch.setattr(automatic, "_folder", lambda: folder)
+        patch.setattr(automatic, "_tokenizer", lambda model: None)
+        yield
 
 
 @pytest.fixture(scope="session")

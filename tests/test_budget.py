@@ -148,7 +148,7 @@ def test_a_size_plans_no_more_than_a_fraction(llama, monkeypatch, kind):
     counted(planner.Menu, "__init__")
     spent = []
     for budget, longest in ((0.7, None), ("100KB", LONGEST)):
-        planner._menu.cache_clear()
+        planner.menu.cache_clear()
         counts.clear()
         build(llama, longwave.Fourier(plan=kind, segment=16, sinks=2, window=16), budget, longest)
         assert counts["units"] == 3  # a layer each

@@ -1,4 +1,4 @@
-"""longwave calibrate: measure what a model's channels and heads tolerate, and write a profile."""
+"""longwave calibrate: measure what a model's heads, or channels, tolerate on texts of yours, and write a profile."""
 
 from __future__ import annotations
 
@@ -14,25 +14,27 @@ from longwave.cli.console import progress, show_json, user_errors
 
 def command(
     model: Annotated[str, typer.Argument(help="Hub id, local path, or smollm2.")],
-    text: Annotated[list[Path], typer.Option("--text", help="UTF-8 text to measure on; repeats.")],
     out: Annotated[Path, typer.Option(help="Where to write the profile (JSON).")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", help="UTF-8 text to measure on; repeats. The package's own otherwise."),
+    ] = None,
     method: MethodName = "fourier",
     option: OptionList = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 3072,
-    windows: Annotated[int, typer.Option(min=1, help="Windows in all, shared between the texts.")] = 8,
-    scored: Annotated[int, typer.Option(min=1, help="Last tokens of a window, which are scored for the plan.")] = 128,
-    plan: Annotated[
-        bool | None,
-        typer.Option("--plan/--channels-only", help="Measure every head for the planner (the long part), or not."),
-    ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Windows held in memory at once.")] = 8,
+    windows: Annotated[int, typer.Option(min=1, help="Windows in all, shared between the texts.")] = 9,
+    scored: Annotated[int, typer.Option(min=1, help="Last tokens of a window, which are scored for the plan.")] = 256,
+    probes: Annotated[int, typer.Option(min=1, help="Backward passes a window.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, help="Windows held in memory at once.")] = 1,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measure what a model's channels and heads tolerate, and write a profile. A killed run goes on where it was."""
+    """Measure what a model's heads tolerate on texts of yours, and write a profile. `longwave generate` and
+    `longwave.cache` measure a model by themselves on text that ships with the package."""
     with user_errors():
         from longwave.methods import METHODS, get_method
+        from longwave.plan.automatic import own_text
         from longwave.plan.calibrate import calibrate
 
         chosen = get_method(method, **parse_options(option))
@@ -43,7 +45,7 @@ def command(
             raise ValueError(f"there is no folder {out.parent} to write the profile to")
         if out.is_dir():
             raise ValueError(f"{out} is a folder: name the file to write the profile to")
-        texts = [read_text(path, blank=False) for path in text]
+        texts = [read_text(path, blank=False) for path in text] if text else [own_text()]
         loaded, tokenizer = load_model(model, device, dtype)
         with progress("measuring") as advance:
             profile = calibrate(
@@ -54,9 +56,8 @@ def command(
                 tokens,
                 windows,
                 scored=scored,
-                plan=plan,
+                probes=probes,
                 batch=batch,
-                partial=out.with_name(out.name + ".part"),
                 model_id=model,
                 progress=advance,
             )
@@ -71,5 +72,5 @@ def command(
         if as_json:
             show_json(summary)
         else:
-            what = "channels and heads" if summary["plan"] else "channels alone"
+            what = "heads, for plans" if summary["plan"] else "channels"
             print(f"wrote {out}: {what}, {summary['windows']} windows, {summary['tokens']:,} tokens")

@@ -188,6 +188,19 @@ def prepare(tasks: Mapping[str, Task], setting: Setting) -> dict[str, tuple[Task
     return prepared
 
 
+def weights_of(model: Any) -> dict[str, float]:
+    """A few numbers that tell models apart and survive a change of dtype: mean |w| of some keys' and norms' weights."""
+    found: dict[int, dict[str, float]] = {}
+    for name, p in model.named_parameters():
+        layer = next((int(part) for part in name.split(".") if part.isdigit()), -1)
+        plain = p.is_floating_point() and not p.is_meta and name.endswith("weight")
+        if layer >= 0 and plain and ("k_proj" in name or "norm" in name):
+            found.setdefault(layer, {})[name] = float(p.detach().float().abs().mean())
+    layers = sorted(found)
+    picked = {layers[0], layers[len(layers) // 2], layers[-1]} if layers else set()
+    return {name: value for layer in sorted(picked) for name, value in found[layer].items()}
+
+
 def make_header(
     recipe: Recipe, model: Any, tokenizer: Any, tasks: Mapping[str, Task], words: Mapping[str, str], command: str
 ) -> dict[str, Any]:
@@ -196,11 +209,10 @@ def make_header(
     import transformers
 
     import longwave
-    from longwave.plan.profile import signature
     from longwave.shape import context_limit
 
     template = getattr(tokenizer, "chat_template", None)
-    weights = {name: float(f"{value:.4g}") for name, value in signature(model).items()}
+    weights = {name: float(f"{value:.4g}") for name, value in weights_of(model).items()}
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine()
     return {
         "format": FORMAT,

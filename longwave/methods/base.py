@@ -6,7 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,7 +33,12 @@ class Method(ABC):
         """Raise ValueError for a model on `device` that these options mean nothing to."""
         return None
 
-    def least_budget(self, shape: CacheShape) -> float:
+    def measured_by(self) -> Any:
+        """The method whose pages' costs a plan is made of, which `longwave.cache` measures on a model that has no
+        profile; None where no plan is."""
+        return None
+
+    def least_budget(self, shape: CacheShape, profile: Profile | None = None) -> float:
         """The smallest fraction that `bind` accepts."""
         return 0.0
 

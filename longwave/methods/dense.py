@@ -22,7 +22,7 @@ class Dense(Method):
             raise ValueError(f"dense keeps everything, so its budget is 1; got {budget}. Use fourier for less")
         return DenseBound(self, shape, budget)
 
-    def least_budget(self, shape: CacheShape) -> float:
+    def least_budget(self, shape: CacheShape, profile: Profile | None = None) -> float:
         return 1.0
 
 

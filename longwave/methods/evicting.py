@@ -89,7 +89,10 @@ class Evicting(Method):
     def fits_budget(self) -> bool:
         return self.tokens is None
 
-    def least_budget(self, shape: CacheShape) -> float:
+    def measured_by(self) -> Any:
+        return None if self.store is None else self.store.measured_by()  # type: ignore[union-attr]
+
+    def least_budget(self, shape: CacheShape, profile: Profile | None = None) -> float:
         if self.store is not None:  # everything in pages was too much already
             raise ValueError(
                 f"{self.name} over pages cannot be fitted to a size: the less of the middle survives, the more of it "

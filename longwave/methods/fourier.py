@@ -15,12 +15,11 @@ from longwave import plan as planner
 from longwave.checks import whole
 from longwave.methods.base import CacheShape
 from longwave.methods.segmented import Segmented, SegmentedBound
-from longwave.ops.spectral.layout import Code
 from longwave.plan.plan import LayerCodes
-from longwave.plan.profile import Profile
+from longwave.plan.profile import Profile, Sensitivity
 
 DEFAULT_BUDGET = 0.25
-PLANS = ("measured", "uniform", "bits")
+PLANS = ("measured", "uniform", "bits", "safe")
 STATES, STATE_BITS = 1, 8  # more coefficients earned nothing at any budget (docs/results.md)
 
 
@@ -30,8 +29,8 @@ class Fourier(Segmented):
 
     A plan decides for every head of K and V which channels stay and in how many bits (docs/planner.md).
 
-    plan: None takes "measured" where the profile holds a measurement and "uniform" otherwise, which says so.
-        "uniform" treats all heads alike; "bits" is measured, and compresses no channel.
+    plan: None takes "measured" where the model is measured and "safe" otherwise, which says so. "uniform" is measured
+        and treats all heads alike; "bits" is measured and compresses no channel.
     segment: tokens compressed together.
     sinks, window: first and last tokens kept dense.
     """
@@ -60,44 +59,55 @@ class Fourier(Segmented):
         """How pages are cut."""
         return planner.Shape(self.segment, shape.head_dim, STATES, STATE_BITS, shape.dtype)
 
-    def least_budget(self, shape: CacheShape) -> float:
-        page = self.page(shape)
-        if self.plan == "bits":  # at most: which of K's options compress nothing depends on the profile
-            pair = planner.key_code(None, 8 + 32 / page.segment, page), planner.value_code(1, page)
-        else:
-            pair = planner.key_code(None, 0.0, page), planner.value_code(0, page)
-        head = sum(planner.code_bytes(code, page) for code in pair)
-        return head * shape.kv_heads * len(shape.memory_layers) / self._dense_bytes(shape)
+    def measured_by(self) -> Fourier | None:
+        return None if self.plan == "safe" else self
 
-    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> SegmentedBound:
-        budget = DEFAULT_BUDGET if budget is None else budget
-        measured = profile.sensitivity if profile is not None else None
-        kind = self.plan or ("measured" if measured is not None else "uniform")
-        if kind != "uniform" and measured is None:
+    def least_budget(self, shape: CacheShape, profile: Profile | None = None) -> float:
+        measured, kind = self._basis(profile)
+        smallest = planner.menu(measured, kind, len(shape.memory_layers), shape.kv_heads, self.page(shape)).spent
+        return smallest / self._dense_bytes(shape)
+
+    def _basis(self, profile: Profile | None) -> tuple[Sensitivity | None, str]:
+        """What was measured, and the kind of plan that is made of it."""
+        measured = profile.sensitivity if profile is not None and self.plan != "safe" else None
+        kind = self.plan or ("measured" if measured is not None else "safe")
+        if kind != "safe" and measured is None:
             raise ValueError(
-                f'plan="{kind}" needs a profile with a measurement, and there is none for this model: make one with '
-                "`longwave calibrate MODEL --text FILE --out PROFILE` and pass profile=PROFILE"
+                f'plan="{kind}" needs a measurement of the model, and there is none: leave measure=False out, or make '
+                "a profile with `longwave calibrate MODEL --text FILE --out PROFILE` and pass profile=PROFILE"
             )
+        return measured, kind
+
+    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> FourierBound:
+        budget = DEFAULT_BUDGET if budget is None else budget
+        measured, kind = self._basis(profile)
         layers, heads, page = len(shape.memory_layers), shape.kv_heads, self.page(shape)
         try:
-            chosen = iter(planner.planned(measured, kind, layers, heads, page, budget * self._dense_bytes(shape)))
+            codes, expected = planner.planned(measured, kind, layers, heads, page, budget * self._dense_bytes(shape))
         except planner.TooSmall as error:
+            least = error.needed / self._dense_bytes(shape)
+            if kind == "safe":
+                raise ValueError(
+                    f"a budget of {budget:g} is less than {self.name} can do for a model that was not measured "
+                    f"({least:.4f}): below that, plans made of another model's costs fall apart. Let it be measured "
+                    "(leave measure=False out), pass profile=PROFILE of `longwave calibrate`, or give a larger budget"
+                ) from None
             raise ValueError(
                 f"a budget of {budget:g} is less than {self.name} can do with these options: their smallest plan takes "
-                f"{error.needed / self._dense_bytes(shape):.4f}. A longer segment takes less"
+                f"{least:.4f}. A longer segment takes less"
             ) from None
         straight = torch.arange(shape.head_dim).expand(heads, -1)
-        codes = []
+        chosen, plan = iter(codes), []
         for position in range(layers):
             k, v = zip(*(next(chosen) for _ in range(heads)), strict=True)
-            codes.append(LayerCodes(k, v, straight if measured is None else measured.order(position), straight))
+            plan.append(LayerCodes(k, v, straight if measured is None else measured.order(position), straight))
         made, warn = f"{kind} plan for {budget:g}", None
         if measured is None and budget < 1:
             made += ", nothing measured"
             if self.plan is None:
                 warn = (
-                    'no measurement of this model: all heads are treated alike (plan="uniform"). '
-                    "`longwave calibrate` makes a profile that costs less quality at the same bytes"
+                    "this model was not measured, so all heads are treated alike by a plan that is safe rather than "
+                    "good: a measured one costs less quality at the same bytes, and takes seconds to make"
                 )
         elif measured is not None and budget < 1:
             differing = self._cut_differs(measured.about)
@@ -107,16 +117,11 @@ class Fourier(Segmented):
                     f"the profile's costs are of other pages than these ({differing}), so the plan is a guess: measure "
                     "again with `longwave calibrate -o segment=...`, or leave the option out"
                 )
+            elif expected is not None:
+                made += f", expected {expected}"
         words = f"fourier({made}, segment={self.segment}, sinks={self.sinks}, window={self.window})"
-        return SegmentedBound(
-            self,
-            shape,
-            budget,
-            "" if profile is None else profile.digest,
-            plan=tuple(codes),
-            words=words,
-            warn=warn,
-        )
+        digest = "" if measured is None or profile is None else profile.digest
+        return FourierBound(self, shape, budget, digest, plan=tuple(plan), words=words, warn=warn, expected=expected)
 
     def _cut_differs(self, about: dict[str, Any]) -> str:
         """In what the pages that were measured differ from these, or ""."""
@@ -129,9 +134,9 @@ class Fourier(Segmented):
         """A segment of all layers, dense."""
         return len(shape.memory_layers) * self.segment * shape.token_bytes
 
-    def smoothed(self, shape: CacheShape) -> SegmentedBound:
-        """Every channel compressed, in the model's own type: what `calibrate` measures the channels' errors with."""
-        code = Code(states=STATES)
-        order = torch.arange(shape.head_dim).expand(shape.kv_heads, -1)
-        layer = LayerCodes((code,) * shape.kv_heads, (code,) * shape.kv_heads, order, order)
-        return SegmentedBound(self, shape, plan=(layer,) * len(shape.memory_layers), words="fourier(nothing kept)")
+
+@dataclass(frozen=True, eq=False)
+class FourierBound(SegmentedBound):
+    """expected: what the plan was measured to cost, None where nothing was measured."""
+
+    expected: planner.Expected | None = None

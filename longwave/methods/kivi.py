@@ -63,7 +63,7 @@ class Kivi(Segmented):
     def fits_budget(self) -> bool:
         return self.bits is None
 
-    def least_budget(self, shape: CacheShape) -> float:
+    def least_budget(self, shape: CacheShape, profile: Profile | None = None) -> float:
         return self._bound(shape, None, (2, 2)).page_fraction()
 
     def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> SegmentedBound:

@@ -14,7 +14,21 @@ from longwave.plan.options import (
     key_runs,
     value_code,
 )
-from longwave.plan.planner import EIGHT, Menu, TooSmall, Unit, choose, extended, joined, lower_hull, planned, units
+from longwave.plan.planner import (
+    EIGHT,
+    Expected,
+    Menu,
+    TooSmall,
+    Unit,
+    choose,
+    expected,
+    extended,
+    joined,
+    lower_hull,
+    menu,
+    planned,
+    units,
+)
 from longwave.plan.profile import RECALL
 
 __all__ = [
@@ -27,17 +41,20 @@ __all__ = [
     "RECALL",
     "VALUE_MORE",
     "VALUE_OPTIONS",
+    "Expected",
     "Menu",
     "Shape",
     "TooSmall",
     "Unit",
     "choose",
     "code_bytes",
+    "expected",
     "extended",
     "joined",
     "key_code",
     "key_runs",
     "lower_hull",
+    "menu",
     "planned",
     "units",
     "value_code",

@@ -1,20 +1,21 @@
-"""Measuring a profile: what channels and heads tolerate, on the very signal that inference compresses (rotated keys and
-values of the middle, the method's own segments or period, its own gain)."""
+"""Measuring a profile: what heads, or channels, tolerate, on the very signal that inference compresses (rotated keys
+and values of the middle, the method's own segments or period)."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from longwave.checks import whole
 from longwave.frame import MemoryLayer, observing
-from longwave.plan import recall, sensitivity
-from longwave.plan.profile import Profile, signature
+from longwave.plan import probe, recall
+from longwave.plan.fingerprint import fingerprint
+from longwave.plan.profile import Profile
 from longwave.shape import CacheShape, check_supported, context_limit
 
 
@@ -59,35 +60,26 @@ def channel_errors(layers: Sequence[MemoryLayer], method: Any) -> tuple[torch.Te
     return torch.stack(errors[0]), torch.stack(errors[1])
 
 
-@torch.no_grad()
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     method: Any,
     tokens: int = 3072,
-    windows: int = 8,
-    scored: int = 128,
-    plan: bool | None = None,
-    batch: int = 8,
-    partial: Path | None = None,
+    windows: int = 9,
+    scored: int = 256,
+    probes: int = 8,
+    batch: int = 1,
     model_id: str = "",
-    seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Profile:
-    """Measure `method` (fourier or fourier-paper, with their options) on windows of `tokens` tokens of `texts`: channel
-    errors, and what a plan needs.
+    """Measure `method` (fourier or fourier-paper, with options) on `windows` windows of `tokens` tokens of `texts`.
 
-    A plan is measured on `windows` windows, two thirds of them running text and one third with facts hidden in it; the
-    last `scored` tokens of each are what is scored. plan: None measures it where the method plans. batch: windows held
-    at once. partial: where finished parts are kept until the end, so that a killed run goes on. progress gets parts
-    done and in all.
+    fourier: what every way to store a head costs (probe.py). A third of the windows have facts hidden in them; the last
+    `scored` tokens of each are scored, by `probes` backward passes. fourier-paper: the error of every channel.
+    batch: windows held at once. progress gets parts done and in all.
     """
     check_supported(model)
-    plans = hasattr(method, "page")
-    plan = plans if plan is None else plan
-    if plan and not plans:
-        raise ValueError("one period has no plan: measure its channels alone (plan=False)")
     if not texts or not any(text.strip() for text in texts):
         raise ValueError("there is no text to measure on")
     limit = context_limit(model)
@@ -95,40 +87,38 @@ def calibrate(
         raise ValueError(f"windows of {tokens} tokens exceed the model's context of {limit}")
     if windows < len(texts):
         raise ValueError(f"{len(texts)} texts need at least as many windows, got {windows}")
-    if plan and (scored < 1 or tokens - scored < 1):
-        raise ValueError(f"of {tokens} tokens a window cannot have {scored} scored: some must be left to compress")
-    if batch < 1:
-        raise ValueError(f"batch is a whole number of windows, at least 1; got {batch}")
-    about = {"id": model_id or getattr(model.config, "_name_or_path", ""), "signature": signature(model)}
-    batches = windows_of(tokenizer, texts, tokens, windows)
-    rows = None
-    if plan:
+    for name, value in (("batch", batch), ("probes", probes), ("scored", scored)):
+        whole(name, value, 1)
+    shape = CacheShape.of(model.config.get_text_config(decoder=True), model.dtype)
+    about = {
+        "id": model_id or getattr(model.config, "_name_or_path", ""),
+        "fingerprint": fingerprint(model, shape.memory_layers),
+    }
+    options = {"name": method.name, **{option.name: getattr(method, option.name) for option in fields(method)}}
+    text: dict[str, Any] = {"sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
+    if hasattr(method, "page"):
+        if tokens - scored < 2:
+            raise ValueError(f"of {tokens} tokens a window cannot have {scored} scored: some must be left to compress")
         asked = windows // 3
-        rows = recall.windows(tokenizer, texts, tokens - scored - 1, scored, windows - asked, asked, seed)
-    parts = len(batches) + (sensitivity.parts(model, rows, batch) if rows is not None else 0)
+        rows = recall.windows(tokenizer, texts, tokens - scored - 1, scored, windows - asked, asked)
+        found = probe.measure(model, rows, method, probes, batch=batch, progress=progress)
+        text |= {"tokens": rows.ids.numel(), "windows": len(rows.ids)}
+        return _as_kept(Profile(about, options, text, sensitivity=found))
+    batches = windows_of(tokenizer, texts, tokens, windows)
     sums: list[torch.Tensor] = []
     for done, ids in enumerate(batches):
-        progress(done, parts)
+        progress(done, len(batches))
         memory = observing(model)
-        model(ids.to(model.device), past_key_values=memory, use_cache=True, logits_to_keep=1)
-        errors = channel_errors(list(memory.memory_layers()), method)
+        with torch.no_grad():
+            model(ids.to(model.device), past_key_values=memory, use_cache=True, logits_to_keep=1)
+            errors = channel_errors(list(memory.memory_layers()), method)
         sums = [total + error for total, error in zip(sums, errors, strict=True)] if sums else list(errors)
-    found = None
-    if rows is not None:
-        found = sensitivity.measure(
-            model, rows, method, batch, partial, lambda done, _: progress(len(batches) + done, parts)
-        )
-    progress(parts, parts)
-    options = {"name": method.name, **{option.name: getattr(method, option.name) for option in fields(method)}}
-    return Profile(
-        model=about,
-        method=options,
-        text={
-            "sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
-            "tokens": sum(ids.shape[1] for ids in batches),
-            "windows": len(batches),
-        },
-        k_error=sums[0] / len(batches),
-        v_error=sums[1] / len(batches),
-        sensitivity=found,
-    )
+    progress(len(batches), len(batches))
+    k, v = (total / len(batches) for total in sums)
+    text |= {"tokens": sum(ids.shape[1] for ids in batches), "windows": len(batches)}
+    return _as_kept(Profile(about, options, text, k, v))
+
+
+def _as_kept(profile: Profile) -> Profile:
+    """As its file will hold it, so that who measured plans like those who read the file."""
+    return Profile.from_dict(profile.as_dict())

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from longwave.ops.spectral.layout import Code
 from longwave.plan.options import (
     KEY_MORE,
     KEY_OPTIONS,
+    OWN_TYPE,
     VALUE_MORE,
     VALUE_OPTIONS,
     Shape,
@@ -29,17 +33,34 @@ EIGHT = 1 / 200  # what 8 bits cost beside 4: the squared error falls by 255, wi
 FREE = 1e-9  # nats that a measured 0 counts: a budget of 1 then keeps everything as it is
 
 # Where nothing is measured: KL in nats when all heads of SmolLM2 take an option, the other side exact. From the trials
-# in docs/research.md; K with the same bits for all channels, since nobody knows which ones matter.
-USUAL_KEYS = {0.0: 0.166, 2.25: 0.046, 3.25: 0.0131, 4.25: 0.0024}
-USUAL_VALUES = {0: 0.82, 1: 0.0555, 2: 0.0069, 3: 0.0011, 4: 0.0002}
+# in docs/research.md; K with the same bits for all channels, since nobody knows which ones matter. Nothing but means
+# is left to the first third of the layers alone, and no number there is coarser than 3 bits in K and 2 in V: costs of
+# one model carry over to another only so far.
+USUAL_KEYS = {0: 0.166, 3: 0.0131, 4: 0.0024}  # by bits
+USUAL_VALUES = {0: 0.82, 2: 0.0069, 3: 0.0011, 4: 0.0002}
+FLAT_SHARE = 1 / 3
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One head: codes of K and V together, and what each pair costs."""
+    """One head: codes of K and V together, what each pair costs, and which options of K and V it is."""
 
     codes: tuple[tuple[Code, Code], ...]
     costs: tuple[float, ...]
+    options: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a plan was measured to cost: KL from the dense model in nats a token of text, and its standard error over
+    the windows that were measured."""
+
+    kl: float
+    error: float
+
+    def __str__(self) -> str:
+        error = "" if math.isinf(self.error) else f" ± {self.error:.1g}"  # of one window nothing is known
+        return f"KL {self.kl:.2g}{error}"
 
 
 class TooSmall(ValueError):
@@ -56,44 +77,71 @@ def extended(costs: Sequence[float]) -> tuple[float, ...]:
     return (*costs, costs[-1] * EIGHT, 0.0)
 
 
+def _flat(key: Code) -> bool:
+    """Whether K is nothing but the mean of each segment: all tokens of a segment then get the same attention, so V's
+    means are all that is asked for."""
+    return key.kept == 0 and key.states == 1
+
+
 def joined(keys: Sequence[tuple[Code, float]], values: Sequence[tuple[Code, float]]) -> Unit:
-    """A head from its K's and V's codes and costs. Costs add up, but for one case: where K is nothing but the mean of
-    each segment, all tokens of a segment get the same attention, so V's means are all that is asked for."""
-    codes, costs = [], []
-    for key, cost in keys:
-        flat = key.kept == 0 and key.states == 1
-        for value, more in values:
+    """A head from its K's and V's codes and costs. Costs add up, but for a flat K."""
+    codes, costs, options = [], [], []
+    for i, (key, cost) in enumerate(keys):
+        for j, (value, more) in enumerate(values):
             codes.append((key, value))
-            costs.append(cost if flat and value.states else cost + more)
-    return Unit(tuple(codes), tuple(costs))
+            costs.append(cost if _flat(key) and value.states else cost + more)
+            options.append((i, j))
+    return Unit(tuple(codes), tuple(costs), tuple(options))
 
 
-def units(measured: Sensitivity | None, kind: str, position: int, heads: int, shape: Shape) -> list[Unit]:
+def units(
+    measured: Sensitivity | None, kind: str, position: int, heads: int, shape: Shape, flat: bool = True
+) -> list[Unit]:
     """The heads of one layer.
 
-    kind: "measured" takes every head's own costs; "uniform" the mean over all heads, or the usual ones where nothing is
-    measured; "bits" is measured and leaves out what compresses a channel.
+    kind: "measured" takes every head's own costs; "uniform" the mean over all heads; "bits" is measured and leaves out
+    what compresses a channel; "safe" needs no measurement. flat: whether a safe layer may keep nothing but means.
     """
+    if kind == "safe":
+        k, v = ([cost / heads for cost in usual.values()] for usual in (USUAL_KEYS, USUAL_VALUES))
+        scales = 32 / shape.segment
+        options = [*(bits + scales if bits else 0.0 for bits in USUAL_KEYS), 8 + scales, OWN_TYPE]
+        keys = [key_code(None, option, shape) for option in options]
+        values = [value_code(option, shape) for option in (*USUAL_VALUES, *VALUE_MORE)]
+        sides = [list(zip(*side, strict=True)) for side in ((keys, extended(k)), (values, extended(v)))]
+        return [joined(*(side if flat else side[1:] for side in sides))] * heads
+    assert measured is not None
+    every = [measured.costs(side) for side in "kv"]
     made = []
     for head in range(heads):
-        sides: list[list[tuple[Code, float]]] = []
-        for side in ("k", "v"):
-            if measured is None:
-                usual = USUAL_KEYS if side == "k" else USUAL_VALUES
-                options: list[float] = list(usual)
-                costs = [cost / heads for cost in usual.values()]
-                weights = None
-            else:
-                options = list(KEY_OPTIONS if side == "k" else VALUE_OPTIONS)
-                every = measured.costs(side)
-                costs = (every.mean((0, 1)) if kind == "uniform" else every[position, head]).tolist()
-                weights = measured.weights(position, head)
-            options += KEY_MORE if side == "k" else VALUE_MORE
-            codes = [key_code(weights, o, shape) if side == "k" else value_code(o, shape) for o in options]
-            pairs = list(zip(codes, extended(costs), strict=True))
-            sides.append([pair for pair in pairs if kind != "bits" or pair[0].kept == shape.dim])
-        made.append(joined(*sides))
+        weights = measured.weights(position, head)
+        k, v = ((x.mean((0, 1)) if kind == "uniform" else x[position, head]).tolist() for x in every)
+        keys = [key_code(weights, option, shape) for option in (*KEY_OPTIONS, *KEY_MORE)]
+        values = [value_code(option, shape) for option in (*VALUE_OPTIONS, *VALUE_MORE)]
+        unit = joined(list(zip(keys, extended(k), strict=True)), list(zip(values, extended(v), strict=True)))
+        if kind == "bits":
+            whole = [i for i, pair in enumerate(unit.codes) if all(code.kept == shape.dim for code in pair)]
+            unit = Unit(
+                tuple(unit.codes[i] for i in whole),
+                tuple(unit.costs[i] for i in whole),
+                tuple(unit.options[i] for i in whole),
+            )
+        made.append(unit)
     return made
+
+
+def expected(measured: Sensitivity, chosen: Sequence[tuple[int, int]], flat: Sequence[bool]) -> Expected:
+    """What options (of K, of V) of every head, layer by layer, were measured to cost in sum. flat: heads whose K is."""
+    total = torch.zeros(len(measured.recall))
+    heads = measured.key_weight.shape[1]
+    for number, ((i, j), alone) in enumerate(zip(chosen, flat, strict=True)):
+        for side, option in (("k", i),) if alone else (("k", i), ("v", j)):
+            costs = getattr(measured, side)[:, number // heads, number % heads]
+            last = costs.shape[-1]
+            if option <= last:  # the option after the last is 8 bits, and the one after that costs nothing
+                total += costs[:, option] if option < last else costs[:, -1] * EIGHT
+    text = total[~measured.recall] if bool((~measured.recall).any()) else total
+    return Expected(float(text.mean()), float(text.std() / len(text) ** 0.5) if len(text) > 1 else math.inf)
 
 
 class Menu:
@@ -114,9 +162,9 @@ class Menu:
                 steps.append(((unit.costs[a] - unit.costs[b]) / extra, number, a, b, extra))
         self.steps = sorted(steps, key=lambda step: -step[0])
 
-    def choose(self, limit: float) -> list[tuple[Code, Code]]:
-        """K's and V's code for every head, at most `limit` bytes in all, with the least sum of costs that one price of
-        a byte gives. Raises TooSmall if even the smallest codes exceed the limit."""
+    def picked(self, limit: float) -> list[int]:
+        """Which codes of every unit, at most `limit` bytes in all, with the least sum of costs that one price of a byte
+        gives. Raises TooSmall if even the smallest codes exceed the limit."""
         if self.spent > limit:
             raise TooSmall(self.spent)
         picked, spent = list(self.first), self.spent
@@ -124,25 +172,36 @@ class Menu:
             if picked[number] == a and spent + extra <= limit:
                 picked[number] = b
                 spent += extra
-        return [unit.codes[i] for unit, i in zip(self.units, picked, strict=True)]
+        return picked
 
 
 def choose(units: Sequence[Unit], shape: Shape, limit: float) -> list[tuple[Code, Code]]:
-    """`Menu.choose`, once."""
-    return Menu(units, shape).choose(limit)
+    """K's and V's code for every unit: `Menu.picked`, once."""
+    return [unit.codes[i] for unit, i in zip(units, Menu(units, shape).picked(limit), strict=True)]
 
 
 @functools.lru_cache(maxsize=8)
-def _menu(measured: Sensitivity | None, kind: str, layers: int, heads: int, shape: Shape) -> Menu:
-    """A size budget asks for the same menu dozens of times."""
-    return Menu([unit for position in range(layers) for unit in units(measured, kind, position, heads, shape)], shape)
+def menu(measured: Sensitivity | None, kind: str, layers: int, heads: int, shape: Shape) -> Menu:
+    """Of a whole model, layer by layer. A size budget asks for the same one dozens of times."""
+    every = (
+        units(measured, kind, position, heads, shape, flat=position < int(layers * FLAT_SHARE))
+        for position in range(layers)
+    )
+    return Menu([unit for layer in every for unit in layer], shape)
 
 
 def planned(
     measured: Sensitivity | None, kind: str, layers: int, heads: int, shape: Shape, limit: float
-) -> list[tuple[Code, Code]]:
-    """K's and V's code for every head, layer by layer, in at most `limit` bytes for a segment of all layers."""
-    return _menu(measured, kind, layers, heads, shape).choose(limit)
+) -> tuple[list[tuple[Code, Code]], Expected | None]:
+    """K's and V's code for every head, layer by layer, in at most `limit` bytes for a segment of all layers, and what
+    they are expected to cost, where that was measured."""
+    found = menu(measured, kind, layers, heads, shape)
+    picks = list(zip(found.units, found.picked(limit), strict=True))
+    codes = [unit.codes[i] for unit, i in picks]
+    if measured is None or kind == "safe":
+        return codes, None
+    flat = [_flat(key) and bool(value.states) for key, value in codes]
+    return codes, expected(measured, [unit.options[i] for unit, i in picks], flat)
 
 
 def lower_hull(sizes: Sequence[int], costs: Sequence[float]) -> list[int]:

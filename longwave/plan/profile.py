@@ -8,64 +8,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from longwave.plan.fingerprint import fingerprint, same
 from longwave.plan.options import KEY_OPTIONS, VALUE_OPTIONS
 from longwave.shape import CacheShape
 
-FORMAT, VERSION = "longwave-profile", 2
+FORMAT, VERSION = "longwave-profile", 3
 RECALL = 0.25  # what a nat on recall prompts counts beside a nat on prose
-TOLERANCE = 1e-3  # of a signature value; rounding weights to bfloat16 moves one by less than 1e-4
-
-
-def signature(model: PreTrainedModel) -> dict[str, float]:
-    """A few numbers that tell models apart and survive a change of dtype: mean |w| of some weights.
-
-    Taken from the first, middle and last layer's normalisation and key projection. Quantised weights are left out.
-    """
-    wanted = [
-        (name, p)
-        for name, p in model.named_parameters()
-        if ("k_proj" in name or "norm" in name) and p.is_floating_point() and not p.is_meta
-    ]
-    layers = sorted({_layer_of(name) for name, _ in wanted} - {-1})
-    if not layers:
-        return {}
-    picked = {layers[0], layers[len(layers) // 2], layers[-1]}
-    return {
-        name: float(p.detach().float().abs().mean())
-        for name, p in wanted
-        if _layer_of(name) in picked and name.endswith("weight")
-    }
-
-
-def _layer_of(name: str) -> int:
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    return numbers[0] if numbers else -1
 
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """What storing one head's K or V in fewer bytes costs, all else exact: KL from the dense model in nats.
+    """What storing one head's K or V in fewer bytes costs, all else exact: KL from the dense model in nats, by window.
 
-    k_prose, k_recall [layers, kv_heads, len(plan.KEY_OPTIONS)] and v_prose, v_recall [.., len(plan.VALUE_OPTIONS)]:
-        mean over scored tokens of prose, and over answers to questions about the context.
+    k [windows, layers, kv_heads, len(plan.KEY_OPTIONS)] and v [.., len(plan.VALUE_OPTIONS)]: mean over scored tokens.
+    recall bool [windows]: windows that ask for facts hidden in them, of which the answers are scored; the rest is text.
     key_weight [layers, kv_heads, head_dim]: a K channel's variance around its segment's mean times the mean square of
-        the query there. about: options measured, how pages were cut, windows, scored tokens.
+        the query there. about: options measured, how pages were cut, scored tokens, how it was measured.
     """
 
     about: dict[str, Any]
-    k_prose: torch.Tensor
-    k_recall: torch.Tensor
-    v_prose: torch.Tensor
-    v_recall: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    recall: torch.Tensor
     key_weight: torch.Tensor
 
     def __post_init__(self) -> None:
@@ -78,15 +50,17 @@ class Sensitivity:
                     f"its {side}_options are {self.about.get(f'{side}_options')}, this longwave plans with "
                     f"{list(options)}: measure it again with `longwave calibrate`"
                 )
-            expected = (*self.key_weight.shape[:2], len(options))
-            for kind in ("prose", "recall"):
-                if tuple(getattr(self, f"{side}_{kind}").shape) != expected:
-                    raise ValueError(f"{side}_{kind} is {list(getattr(self, f'{side}_{kind}').shape)}, not {expected}")
+            expected = (len(self.recall), *self.key_weight.shape[:2], len(options))
+            if tuple(getattr(self, side).shape) != expected:
+                raise ValueError(f"{side} is {list(getattr(self, side).shape)}, not {list(expected)}")
 
     def costs(self, side: str) -> torch.Tensor:
-        """Cost of every option, prose and recall together: [layers, kv_heads, options]."""
-        prose, recall = (getattr(self, f"{side}_{kind}") for kind in ("prose", "recall"))
-        return prose + RECALL * recall
+        """Cost of every option, text and recall together: [layers, kv_heads, options]."""
+        every = getattr(self, side)
+        return sum(
+            (share * every[rows].mean(0) for share, rows in ((1.0, ~self.recall), (RECALL, self.recall)) if rows.any()),
+            torch.zeros(every.shape[1:]),
+        )
 
     def order(self, position: int) -> torch.Tensor:
         """K's channels of memory layer number `position` by falling weight: int64 [kv_heads, head_dim]."""
@@ -97,51 +71,75 @@ class Sensitivity:
         return self.key_weight[position, head].sort(descending=True, stable=True).values.tolist()
 
     def as_dict(self) -> dict[str, Any]:
-        return {"about": self.about, **{name: _rounded(getattr(self, name)) for name in SENSITIVITY}}
+        return {
+            "about": self.about,
+            "recall": self.recall.tolist(),
+            **{name: _rounded(getattr(self, name)) for name in SENSITIVITY},
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Sensitivity:
-        return cls(data["about"], *(torch.tensor(data[name], dtype=torch.float32) for name in SENSITIVITY))
+        k, v, weight = (torch.tensor(data[name], dtype=torch.float32) for name in SENSITIVITY)
+        return cls(data["about"], k, v, torch.tensor(data["recall"], dtype=torch.bool), weight)
 
 
-SENSITIVITY = ("k_prose", "k_recall", "v_prose", "v_recall", "key_weight")
+SENSITIVITY = ("k", "v", "key_weight")
 
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """Mean squared error of every channel's smooth approximation, per memory layer, and what the planner needs.
+    """What was measured on a model: the costs that a plan is made of, or the errors of its channels, or both.
 
-    k_error, v_error: float tensors [layers, kv_heads, head_dim], in squared units of the (rotated) keys and values.
-    method: the options whose error it is. text: what it was measured on, with its sha256.
-    sensitivity: for plans; None where only channels were measured.
+    sensitivity: for plans. k_error, v_error: mean squared error of every channel's smooth approximation, per memory
+    layer, float [layers, kv_heads, head_dim] in squared units of the (rotated) keys and values (`fourier-paper`).
+    model: its id and `fingerprint`. method: the options measured. text: what it was measured on, with its sha256.
     """
 
     model: dict[str, Any]
     method: dict[str, Any]
     text: dict[str, Any]
-    k_error: torch.Tensor
-    v_error: torch.Tensor
+    k_error: torch.Tensor | None = None
+    v_error: torch.Tensor | None = None
     sensitivity: Sensitivity | None = None
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        if self.k_error.ndim != 3 or self.k_error.shape != self.v_error.shape:
-            raise ValueError(
-                f"channel errors are [layers, kv_heads, head_dim] for K and V alike, got {tuple(self.k_error.shape)} "
-                f"and {tuple(self.v_error.shape)}"
-            )
-        if not bool(torch.isfinite(self.k_error).all() and torch.isfinite(self.v_error).all()):
-            raise ValueError("channel errors must be finite")
+        k, v, found = self.k_error, self.v_error, self.sensitivity
+        if (k is None) != (v is None) or (k is None and found is None):
+            raise ValueError("a profile holds channel errors of K and V, or a sensitivity, or both; got neither")
+        if k is not None and v is not None:
+            if k.ndim != 3 or k.shape != v.shape:
+                raise ValueError(
+                    f"channel errors are [layers, kv_heads, head_dim] for K and V alike, got {tuple(k.shape)} and "
+                    f"{tuple(v.shape)}"
+                )
+            if not bool(torch.isfinite(k).all() and torch.isfinite(v).all()):
+                raise ValueError("channel errors must be finite")
+            if found is not None and found.key_weight.shape != k.shape:
+                raise ValueError(f"key_weight is {list(found.key_weight.shape)}, k_error {list(k.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(layers, kv_heads, head_dim)."""
+        measured = self.k_error if self.sensitivity is None else self.sensitivity.key_weight
+        assert measured is not None
+        return tuple(measured.shape)
 
     def error(self, side: str, position: int) -> torch.Tensor:
         """Errors of memory layer number `position`, side "k" or "v": [kv_heads, head_dim]."""
-        return (self.k_error if side == "k" else self.v_error)[position]
+        errors = self.k_error if side == "k" else self.v_error
+        if errors is None:
+            raise ValueError(
+                f"the profile{f' {self.source}' if self.source else ''} has no channel errors: measure it with "
+                "`longwave calibrate MODEL --method fourier-paper --text FILE --out PROFILE`"
+            )
+        return errors[position]
 
     @property
     def digest(self) -> str:
         """Hex digest of what was measured: profiles that plan alike share it."""
         found = hashlib.sha256(repr(sorted(self.method.items(), key=str)).encode())
-        tensors = [self.k_error, self.v_error]
+        tensors = [x for x in (self.k_error, self.v_error) if x is not None]
         if self.sensitivity is not None:
             tensors += [getattr(self.sensitivity, name) for name in SENSITIVITY]
         for tensor in tensors:
@@ -149,37 +147,43 @@ class Profile:
         return found.hexdigest()
 
     def check(self, model: PreTrainedModel, shape: CacheShape) -> None:
-        """Raise unless this profile was measured on `model`."""
+        """Raise unless this profile was measured on `model`, or on another form of it that makes the same K and V."""
         expected = (len(shape.memory_layers), shape.kv_heads, shape.head_dim)
         whose = f"the profile{f' {self.source}' if self.source else ''} is of {self.model.get('id') or 'another model'}"
-        if tuple(self.k_error.shape) != expected:
+        if self.shape != expected:
             raise ValueError(
-                f"{whose}, {'x'.join(map(str, self.k_error.shape))} layers x heads x channels; this model has "
+                f"{whose}, {'x'.join(map(str, self.shape))} layers x heads x channels; this model has "
                 f"{'x'.join(map(str, expected))}"
             )
-        mine, theirs = signature(model), self.model.get("signature", {})
-        shared = mine.keys() & theirs.keys()
-        differing = [key for key in shared if not math.isclose(mine[key], theirs[key], rel_tol=TOLERANCE, abs_tol=1e-8)]
-        if differing or (theirs and mine and not shared):
-            raise ValueError(f"{whose}, and this model's weights differ: measure it with `longwave calibrate`")
+        theirs = self.model.get("fingerprint", {})
+        if theirs and not same(fingerprint(model, shape.memory_layers), theirs):
+            raise ValueError(
+                f"{whose}, and this model's weights differ: leave profile out, and the model is measured, or measure "
+                "it with `longwave calibrate`"
+            )
 
     # files
 
-    def save(self, path: str | Path) -> None:
-        """Write the profile as JSON, whole or not at all."""
-        data = {
+    def as_dict(self) -> dict[str, Any]:
+        """What a file holds: three digits of every number."""
+        data: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "model": self.model,
             "method": self.method,
             "text": self.text,
-            "k_error": _rounded(self.k_error),
-            "v_error": _rounded(self.v_error),
         }
+        for name in ("k_error", "v_error"):
+            if getattr(self, name) is not None:
+                data[name] = _rounded(getattr(self, name))
         if self.sensitivity is not None:
             data["sensitivity"] = self.sensitivity.as_dict()
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
+        return data
+
+    def save(self, path: str | Path) -> None:
+        """Write the profile as JSON, whole or not at all."""
+        data, path = self.as_dict(), Path(path)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
         try:
             partial.write_text(json.dumps(data))
             partial.replace(path)
@@ -200,19 +204,24 @@ class Profile:
                 f"{path} is not a longwave profile. A compressed_dims_*.json file of the FourierAttention release is "
                 "read with Profile.from_published(path, model)"
             )
-        if data.get("version") not in (1, VERSION):  # version 1 had no sensitivities
-            raise ValueError(f"{path} has profile version {data.get('version')}, this longwave reads {VERSION}")
+        if data.get("version") != VERSION:
+            raise ValueError(
+                f"{path} has profile version {data.get('version')}, this longwave reads {VERSION}: measure it again "
+                "with `longwave calibrate`, which takes seconds now"
+            )
         try:
-            model, method, text = (data[key] for key in ("model", "method", "text"))
-            if not all(isinstance(part, dict) for part in (model, method, text, model.get("signature", {}))):
-                raise TypeError("model, its signature, method and text are objects")
-            k, v = (torch.tensor(data[key], dtype=torch.float32) for key in ("k_error", "v_error"))
-            found = Sensitivity.from_dict(data["sensitivity"]) if "sensitivity" in data else None
-            if found is not None and found.key_weight.shape != k.shape:
-                raise ValueError(f"key_weight is {list(found.key_weight.shape)}, k_error {list(k.shape)}")
-            return cls(model, method, text, k, v, found, source=str(path))
+            return cls.from_dict(data, str(path))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} is damaged: {error}") from None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], source: str = "") -> Profile:
+        model, method, text = (data[key] for key in ("model", "method", "text"))
+        if not all(isinstance(part, dict) for part in (model, method, text, model.get("fingerprint", {}))):
+            raise TypeError("model, its fingerprint, method and text are objects")
+        k, v = (torch.tensor(data[key], dtype=torch.float32) if key in data else None for key in ("k_error", "v_error"))
+        found = Sensitivity.from_dict(data["sensitivity"]) if "sensitivity" in data else None
+        return cls(model, method, text, k, v, found, source)
 
     @classmethod
     def from_published(cls, path: str | Path, model: PreTrainedModel) -> Profile:
@@ -232,7 +241,8 @@ class Profile:
             errors = [torch.stack([_published_rank(layer, side, shape) for layer in layers]) for side in ("k", "v")]
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ValueError(f"{path} is not a compressed_dims file for this model: {error}") from None
-        info = {"id": getattr(model.config, "_name_or_path", ""), "signature": signature(model)}
+        found = fingerprint(model, shape.memory_layers)
+        info = {"id": getattr(model.config, "_name_or_path", ""), "fingerprint": found}
         profile = cls(
             info, {"published": path.name}, {"sha256": "", "tokens": 0}, errors[0], errors[1], source=str(path)
         )
@@ -257,20 +267,8 @@ def _published_rank(layer: dict[str, list[int]], side: str, shape: CacheShape) -
     return rank.reshape(shape.kv_heads, shape.head_dim)
 
 
-def _rounded(errors: torch.Tensor) -> Any:
-    return [[[float(f"{x:.4g}") for x in head] for head in layer] for layer in errors.tolist()]
+def _rounded(numbers: torch.Tensor) -> Any:
+    def shorter(x: Any) -> Any:
+        return [shorter(part) for part in x] if isinstance(x, list) else float(f"{x:.3g}")
 
-
-def shipped(model: PreTrainedModel, shape: CacheShape, paper: bool) -> Profile | None:
-    """The profile in this package that was measured on `model`, if there is one."""
-    for entry in sorted(resources.files("longwave.plan.profiles").iterdir(), key=lambda item: item.name):
-        if not entry.name.endswith(".json") or entry.name.endswith("-paper.json") != paper:
-            continue
-        with resources.as_file(entry) as path:
-            profile = Profile.load(path)
-        try:
-            profile.check(model, shape)
-        except ValueError:
-            continue
-        return profile
-    return None
+    return shorter(numbers.tolist())

@@ -48,7 +48,7 @@ def windows(
     recall: int,
     seed: int = 0,
 ) -> Windows:
-    """`prose` rows of running text and `recall` rows with `HIDDEN` facts in it, texts taken in turn.
+    """`prose` rows of running text and `recall` rows with `HIDDEN` facts in it, texts taken in turn, each read evenly.
 
     Kinds alternate, so that any first part of the rows holds both.
     """
@@ -62,12 +62,14 @@ def windows(
             )
     draw = random.Random(seed)
     rows: list[tuple[list[int], list[float], bool]] = []
-    kinds = _alternate(prose, recall)
+    taken = []  # (kind, text) of every row
     turns = {False: 0, True: 0}
-    for hides in kinds:
-        ids = encoded[turns[hides] % len(encoded)]
-        start = draw.randrange(len(ids) - need + 1)
+    for hides in _alternate(prose, recall):
+        taken.append((hides, turns[hides] % len(encoded)))
         turns[hides] += 1
+    for number, (hides, text) in enumerate(taken):
+        ids, place, of = encoded[text], taken[:number].count((hides, text)), taken.count((hides, text))
+        start = (len(ids) - need) * (2 * place + 1) // (2 * of)
         part = ids[start : start + need]
         rows.append(_hide(tokenizer, part, context, draw) if hides else (part, [1.0] * scored, False))
     weight = torch.tensor([row[1] for row in rows])

@@ -53,7 +53,7 @@ def test_unknown_method_without_a_near_name(generate):
         ("segment=4", "segment is a whole number of tokens, at least 8; got 4"),
         ("segment=12", "segment is a multiple of 8, got 12"),
         ("window=many", "window is a whole number of tokens, at least 1; got 'many'"),
-        ("plan=haar", "plan is measured, uniform or bits, got 'haar'"),
+        ("plan=haar", "plan is measured, uniform, bits or safe, got 'haar'"),
         ("_kept=1", "no option '_kept'"),
         ("budget=0.5", "budget"),
     ],
@@ -114,7 +114,7 @@ def test_prompt_longer_than_the_context(generate, text):
 
 def test_no_profile_for_the_model(generate):
     assert "longwave calibrate" in refused(*generate, "Hello", "-o", "plan=measured")
-    assert "longwave: no measurement of this model" in succeeds(*generate, "Hello").stderr
+    assert "longwave: this model was not measured" in succeeds(*generate, "Hello").stderr
 
 
 def test_missing_profile(generate, tmp_path):

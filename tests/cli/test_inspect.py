@@ -12,8 +12,12 @@ def inspect(folder, text, profile, tmp_path):
     return ["inspect", *given, "--tokens", 200, "--out", tmp_path / "made"]
 
 
-def test_inspect_json(inspect, tmp_path):
+def test_inspect_json(inspect, folder, text, profile, tmp_path):
     paper = ["--method", "fourier-paper"]
+    channels = profile.with_name("channels.json")
+    sizes = ["--tokens", 200, "--windows", 2, "-o", "states=20", "-o", "window=16"]
+    succeeds("calibrate", folder, "--text", text, "--out", channels, *sizes, *paper)
+    inspect[inspect.index(profile)] = channels
     for option in ("keep=0.375", "states=20", "window=16", "stretch=False"):
         paper += ["-o", option]
     result = json.loads(succeeds(*(part for part in inspect if part not in SEGMENTS), *paper, "--json").stdout)

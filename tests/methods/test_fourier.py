@@ -23,7 +23,7 @@ from tests.conftest import random_profile, shape_of
         (dict(sinks=-1), "sinks is a whole number of tokens, at least 0; got -1"),
         (dict(window=0), "window is a whole number of tokens, at least 1; got 0"),
         (dict(window=2.5), "window is a whole number of tokens.*2.5"),
-        (dict(plan="best"), "plan is measured, uniform or bits, got 'best'"),
+        (dict(plan="best"), "plan is measured, uniform, bits or safe, got 'best'"),
     ],
     ids=str,
 )
@@ -51,12 +51,29 @@ def test_budget_bounds_the_pages(llama, plan):
 
 
 def test_smallest_plan_is_named(llama):
-    shape, options = shape_of(llama), longwave.Fourier(segment=16, plan="uniform")
+    shape, options, profile = shape_of(llama), longwave.Fourier(segment=16), random_profile(llama)
     # of 1,024 bytes a head: an int8 mean of 8 channels and its gain, for K and V, each in 16 bytes
-    assert options.least_budget(shape) == 64 / 1024
-    assert not any(table.any() for pair in options.bind(shape, None, 0.0625).kept for table in pair)
+    assert options.least_budget(shape, profile) == 64 / 1024
+    assert not any(table.any() for pair in options.bind(shape, profile, 0.0625).kept for table in pair)
     with pytest.raises(ValueError, match=r"0\.062 is less than fourier can do.*smallest plan takes 0\.0625"):
-        options.bind(shape, None, 0.062)
+        options.bind(shape, profile, 0.062)
+
+
+def test_without_a_measurement_a_plan_is_safe_or_refused(llama):
+    """Nothing but means in the first third of the layers at most, 3 bits of K and 2 of V at least elsewhere."""
+    shape, options = shape_of(llama), longwave.Fourier(segment=16)
+    least = options.least_budget(shape)
+    bound = options.bind(shape, None, least)
+    assert 0.6 * least < bound.page_fraction() <= least
+    assert bound.expected is None
+    for position, (k, v) in enumerate(bound.kept):
+        assert bool(k.all()) is bool(v.all()) is (position > 0)
+    assert all(min(bits for bits, _ in code.runs) >= 3 for layer in bound.plan[1:] for code in layer.k)
+    with pytest.raises(ValueError, match=r"not measured \(0\.\d+\): .* fall apart.*measure=False.*larger budget"):
+        options.bind(shape, None, least * 0.99)
+    forced = longwave.Fourier(segment=16, plan="safe")
+    assert forced.bind(shape, random_profile(llama), least).plan[2].k == bound.plan[2].k
+    assert forced.bind(shape, random_profile(llama), least).profile == ""
 
 
 def test_bits_compress_no_channel(llama):
@@ -67,11 +84,10 @@ def test_bits_compress_no_channel(llama):
 def test_a_head_that_costs_more_gets_more(llama):
     profile = random_profile(llama)
     found = profile.sensitivity
-    costs = [torch.linspace(1, 0.1, x.shape[-1]).expand_as(x).clone() for x in (found.k_prose, found.v_prose)]
+    costs = [torch.linspace(1, 0.1, x.shape[-1]).expand_as(x).clone() for x in (found.k, found.v)]
     for x in costs:
-        x[1, 0] *= 100
-    none = [torch.zeros_like(x) for x in costs]
-    measured = Sensitivity(found.about, costs[0], none[0], costs[1], none[1], found.key_weight)
+        x[:, 1, 0] *= 100
+    measured = Sensitivity(found.about, *costs, found.recall, found.key_weight)
     bound = longwave.Fourier(segment=16).bind(shape_of(llama), replace(profile, sensitivity=measured), 0.15)
     bits = [
         sum(b * n for code in (layer.k[head], layer.v[head]) for b, n in code.runs)
@@ -84,23 +100,23 @@ def test_a_head_that_costs_more_gets_more(llama):
 def test_everything_is_kept_where_the_budget_allows_it_and_nothing_costs_anything(llama):
     profile = random_profile(llama)
     found = profile.sensitivity
-    free = [torch.zeros_like(getattr(found, name)) for name in ("k_prose", "k_recall", "v_prose", "v_recall")]
-    measured = Sensitivity(found.about, *free, found.key_weight)
+    free = [torch.zeros_like(x) for x in (found.k, found.v)]
+    measured = Sensitivity(found.about, *free, found.recall, found.key_weight)
     bound = longwave.Fourier(segment=16).bind(shape_of(llama), replace(profile, sensitivity=measured), 1.0)
     assert bound.page_fraction() == 1
 
 
 def test_nothing_measured_says_so(llama):
     profile = replace(random_profile(llama), sensitivity=None)
-    with pytest.warns(UserWarning, match="no measurement of this model"):
+    with pytest.warns(UserWarning, match="not measured"):
         memory = longwave.cache(llama, "fourier", profile=profile)
     assert "nothing measured" in str(memory.method)
-    for kind in ("measured", "bits"):
-        with pytest.raises(ValueError, match=f'plan="{kind}" needs a profile with a measurement.*longwave calibrate'):
+    for kind in ("measured", "uniform", "bits"):
+        with pytest.raises(ValueError, match=f'plan="{kind}" needs a measurement of the model.*longwave calibrate'):
             longwave.cache(llama, "fourier", plan=kind, profile=profile)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        longwave.cache(llama, "fourier", plan="uniform", profile=profile)
+        longwave.cache(llama, "fourier", plan="safe", profile=profile)
 
 
 # of which pages the costs were measured
@@ -139,7 +155,7 @@ def test_costs_of_the_same_pages_are(llama, about, budget):
         warnings.simplefilter("error")
         profile = cut(random_profile(llama), **about)
         memory = longwave.cache(llama, "fourier", segment=16, budget=budget, profile=profile)
-    assert str(memory.method).startswith(f"fourier(measured plan for {budget:g}, segment=16")
+    assert str(memory.method).startswith(f"fourier(measured plan for {budget:g}, ")
     assert memory.method.warning is None
 
 
@@ -147,6 +163,6 @@ def test_the_shipped_measurement_is_of_the_default_pages(smollm2):
     model, _ = smollm2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert str(longwave.cache(model, "fourier").method).startswith("fourier(measured plan for 0.25, segment=128")
-    with pytest.warns(UserWarning, match="segment 128, not 16"):
-        assert "other pages" in str(longwave.cache(model, "fourier", segment=16).method)
+        assert str(longwave.cache(model, "fourier").method).startswith("fourier(measured plan for 0.25, expected KL ")
+    with pytest.warns(UserWarning, match="not measured"):  # pages of another cut are
+        longwave.cache(model, "fourier", segment=16, measure=False)

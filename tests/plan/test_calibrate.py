@@ -9,7 +9,7 @@ import torch
 import longwave
 from longwave.evals.fork import prefill
 from longwave.plan.calibrate import calibrate, channel_errors, windows_of
-from longwave.plan.profile import signature
+from longwave.plan.fingerprint import fingerprint
 from tests.conftest import shape_of, tokens
 from tests.explicit import Explicit
 
@@ -47,15 +47,6 @@ def test_errors_do_not_depend_on_what_the_method_keeps(llama):
     bits = Explicit(keep=1.0, keep_bits=4, coef_bits=8, segment=16, states=3, sinks=2, window=16)
     for ours, theirs in zip(channel_errors(dense.layers, bits), expected, strict=True):
         assert torch.equal(ours, theirs)
-
-
-def test_errors_of_a_plans_own_pages_are_those_of_the_mean(llama):
-    dense = prefill(llama, tokens(1, 100))
-    means = Explicit(segment=16, states=1, sinks=2, window=16)
-    for plan in (None, "bits"):
-        planned = longwave.Fourier(plan=plan, segment=16, sinks=2, window=16)
-        pairs = zip(channel_errors(dense.layers, planned), channel_errors(dense.layers, means), strict=True)
-        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
 def test_errors_vanish_with_as_many_states_as_tokens(llama):
@@ -140,7 +131,7 @@ def test_profile_of_a_model(llama, tokenizer):
     profile = calibrate(
         llama, tokenizer, [TEXT], SEGMENTS, tokens=128, windows=2, model_id="tiny", progress=lambda *n: seen.append(n)
     )
-    assert profile.model == {"id": "tiny", "signature": signature(llama)}
+    assert profile.model == {"id": "tiny", "fingerprint": fingerprint(llama, (0, 1, 2))}
     assert profile.text["tokens"] == 256
     assert profile.text["windows"] == 2
     assert len(profile.text["sha256"]) == 64
@@ -158,40 +149,35 @@ def test_profile_of_a_model(llama, tokenizer):
 
 
 def test_plan_of_a_model(llama, tokenizer):
-    seen = []
+    seen: list[tuple[int, int]] = []
     method = longwave.Fourier(segment=16, sinks=2, window=16)
     options = dict(tokens=500, windows=3, scored=64, progress=lambda *n: seen.append(n))
     profile = calibrate(llama, tokenizer, [TEXT * 3], method, **options)
-    assert seen[-1] == (6, 6)  # three windows, and a batch of three layers
+    assert seen[-1] == (12, 12)  # three windows, each read and then measured in three layers
     found = profile.sensitivity
-    assert (found.about["prose_windows"], found.about["recall_windows"]) == (2, 1)
+    assert found.recall.tolist() == [False, True, False]
+    assert profile.text["tokens"] == 1500
     for side in "kv":
         costs = found.costs(side)
         assert (costs[..., 0] > costs[..., -1]).all()  # nothing but means is worse than 4 bits
     memory = longwave.cache(llama, method, 0.3, profile)
     assert str(memory.method).startswith("fourier(measured plan for 0.3,")
-    alone = calibrate(llama, tokenizer, [TEXT * 3], method, plan=False, **options)
-    assert alone.sensitivity is None
-    assert torch.equal(alone.k_error, profile.k_error)
+    assert "expected KL" in str(memory.method)
+    assert profile.k_error is None
 
 
-@pytest.mark.parametrize("scored", [0, 64])
+@pytest.mark.parametrize("scored", [63, 64])
 def test_windows_that_are_all_scored_are_refused(llama, tokenizer, scored):
     method = longwave.Fourier(segment=16)
     with pytest.raises(ValueError, match=f"of 64 tokens a window cannot have {scored} scored"):
         calibrate(llama, tokenizer, [TEXT], method, tokens=64, windows=1, scored=scored)
 
 
-def test_one_period_has_no_plan(llama, tokenizer):
-    with pytest.raises(ValueError, match="one period has no plan"):
-        calibrate(llama, tokenizer, [TEXT], PAPER, tokens=64, windows=1, plan=True)
-
-
 def test_errors_are_the_mean_over_windows(llama, tokenizer):
     whole = calibrate(llama, tokenizer, [TEXT], SEGMENTS, tokens=128, windows=3)
     each = [channel_errors(prefill(llama, ids).layers, SEGMENTS) for ids in windows_of(tokenizer, [TEXT], 128, 3)]
-    torch.testing.assert_close(whole.k_error, sum(k for k, _ in each) / 3)
-    torch.testing.assert_close(whole.v_error, sum(v for _, v in each) / 3)
+    torch.testing.assert_close(whole.k_error, sum(k for k, _ in each) / 3, rtol=5e-3, atol=0)
+    torch.testing.assert_close(whole.v_error, sum(v for _, v in each) / 3, rtol=5e-3, atol=0)
 
 
 @pytest.mark.parametrize("method", [SEGMENTS, PAPER], ids=["segments", "period"])

@@ -30,11 +30,11 @@ def made_up(layers=2, heads=3, dim=64, seed=0):
     g = torch.Generator().manual_seed(seed)
 
     def falling(options):
-        return torch.rand(layers, heads, options, generator=g).sort(-1, descending=True).values
+        return torch.rand(4, layers, heads, options, generator=g).sort(-1, descending=True).values
 
     about = {"k_options": list(KEY_OPTIONS), "v_options": list(VALUE_OPTIONS)}
-    sizes = [len(KEY_OPTIONS)] * 2 + [len(VALUE_OPTIONS)] * 2
-    return Sensitivity(about, *map(falling, sizes), torch.rand(layers, heads, dim, generator=g))
+    costs = map(falling, (len(KEY_OPTIONS), len(VALUE_OPTIONS)))
+    return Sensitivity(about, *costs, torch.tensor([False, True] * 2), torch.rand(layers, heads, dim, generator=g))
 
 
 def falling_weights(seed, n=64, spread=3.0):
@@ -268,11 +268,11 @@ def test_bits_that_cost_no_more_than_states_are_always_taken():
     assert plan.key_runs([1.0] * 64, 0.0, shape) == ((2, 64),)
 
 
-@pytest.mark.parametrize("measured", [made_up(), None], ids=["measured", "usual"])
-def test_every_legal_cut_can_be_planned(measured):
+@pytest.mark.parametrize(("measured", "kind"), [(made_up(), "uniform"), (None, "safe")], ids=["measured", "safe"])
+def test_every_legal_cut_can_be_planned(measured, kind):
     for segment, states, bits in CUTS[::5]:
         shape = Shape(segment, 64, states, bits, torch.float16)
-        units = [unit for position in range(2) for unit in plan.units(measured, "uniform", position, 3, shape)]
+        units = [unit for position in range(2) for unit in plan.units(measured, kind, position, 3, shape)]
         dense = 6 * 2 * segment * 64 * 2
         for limit in (dense, dense * 1.5):
             assert spent(plan.choose(units, shape, limit), shape) <= limit
@@ -383,8 +383,10 @@ def test_measured_units_have_the_heads_own_costs():
         assert len(found) == 3
         for head, unit in enumerate(found):
             assert len(unit.codes) == (len(KEY_OPTIONS) + 2) * (len(VALUE_OPTIONS) + 2)
-            k = measured.k_prose[position, head] + plan.RECALL * measured.k_recall[position, head]
-            v = measured.v_prose[position, head] + plan.RECALL * measured.v_recall[position, head]
+            k, v = (
+                every[::2, position, head].mean(0) + plan.RECALL * every[1::2, position, head].mean(0)
+                for every in (measured.k, measured.v)
+            )
             weights = measured.key_weight[position, head].sort(descending=True).values.tolist()
             pair = plan.key_code(weights, 2.8, SHAPE), plan.value_code(3, SHAPE)
             expected = k[KEY_OPTIONS.index(2.8)] + v[VALUE_OPTIONS.index(3)]
@@ -401,22 +403,48 @@ def test_uniform_units_all_cost_the_mean():
     assert found[0].costs[(len(VALUE_OPTIONS) + 2) * 3 + 2] == pytest.approx(float(k[3] + v[2]), rel=1e-6)
 
 
-def test_units_without_a_measurement_take_the_usual_costs():
-    one, three = (plan.units(None, "uniform", 0, heads, SHAPE) for heads in (1, 3))
+def test_safe_units_take_the_usual_costs():
+    one, three = (plan.units(None, "safe", 0, heads, SHAPE) for heads in (1, 3))
     assert len(three) == 3
     assert len({(unit.codes, unit.costs) for unit in three}) == 1
     torch.testing.assert_close(torch.tensor(three[0].costs) * 3, torch.tensor(one[0].costs))
     assert all(len(key.runs) <= 1 for key, _ in one[0].codes)
+    assert any(key.kept == 0 for key, _ in one[0].codes)
+    deep = plan.units(None, "safe", 0, 1, SHAPE, flat=False)[0]
+    assert set(deep.codes) < set(one[0].codes)
+    assert all(key.kept == value.kept == 64 for key, value in deep.codes)
+    # whatever was measured
+    assert plan.units(made_up(), "safe", 0, 3, SHAPE) == three
 
 
-@pytest.mark.parametrize("measured", [made_up(), None], ids=["measured", "usual"])
-def test_bits_alone_compress_no_channel(measured):
-    found = plan.units(measured, "bits", 0, 3, SHAPE)
+def test_bits_alone_compress_no_channel():
+    found = plan.units(made_up(), "bits", 0, 3, SHAPE)
     assert all(key.kept == value.kept == 64 for unit in found for key, value in unit.codes)
     assert all(len(unit.codes) > 5 for unit in found)
+    assert all(len(unit.codes) == len(unit.costs) == len(unit.options) for unit in found)
 
 
 # plans of a whole model
+
+
+def test_what_a_plan_is_expected_to_cost():
+    """The sum over heads of what the windows of text say, and how they differ."""
+    measured = made_up(2, 3)
+    options = [(3, 2), (0, 4), (8, 0), (9, 1), (10, 6), (5, 5)]
+    flat = [False, True, False, False, False, False]
+    sums = []
+    for window in (0, 2):  # the others ask for facts
+        total = 0.0
+        for number, (i, j) in enumerate(options):
+            k, v = (x[window, number // 3, number % 3].tolist() for x in (measured.k, measured.v))
+            k, v = ([*costs, costs[-1] * plan.EIGHT, 0.0] for costs in (k, v))
+            total += k[i] + (0.0 if flat[number] else v[j])
+        sums.append(total)
+    found = plan.expected(measured, options, flat)
+    assert found.kl == pytest.approx(sum(sums) / 2, rel=1e-5)
+    assert found.error == pytest.approx(abs(sums[0] - sums[1]) / 2, rel=1e-3)  # of two: half their distance
+    assert str(plan.Expected(0.00312, 0.00041)) == "KL 0.0031 ± 0.0004"
+
 
 BUDGETS = [0.021, 0.04, 0.06, 0.1, 0.125, 0.156, 0.2, 0.25, 0.33, 0.5, 0.7, 0.9]
 KINDS = [(kind, x) for kind in ("measured", "uniform", "bits") for x in BUDGETS if kind != "bits" or x > 0.15]
@@ -471,7 +499,7 @@ def test_a_measured_plan_costs_less_than_a_uniform_one(profile):
 
 def test_the_least_budget_is_the_least(profile):
     method = longwave.Fourier(plan="measured")
-    least = method.least_budget(SMOLLM2)
+    least = method.least_budget(SMOLLM2, profile)
     assert method.bind(SMOLLM2, profile, least).page_fraction() <= least
     with pytest.raises(ValueError, match="less than fourier can do"):
         method.bind(SMOLLM2, profile, least * 0.99)
@@ -481,5 +509,5 @@ def test_the_least_budget_is_the_least(profile):
 def test_the_least_budget_can_be_bound(profile, kind):
     """A budget given as a size starts its search there."""
     method = longwave.Fourier(plan=kind)
-    least = method.least_budget(SMOLLM2)
+    least = method.least_budget(SMOLLM2, profile)
     assert method.bind(SMOLLM2, profile, least).page_fraction() <= least

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import longwave
 from longwave.methods import get_method
 from longwave.methods.fourier_paper import paper_share
-from longwave.plan.profile import SENSITIVITY, signature
+from longwave.plan.fingerprint import fingerprint
+from longwave.plan.profile import SENSITIVITY
 from tests.conftest import SMALL, build, random_profile, shape_of
 
 CHANNELS = SMALL["num_key_value_heads"] * SMALL["head_dim"]
@@ -23,7 +24,7 @@ CHANNELS = SMALL["num_key_value_heads"] * SMALL["head_dim"]
 def measured(llama):
     """A profile as `calibrate` would write it for the small llama."""
     noise = random_profile(llama)
-    info = {"id": "small llama", "signature": signature(llama)}
+    info = {"id": "small llama", "fingerprint": fingerprint(llama, (0, 1, 2))}
     return replace(noise, model=info, method={"states": 8}, text={"tokens": 128})
 
 
@@ -46,12 +47,12 @@ def assert_same_codes(ours, theirs):
 def test_round_trip(measured, file, llama):
     loaded = longwave.Profile.load(file)
     assert (loaded.model, loaded.method, loaded.text) == (measured.model, measured.method, measured.text)
-    torch.testing.assert_close(loaded.k_error, measured.k_error, rtol=1e-3, atol=0)
-    torch.testing.assert_close(loaded.v_error, measured.v_error, rtol=1e-3, atol=0)
+    torch.testing.assert_close(loaded.k_error, measured.k_error, rtol=5e-3, atol=0)
+    torch.testing.assert_close(loaded.v_error, measured.v_error, rtol=5e-3, atol=0)
     assert loaded.sensitivity.about == measured.sensitivity.about
     for name in SENSITIVITY:
         ours, theirs = (getattr(profile.sensitivity, name) for profile in (loaded, measured))
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+        torch.testing.assert_close(ours, theirs, rtol=5e-3, atol=0)
     assert loaded.source == str(file)
     loaded.check(llama, shape_of(llama))
     assert [path.name for path in file.parent.iterdir()] == [file.name]
@@ -62,11 +63,17 @@ def test_round_trip_of_channels_alone(measured, tmp_path):
     assert longwave.Profile.load(tmp_path / "profile.json").sensitivity is None
 
 
-def test_version_1_is_read(file):
-    data = json.loads(file.read_text())
-    del data["sensitivity"]
-    file.write_text(json.dumps({**data, "version": 1}))
-    assert longwave.Profile.load(file).sensitivity is None
+def test_round_trip_of_costs_alone(measured, tmp_path, llama):
+    replace(measured, k_error=None, v_error=None).save(tmp_path / "profile.json")
+    loaded = longwave.Profile.load(tmp_path / "profile.json")
+    assert loaded.shape == measured.shape == (3, 2, 8)
+    with pytest.raises(ValueError, match=r"profile\.json has no channel errors: measure it .*fourier-paper"):
+        longwave.cache(llama, "fourier-paper", keep=0.5, profile=loaded)
+
+
+def test_a_profile_of_nothing():
+    with pytest.raises(ValueError, match="got neither"):
+        longwave.Profile({}, {}, {})
 
 
 def test_errors_of_a_layer(measured):
@@ -95,14 +102,14 @@ def test_json_of_something_else_names_from_published(tmp_path, content):
         longwave.Profile.load(path)
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None])
+@pytest.mark.parametrize("version", [1, 2, 4, "3", None])
 def test_other_version(file, version):
     change(file, version=version)
-    with pytest.raises(ValueError, match=f"profile version {version}, this longwave reads 2"):
+    with pytest.raises(ValueError, match=f"profile version {version}, this longwave reads 3: measure it again"):
         longwave.Profile.load(file)
 
 
-@pytest.mark.parametrize("field", ["model", "method", "text", "k_error", "v_error"])
+@pytest.mark.parametrize("field", ["model", "method", "text"])
 def test_missing_field(file, field):
     data = json.loads(file.read_text())
     del data[field]
@@ -120,7 +127,7 @@ def test_missing_field(file, field):
         {"k_error": [[1.0, 2.0]]},
         {"k_error": [[[1.0]]]},
         {"model": "small llama"},
-        {"model": {"signature": [1.0]}},
+        {"model": {"fingerprint": [1.0]}},
         {"text": None},
         {"sensitivity": {}},
         {"sensitivity": None},
@@ -147,14 +154,18 @@ def test_errors_that_are_not_finite(file, measured, bad):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda found: found["k_prose"][1][0].__setitem__(3, -0.1), "k_prose must be finite and not negative"),
+        (lambda found: found["k"][1][0][0].__setitem__(3, -0.1), "k must be finite and not negative"),
         (lambda found: found["key_weight"][1][0].__setitem__(3, float("nan")), "key_weight must be finite"),
-        (lambda found: found["v_recall"].pop(), "v_recall is [2, 2, 5], not (3, 2, 5)"),
-        (lambda found: [found[name].pop() for name in SENSITIVITY], "key_weight is [2, 2, 8], k_error [3, 2, 8]"),
+        (lambda found: found["v"].pop(), "v is [1, 3, 2, 5], not [2, 3, 2, 5]"),
+        (lambda found: found["recall"].pop(), "k is [2, 3, 2, 9], not [1, 3, 2, 9]"),
+        (
+            lambda found: [x.pop() for x in (*found["k"], *found["v"], found["key_weight"])],
+            "key_weight is [2, 2, 8], k_error [3, 2, 8]",
+        ),
         (lambda found: found["about"].update(v_options=[0, 2]), "its v_options are [0, 2]"),
         (lambda found: found["about"].pop("k_options"), "its k_options are None"),
     ],
-    ids=["negative", "nan", "too few", "other layers", "other options", "no options"],
+    ids=["negative", "nan", "too few", "too few windows", "other layers", "other options", "no options"],
 )
 def test_damaged_sensitivity(file, change, message):
     data = json.loads(file.read_text())
@@ -191,7 +202,7 @@ def test_another_dtype_of_the_same_weights_is_accepted(file, dtype):
 
 
 def test_no_profile_names_calibrate(llama):
-    with pytest.warns(UserWarning, match="longwave calibrate"):
+    with pytest.warns(UserWarning, match="not measured.*context of 512 tokens is too short"):
         longwave.cache(llama, "fourier")
     for method, options in (("fourier", {"plan": "measured"}), ("fourier-paper", {}), ("fourier-paper", {"keep": 0.5})):
         with pytest.raises(ValueError, match=r"`longwave calibrate MODEL .*--text FILE --out PROFILE`"):
@@ -253,8 +264,8 @@ def test_shipped_profile_is_of_smollm2_and_picked(smollm2, name, method):
     with resources.as_file(resources.files("longwave.plan.profiles") / name) as path:
         profile = longwave.Profile.load(path)
     profile.check(model, shape_of(model))
-    assert signature(model).keys() == profile.model["signature"].keys()
     assert profile.text["tokens"] > 10_000
+    assert profile.model["fingerprint"]
     memory = longwave.cache(model, method)
     options = get_method(method)
     shared = profile.method.keys() & vars(options).keys() - {"keep"}  # "paper" where the file was made, now None

@@ -1,4 +1,5 @@
-"""Measuring what every way to store a head's K or V costs: the numbers behind a plan.
+"""What every way to store a head's K or V costs, measured by doing it: the check of longwave/plan/probe.py, which is a
+few hundred times as fast.
 
 Windows are read once, exactly. Then, one head and one side at a time, the middle is replaced by what an option's pages
 stand for, and the same tokens are scored again: the cost is the KL from the exact run. All else stays exact, so costs
@@ -7,10 +8,8 @@ add up as far as errors do not meet.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,77 +127,40 @@ def key_weights(bench: Bench) -> torch.Tensor:
     return torch.stack(made)
 
 
-def parts(model: PreTrainedModel, windows: Windows, batch: int) -> int:
-    """How many parts `measure` reports progress in."""
-    layers = len(CacheShape.of(model.config.get_text_config(decoder=True), model.dtype).memory_layers)
-    return -(-len(windows.ids) // batch) * layers
-
-
 @torch.no_grad()
 def measure(
     model: PreTrainedModel,
     windows: Windows,
     method: Any,
     batch: int = 8,
-    partial: Path | None = None,
     progress: Progress = lambda done, total: None,
 ) -> Sensitivity:
-    """Costs of every option of every head, mean over `windows`, `batch` rows at a time.
-
-    partial: a file of finished parts; a killed run with the same windows goes on from there.
-    """
-    batches = [windows.part(slice(i, i + batch)) for i in range(0, len(windows.ids), batch)]
-    done = _Partial(partial, _key(model, windows, method, batch))
+    """Costs of every option of every head in every window, `batch` rows at a time: as `probe.measure`."""
     shape = CacheShape.of(model.config.get_text_config(decoder=True), model.dtype)
-    layers, heads = len(shape.memory_layers), shape.kv_heads
-    total = parts(model, windows, batch)
-    page = method.page(shape)
-    weight: torch.Tensor | None = done.get("weight")
-    costs: dict[str, list[torch.Tensor]] = {"k": [], "v": []}  # a part each: [layers, heads, options, rows]
-    for number, part in enumerate(batches):
-        keys = [f"{number}/{position}" for position in range(layers)]
-        bench = None
-        if weight is None or not all(key in done.found for key in keys):
-            bench = Bench(model, part, method)
+    page, layers = method.page(shape), len(shape.memory_layers)
+    weight: torch.Tensor | None = None
+    costs: dict[str, list[torch.Tensor]] = {"k": [], "v": []}  # of each batch: [rows, layers, heads, options]
+    for start in range(0, len(windows.ids), batch):
+        bench = Bench(model, windows.part(slice(start, start + batch)), method)
         if weight is None:  # channels are ordered once, by the first part: plans and costs must agree on it
-            assert bench is not None
             weight = key_weights(bench)
-            done.put("weight", weight)
-        held: dict[str, list[torch.Tensor]] = {"k": [], "v": []}
-        for position, key in enumerate(keys):
-            progress(number * layers + position, total)
-            found = done.get(key)
-            if found is None:
-                assert bench is not None
-                found = _layer_costs(bench, position, weight[position], heads, page)
-                done.put(key, found)
-            options = len(planner.KEY_OPTIONS)
-            held["k"].append(found[:, :options])
-            held["v"].append(found[:, options:])
-        for side in "kv":
-            costs[side].append(torch.stack(held[side]))
-    progress(total, total)
+        found = []
+        for position in range(layers):
+            progress(start * layers + position, len(windows.ids) * layers)
+            found.append(_layer_costs(bench, position, weight[position], shape.kv_heads, page).permute(2, 0, 1))
+        every = torch.stack(found, 1)
+        costs["k"].append(every[..., : len(planner.KEY_OPTIONS)])
+        costs["v"].append(every[..., len(planner.KEY_OPTIONS) :])
     assert weight is not None
-    means = {}
-    for side in "kv":
-        whole = torch.cat(costs[side], dim=-1)
-        for name, rows in (("prose", ~windows.recall), ("recall", windows.recall)):
-            none = torch.zeros(whole.shape[:-1])
-            means[f"{side}_{name}"] = whole[..., rows].mean(-1) if bool(rows.any()) else none
     about = {
         "k_options": list(planner.KEY_OPTIONS),
         "v_options": list(planner.VALUE_OPTIONS),
-        "segment": method.segment,
+        "segment": page.segment,
         "states": page.states,
-        "coef_bits": page.state_bits,
         "context": windows.context,
         "scored": windows.weight.shape[1],
-        "prose_windows": int((~windows.recall).sum()),
-        "recall_windows": int(windows.recall.sum()),
     }
-    measured = Sensitivity(about=about, key_weight=weight, **means)
-    done.remove()
-    return measured
+    return Sensitivity(about, torch.cat(costs["k"]), torch.cat(costs["v"]), windows.recall.clone(), weight)
 
 
 def _layer_costs(bench: Bench, position: int, weight: torch.Tensor, heads: int, page: planner.Shape) -> torch.Tensor:
@@ -234,56 +196,3 @@ def _layer_costs(bench: Bench, position: int, weight: torch.Tensor, heads: int, 
                 before[side, head] = code
                 found[head, column] = bench.cost(position, side, head, held["kv".index(side)][:, head]).cpu()
     return found
-
-
-def _key(model: PreTrainedModel, windows: Windows, method: Any, batch: int) -> str:
-    """Names a measurement: what would give other numbers has another name."""
-    import hashlib
-
-    digest = hashlib.sha256(windows.ids.numpy().tobytes() + windows.weight.numpy().tobytes())
-    options = [list(planner.KEY_OPTIONS), list(planner.VALUE_OPTIONS), batch, windows.context, str(model.dtype)]
-    weights = next(p for n, p in model.named_parameters() if "k_proj" in n or p.ndim == 2)
-    digest.update(f"{options} {method!r} {float(weights.detach().float().abs().mean()):.6g}".encode())
-    return digest.hexdigest()
-
-
-class _Partial:
-    """Finished parts of a measurement, a JSON line each, in a file that says which measurement it is of."""
-
-    def __init__(self, path: Path | None, key: str):
-        self.path = path
-        self.found: dict[str, torch.Tensor] = {}
-        if path is None:
-            return
-        if path.exists():
-            lines = path.read_text().split("\n")
-            try:
-                same = json.loads(lines[0]) == {"measurement": key}
-            except json.JSONDecodeError:
-                same = False
-            if not same:
-                raise ValueError(
-                    f"{path} holds part of another measurement: delete it to start anew, or give the "
-                    "options of the run that wrote it"
-                )
-            whole = lines[1:-1]  # the last line is empty, or was cut off
-            for line in whole:
-                entry = json.loads(line)
-                self.found[entry["part"]] = torch.tensor(entry["values"]).reshape(entry["shape"])
-            path.write_text("\n".join([lines[0], *whole, ""]))
-        else:
-            path.write_text(json.dumps({"measurement": key}) + "\n")
-
-    def get(self, part: str) -> torch.Tensor | None:
-        return self.found.get(part)
-
-    def put(self, part: str, values: torch.Tensor) -> None:
-        self.found[part] = values
-        if self.path is not None:
-            entry = {"part": part, "shape": list(values.shape), "values": values.flatten().tolist()}
-            with self.path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)

@@ -1,0 +1,189 @@
+"""What a plan is worth by how it was measured: probes against perturbation, windows, probes and forms.
+
+    python -m benchmarks.sensitivity [--windows 2,4,9] [--probes 1,4,8] [--perturb 3] [--profile FILE ...]
+
+Windows of the text that ships with the package are measured; plans are judged by their KL from the dense model on
+windows of other text (task divergence's). `--perturb N` measures N windows by perturbation.py as well: 75 minutes for
+eight of them on two CPU cores, 171 s for thirty on an H100. Budgets are of 16-bit numbers whatever the model's type.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+
+import longwave
+from benchmarks import perturbation
+from longwave import plan as planner
+from longwave.cli.console import show_table
+from longwave.evals.data import data_folder
+from longwave.evals.fork import fork, prefill
+from longwave.evals.loss import score
+from longwave.evals.task import Setting
+from longwave.evals.tasks.divergence import Divergence
+from longwave.plan import probe, recall
+from longwave.plan.automatic import own_text
+from longwave.plan.profile import Profile, Sensitivity
+from longwave.shape import CacheShape
+
+BUDGETS = (0.25, 0.15625, 0.1, 0.06, 0.04)
+
+
+class Judge:
+    """Unseen windows, read once: what a plan's cache says of the tokens after them, against the dense model."""
+
+    def __init__(self, model, tokenizer, windows, context, scored):
+        task = Divergence(contexts=(context,), scored=scored, windows=windows)
+        samples = task.samples(Setting(tokenizer, seed=42, data=data_folder()))
+        self.model, self.read = model, []
+        for one in samples:
+            ids = torch.tensor([list(one.ids)])
+            memory = prefill(model, ids[:, :context])
+            exact = score(model, fork(memory, longwave.cache(model, "dense")), ids[:, context:])
+            self.read.append((memory, ids[:, context:], exact))
+
+    def dense(self):
+        return sum(exact.loss for *_, exact in self.read) / len(self.read)
+
+    def __call__(self, make):
+        """(mean KL, its standard error, loss over dense) of caches that `make` builds."""
+        kls, losses = [], []
+        for memory, ids, exact in self.read:
+            found = score(self.model, fork(memory, make()), ids)
+            kls.append(float(found.divergence(exact)[0].mean()))
+            losses.append(found.loss - exact.loss)
+        kl = torch.tensor(kls)
+        return float(kl.mean()), float(kl.std() / len(kls) ** 0.5), sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def every(model, windows, method, probes):
+    """{form: costs [probes, windows, layers, heads, options]} and K's channel weights: every table's parts at once."""
+    shape = CacheShape.of(model.config.get_text_config(decoder=True), model.dtype)
+    page, weight, found, seconds = method.page(shape), None, {form: [] for form in probe.FORMS}, []
+    for row in range(len(windows.ids)):
+        began = time.perf_counter()
+        bench = probe.Bench(model, windows.part(slice(row, row + 1)), method, probes, row)
+        layers = range(len(bench.layers))
+        if weight is None:
+            weight = torch.stack([bench.key_weight(position, page.segment) for position in layers])
+        rows = {form: [] for form in probe.FORMS}
+        for position in layers:
+            dots = list(bench.dots(position, probe.stored(bench, position, weight[position], page)))
+            for form in probe.FORMS:
+                rows[form].append(torch.stack([probe.costs(dot, form)[:, 0] for dot in dots], -1))
+        for form in probe.FORMS:
+            found[form].append(torch.stack(rows[form], 1))
+        seconds.append(time.perf_counter() - began)
+        print(f"window {row + 1}: {seconds[-1]:.1f} s", flush=True)
+    return {form: torch.stack(parts, 1) for form, parts in found.items()}, weight, seconds
+
+
+def profile_of(costs, weight, rows):
+    """costs [windows, layers, heads, options] as a profile."""
+    about = {
+        "k_options": list(planner.KEY_OPTIONS),
+        "v_options": list(planner.VALUE_OPTIONS),
+        "segment": 128,
+        "states": 1,
+    }
+    k, v = costs.split((len(planner.KEY_OPTIONS), len(planner.VALUE_OPTIONS)), -1)
+    return Profile({}, {}, {}, sensitivity=Sensitivity(about, k, v, rows.recall[: len(costs)], weight))
+
+
+def correlation(ours, theirs):
+    """Of log costs, K's and V's."""
+    pairs = (
+        (ours.costs(side).clamp(min=1e-9).log().flatten(), theirs.costs(side).clamp(min=1e-9).log().flatten())
+        for side in "kv"
+    )
+    return [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in pairs]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--windows", type=numbers, default=[2, 4, 9])
+    parser.add_argument("--probes", type=numbers, default=[1, 4, 8])
+    parser.add_argument("--tokens", type=int, default=3072)
+    parser.add_argument("--scored", type=int, default=256)
+    parser.add_argument("--perturb", type=int, default=0)
+    parser.add_argument("--profile", type=Path, action="append", default=[])
+    parser.add_argument("--judged", type=int, default=6, help="unseen windows")
+    parser.add_argument("--context", type=int, default=3000)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    model, tokenizer = longwave.load(args.model, dtype=args.dtype)
+    model.to(args.device)
+    method = longwave.Fourier()
+    most, asked = max(args.windows), max(args.windows) // 3
+    rows = recall.windows(tokenizer, [own_text()], args.tokens - args.scored - 1, args.scored, most - asked, asked)
+    costs, weight, seconds = every(model, rows, method, max(args.probes))
+    judge = Judge(model, tokenizer, args.judged, args.context, 256)
+    print(f"dense loss {judge.dense():.4f} on {args.judged} windows of {args.context}")
+    named = {"no measurement": None}
+    named |= {f"{file}": Profile.load(file) for file in args.profile}
+    if args.perturb:
+        began = time.perf_counter()
+        measured = perturbation.measure(model, rows.part(slice(0, args.perturb)), method)
+        named[f"perturbed, {args.perturb} windows, {time.perf_counter() - began:.0f} s"] = Profile(
+            {}, {}, {}, sensitivity=measured
+        )
+    for form in probe.FORMS:
+        for count in args.windows:
+            for probes in args.probes:
+                name = f"{form}, {count} windows, {probes} probes"
+                named[name] = profile_of(costs[form][:probes, :count].mean(0), weight, rows)
+    share = 2 / model.dtype.itemsize
+    found = []
+    for name, profile in named.items():
+        for budget in BUDGETS:
+            try:
+                bound = method.bind(
+                    CacheShape.of(model.config.get_text_config(decoder=True), model.dtype), profile, budget * share
+                )
+            except ValueError as error:
+                found.append({"plan": name, "budget": budget, "refused": str(error)})
+                continue
+            kl, error, loss = judge(lambda bound=bound: longwave.cache(model, bound))
+            expected = bound.expected and dataclasses.asdict(bound.expected)
+            found.append({"plan": name, "budget": budget, "kl": kl, "error": error, "loss": loss, "expected": expected})
+            print(found[-1], flush=True)
+    for name, profile in named.items():
+        if profile is not None and args.profile:
+            k, v = correlation(profile.sensitivity, named[str(args.profile[0])].sensitivity)
+            print(f"{name}: log costs correlate with {args.profile[0]}'s {k:.3f} (K), {v:.3f} (V)")
+    show_table(
+        "KL from dense",
+        ["plan", *map(str, BUDGETS)],
+        [
+            [
+                name,
+                *(
+                    f"{row['kl']:.4f} ({row['error']:.4f})" if "kl" in row else "refused"
+                    for row in found
+                    if row["plan"] == name
+                ),
+            ]
+            for name in named
+        ],
+    )
+    if args.out:
+        args.out.write_text(
+            json.dumps(
+                {"arguments": vars(args), "dense_loss": judge.dense(), "seconds": seconds, "rows": found},
+                default=str,
+                indent=1,
+            )
+            + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from longwave import plan as planner
-from longwave.frame import MemoryLayer, Pass, assemble
+from longwave.frame import MemoryLayer, Pass, assemble, cache_argument
 from longwave.frame.observe import Needs
 from longwave.ops.attention.reference import group_heads
 from longwave.plan.plan import LayerCodes
@@ -59,7 +59,7 @@ class Bench:
         self.ids = windows.ids.to(model.device)
         self.memory = assemble(model, _Watched, Needs(), "dense")
         context = windows.context
-        model(self.ids[:, :context], past_key_values=self.memory, use_cache=True, logits_to_keep=1)
+        model(self.ids[:, :context], **cache_argument(model, self.memory), use_cache=True, logits_to_keep=1)
         self.layers: list[_Watched] = list(self.memory.memory_layers())  # type: ignore[arg-type]
         self.indices = [i for i, layer in enumerate(self.memory.layers) if isinstance(layer, MemoryLayer)]
         middle = max(0, context - method.sinks - method.window) // method.segment * method.segment
@@ -92,7 +92,7 @@ class Bench:
         positions = torch.arange(context, context + count, device=self.ids.device).expand(len(self.ids), -1)
         given = {"input_ids": self.ids[:, context:-1]} if hidden is None else {"inputs_embeds": hidden}
         with _from_layer(self.decoder, first):
-            out = self.model(**given, position_ids=positions, past_key_values=self.memory, use_cache=True)
+            out = self.model(**given, position_ids=positions, **cache_argument(self.model, self.memory), use_cache=True)
         for layer in self.memory.layers:
             if layer.get_seq_length() > context:
                 layer.crop(-count)

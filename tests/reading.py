@@ -2,6 +2,8 @@
 
 import torch
 
+from longwave.frame import cache_argument
+
 
 def positions_of(mask, new):
     """Positions of the last `new` columns, as generate has them."""
@@ -15,7 +17,7 @@ def read(model, memory, ids, mask=None, **options):
         mask = mask[:, : ids.shape[1]]
         options |= {"attention_mask": mask, "position_ids": positions_of(mask, new)}
     with torch.no_grad():
-        return model(ids[:, -new:], past_key_values=memory, use_cache=True, **options).logits
+        return model(ids[:, -new:], **cache_argument(model, memory), use_cache=True, **options).logits
 
 
 def read_in(model, memory, ids, sizes, mask=None):

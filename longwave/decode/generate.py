@@ -18,6 +18,7 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from longwave.decode.steps import StaticDecoder, Unsupported, check_compiles, check_room, supports
+from longwave.frame.argument import NAMES, cache_argument
 
 # transformers' own, private, that the loop stands on, and how many arguments each is given: looked for before a prompt
 # is read. It loops by them itself since 5.17 at least.
@@ -43,7 +44,8 @@ def generate(
     hidden states as outputs, and model inputs that a step would need again. All this before the prompt is read; errors
     that come later, such as a step that cannot be captured, have a note that the cache holds it.
     """
-    cache = options.get("cache", options.get("past_key_values"))
+    caches = [options.pop(name, None) for name in NAMES]
+    cache = next((one for one in caches if one is not None), None)
     if cache is None:
         raise ValueError("longwave.generate needs a cache: pass past_key_values=longwave.cache(model, ...)")
 
@@ -83,7 +85,7 @@ def generate(
     ) -> Any:
         return _loop(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, steps, inputs)
 
-    return model.generate(inputs, generation_config, custom_generate=loop, **options)  # type: ignore[operator]
+    return model.generate(inputs, generation_config, custom_generate=loop, **cache_argument(model, cache), **options)  # type: ignore[operator]
 
 
 def _lacking(model: PreTrainedModel) -> str | None:
@@ -101,7 +103,7 @@ def _unknown(name: str) -> str:
 
 
 # what a step is given, or may go without once the prompt is read
-_KNOWN = {"attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
+_KNOWN = {"attention_mask", "position_ids", *NAMES, "use_cache", "logits_to_keep", "inputs_embeds"}
 
 
 def _loop(

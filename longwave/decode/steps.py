@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from longwave.decode.compiled import Compiled, OpaqueCache, Uncompiled, layers_of
 from longwave.decode.graph import Graph
-from longwave.frame import LongCache, MemoryLayer, Pass, Step
+from longwave.frame import LongCache, MemoryLayer, Pass, Step, cache_name
 from longwave.frame.attention import Handle, LogicalLength, StepMask, is_ours
 from longwave.frame.hidden import take_hidden
 
@@ -177,7 +177,7 @@ class StaticDecoder:
             for at, seen, counts in zip(self._at, self._seen, self._counts, strict=True)
         ]
         self._cache = OpaqueCache(layers=[_StepLayer(*pair) for pair in zip(layers, steps, strict=True)])
-        self._name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        self._name = cache_name(model)
         self._graph: Graph | None = None
         self._logits: torch.Tensor | None = None
         self._key = cache._progress.lent = object()

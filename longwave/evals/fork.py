@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from longwave.frame import LongCache, MemoryLayer, Needs, observing
+from longwave.frame import LongCache, MemoryLayer, Needs, cache_argument, observing
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +35,7 @@ def read(model: PreTrainedModel, memory: LongCache, ids: torch.Tensor, mask: tor
         assert mask is not None
         extra["attention_mask"] = mask.to(model.device)
         extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(model.device)
-    model(ids.to(model.device), past_key_values=memory, use_cache=True, logits_to_keep=1, **extra)
+    model(ids.to(model.device), **cache_argument(model, memory), use_cache=True, logits_to_keep=1, **extra)
 
 
 def needs_of(memories: Iterable[LongCache]) -> Needs:

@@ -25,7 +25,7 @@ from longwave.budget import parse_budget
 from longwave.checks import nearest, whole
 from longwave.evals.fork import pad_left, read
 from longwave.evals.runner import EVEN, end_tokens, plain_generation
-from longwave.frame import LongCache
+from longwave.frame import LongCache, cache_argument
 from longwave.methods import METHODS, get_method
 from longwave.shape import context_limit
 
@@ -428,7 +428,7 @@ class LongwaveLM(TemplateLM):
                 ids[:, start:end],
                 attention_mask=mask[:, : before + end],
                 position_ids=positions[:, start:end],
-                past_key_values=memory,
+                **cache_argument(self.model, memory),
                 use_cache=True,
             ).logits
             for row, wanted in enumerate(targets[:, start:end]):
@@ -452,7 +452,7 @@ class LongwaveLM(TemplateLM):
                 out = self.model.generate(
                     ids,
                     attention_mask=mask,
-                    past_key_values=memory,
+                    **cache_argument(self.model, memory),
                     max_new_tokens=wish.new_tokens,
                     num_beams=1,
                     eos_token_id=stops or None,

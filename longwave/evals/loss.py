@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel
 
-from longwave.frame import LongCache
+from longwave.frame import LongCache, cache_argument
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def score(
     losses, logprobs = [], []
     for start in range(0, count, step):
         end = min(start + step, count)
-        logits = model(ids[:, start:end], past_key_values=memory, use_cache=True).logits.float()
+        logits = model(ids[:, start:end], **cache_argument(model, memory), use_cache=True).logits.float()
         losses.append(cross_entropy(logits.transpose(1, 2), ids[:, start + 1 : end + 1], reduction="none"))
         if keep:
             logprobs.append(log_softmax(logits, dim=-1))

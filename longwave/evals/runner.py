@@ -20,7 +20,7 @@ from longwave.evals.fork import can_fork, fork, needs_of, pad_left, prefill, rea
 from longwave.evals.loss import Scored, score
 from longwave.evals.results import Results
 from longwave.evals.task import LossTask, Sample, Task, TextTask
-from longwave.frame import LongCache, Needs, Report
+from longwave.frame import LongCache, Needs, Report, cache_argument
 
 Make = Callable[[int], LongCache]  # rows -> an empty cache
 EVEN = 0.9  # rows of a pass are at least this share of the longest: little padding, and bytes can be shared out
@@ -161,7 +161,7 @@ def answer(
         out = model.generate(
             ids,
             attention_mask=mask,
-            past_key_values=memory,
+            **cache_argument(model, memory),
             max_new_tokens=samples[0].max_new_tokens,
             do_sample=False,
             num_beams=1,

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longwave.checks import whole
-from longwave.frame import MemoryLayer, observing
+from longwave.frame import MemoryLayer, cache_argument, observing
 from longwave.plan import probe, recall
 from longwave.plan.fingerprint import fingerprint
 from longwave.plan.profile import Profile
@@ -110,7 +110,7 @@ def calibrate(
         progress(done, len(batches))
         memory = observing(model)
         with torch.no_grad():
-            model(ids.to(model.device), past_key_values=memory, use_cache=True, logits_to_keep=1)
+            model(ids.to(model.device), **cache_argument(model, memory), use_cache=True, logits_to_keep=1)
             errors = channel_errors(list(memory.memory_layers()), method)
         sums = [total + error for total, error in zip(sums, errors, strict=True)] if sums else list(errors)
     progress(len(batches), len(batches))

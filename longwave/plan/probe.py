@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from longwave import plan as planner
-from longwave.frame import MemoryLayer, assemble
+from longwave.frame import MemoryLayer, assemble, cache_argument
 from longwave.frame.attention import Handle
 from longwave.frame.observe import Needs
 from longwave.ops.attention.reference import group_heads, query_block
@@ -161,10 +161,10 @@ class Bench:
         self.middle = slice(sinks, sinks + count)
         memory = assemble(model, Watched, Needs(), "dense")
         with torch.no_grad():
-            model(ids[:, :context], past_key_values=memory, use_cache=True, logits_to_keep=1)
+            model(ids[:, :context], **cache_argument(model, memory), use_cache=True, logits_to_keep=1)
         self.layers: list[Watched] = list(memory.memory_layers())  # type: ignore[arg-type]
         with torch.enable_grad(), _frozen(model):
-            logits = model(ids[:, context:-1], past_key_values=memory, use_cache=True).logits
+            logits = model(ids[:, context:-1], **cache_argument(model, memory), use_cache=True).logits
             logp = logits[(windows.weight > 0).to(logits.device)].float().log_softmax(-1)
             self.probes = self._draw(logp, windows, probes, first)
         for layer in self.layers:

@@ -4,53 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from longwave.frame.attention import uncompiled
 from longwave.frame.counting import storage_bytes
 from longwave.frame.layer import MemoryLayer
 from longwave.frame.progress import Progress
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a cache holds. Bytes are those of real storages; `ratio` is nbytes / dense_nbytes.
-
-    tokens: seen; held: in the longest row of the layer that holds most. parts: bytes by what they are for. scratch:
-    bytes that a pass took at most for the time that it ran. answers: what attends over what is stored, kernel or plain
-    torch, and why (empty before it did).
-    """
-
-    method: str
-    tokens: int
-    held: int
-    batch: int
-    nbytes: int
-    dense_nbytes: int
-    parts: dict[str, int]
-    scratch: int = 0
-    answers: tuple[str, ...] = ()
-
-    @property
-    def ratio(self) -> float:
-        return self.nbytes / self.dense_nbytes if self.dense_nbytes else float("nan")
-
-    def as_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "answers": list(self.answers), "ratio": self.ratio}
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size:,}" for name, size in self.parts.items() if size)
-        held = "" if self.held == self.tokens else f" ({self.held:,} held)"
-        scratch = f"; a pass took {self.scratch:,} more" if self.scratch else ""
-        answers = f"; answered by {', '.join(self.answers)}" if self.answers else ""
-        return (
-            f"{self.method}: {self.tokens:,} tokens{held} x {self.batch} rows, {self.nbytes:,} bytes held; a dense "
-            f"cache would hold {self.dense_nbytes:,} (ratio {self.ratio:.3f}) [{parts}]{scratch}{answers}"
-        )
+from longwave.frame.report import OTHERS, Report, tensors_in
 
 
 class LongCache(Cache):
@@ -73,10 +37,12 @@ class LongCache(Cache):
             layer.progress = self._progress
         self._unused = [None if isinstance(layer, MemoryLayer) else copy.deepcopy(layer) for layer in layers]
 
+    @uncompiled
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Hand new tokens to a layer. transformers' own layers keep a view of all they returned: cut it to size."""
+        next(self.memory_layers()).check_dtype(value_states)  # before a sliding layer takes them
         returned = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         self._progress.reached = layer_idx  # not before: a layer that refused took nothing
         layer: Any = self.layers[layer_idx]
@@ -121,6 +87,11 @@ class LongCache(Cache):
             self._progress.broken = True
             raise
 
+    @uncompiled
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx)
+
+    @uncompiled
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Called at the start of a forward pass, so the place to see that the last one ended well."""
         self._progress.check()
@@ -152,8 +123,8 @@ class LongCache(Cache):
                 for name, tensors in layer.parts().items():
                     parts[name] = parts.get(name, 0) + storage_bytes(tensors)
             else:
-                other = storage_bytes(list(_tensors(vars(layer))))
-                parts["other layers"] = parts.get("other layers", 0) + other
+                other = storage_bytes(list(tensors_in(layer)))
+                parts[OTHERS] = parts.get(OTHERS, 0) + other
                 dense += other
         scratch = self._progress.scratch
         if scratch.tensors():
@@ -169,12 +140,3 @@ class LongCache(Cache):
             scratch=scratch.most,
             answers=tuple(answers),
         )
-
-
-def _tensors(held: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested lists and dicts: linear-attention layers keep their states in such."""
-    if isinstance(held, torch.Tensor):
-        yield held
-    elif isinstance(held, (dict, list, tuple)):
-        for item in held.values() if isinstance(held, dict) else held:
-            yield from _tensors(item)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from longwave.budget import bind_to_size, parse_budget
 from longwave.checks import whole
-from longwave.frame import LongCache, assemble
+from longwave.frame import LongCache, assemble, stored_dtype
 from longwave.methods import Bound, Method, get_method
 from longwave.plan.automatic import profile_for, shipped
 from longwave.plan.profile import Profile
@@ -54,7 +54,7 @@ def cache(
         raise ValueError(f"options belong in the method instance when one is given: {', '.join(options)}")
     (method.method if isinstance(method, Bound) else method).check(model.device)
     fraction, size = (None, None) if budget is None else parse_budget(budget)
-    shape = CacheShape.of(config, model.dtype)
+    shape = CacheShape.of(config, stored_dtype(model.dtype, model.device.type))
     if isinstance(profile, (str, Path)):
         profile = Profile.load(profile)
     if profile is not None:

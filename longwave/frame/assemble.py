@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from longwave.frame.attention import use_longwave_attention
+from longwave.frame.attention import stored_dtype, use_longwave_attention
 from longwave.frame.cache import LongCache
 from longwave.frame.hidden import Watch
 from longwave.frame.layer import MemoryLayer
@@ -24,7 +24,10 @@ def assemble(model: PreTrainedModel, layer: Callable[[int], MemoryLayer], needs:
     watch = Watch(model, indices) if needs.hidden else None
     use_longwave_attention(model)
     layers = [layer(index) if other is None else other for index, other in enumerate(others)]
-    return LongCache(layers, method, rotary, watch)
+    built = LongCache(layers, method, rotary, watch)
+    for memory in built.memory_layers():
+        memory.planned = stored_dtype(model.dtype, model.device.type)
+    return built
 
 
 def observing(model: PreTrainedModel, needs: Needs | None = None) -> LongCache:

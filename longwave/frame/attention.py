@@ -8,6 +8,8 @@ name for each implementation that a model may come with, "longwave" over sdpa.
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +22,12 @@ NAME = "longwave"
 # be one that transformers looks for ("flash").
 _OVER = {"sdpa": NAME}
 _lock = threading.Lock()
+
+# What these do depends on the cache: compiled code goes around them, and where it may not (fullgraph=True), says this.
+uncompiled = partial(
+    torch.compiler.disable,
+    reason="a longwave cache is not compiled: leave fullgraph=True out, or let longwave.generate(compile=True) compile",
+)
 
 
 def is_ours(implementation: str | None) -> bool:
@@ -98,12 +106,22 @@ def _attend(
     if given.get("output_attentions"):
         raise NotImplementedError("a longwave cache never forms attention weights: drop output_attentions=True")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = handle.layer.forward(query, scaling, attention_mask, module, given.get("position_ids"))
+    kind = query.device.type
+    mixed = torch.is_autocast_enabled(kind)  # the layer's arithmetic is of its own type; what it answers is autocast's
+    with torch.autocast(kind, enabled=False) if mixed else nullcontext():
+        out = handle.layer.forward(query, scaling, attention_mask, module, given.get("position_ids"))
+    out = out.to(stored_dtype(out.dtype, kind)) if mixed else out
     return out.transpose(1, 2).contiguous(), None
 
 
+def stored_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What K and V come in where a model of `dtype` runs on a type of device: autocast's own type inside of it."""
+    lowered = torch.is_autocast_enabled(device) and dtype != torch.float64
+    return torch.get_autocast_dtype(device) if lowered else dtype
+
+
 def _attention_over(origin: str) -> Callable[..., Any]:
-    @torch.compiler.disable  # what it does depends on the cache: compiled layers go around it
+    @uncompiled
     def longwave_attention(
         module: torch.nn.Module,
         query: torch.Tensor,
@@ -134,6 +152,7 @@ def _attention_over(origin: str) -> Callable[..., Any]:
 
 
 def _mask_over(origin: str) -> Callable[..., Any]:
+    @uncompiled
     def longwave_mask(
         batch_size: int,
         q_length: int,

@@ -8,7 +8,7 @@ from abc import abstractmethod
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from longwave.frame.attention import LogicalLength, StepMask
+from longwave.frame.attention import LogicalLength, StepMask, stored_dtype
 from longwave.frame.observe import Queries
 from longwave.frame.progress import Progress
 from longwave.store.tokens import TokenBuffer
@@ -26,6 +26,7 @@ class Counting(CacheLayerMixin):
     progress: Progress
     max_tokens: int | None  # set, with max_rows, where a byte budget bounds the whole cache
     max_rows: int | None
+    planned: torch.dtype | None
     queries: Queries | None
     is_compileable = False
     is_sliding = False
@@ -37,6 +38,7 @@ class Counting(CacheLayerMixin):
     batch_size: int
     dtype: torch.dtype
     device: torch.device
+    _came: tuple[int, int] | None  # bytes of a number of K and V as the model gave them: autocast may mix types
     _new: tuple[torch.Tensor, torch.Tensor] | None  # given to `update`, not written yet
     _valid: torch.Tensor | None  # which columns of the last `write` are real; None for all
     _before: list[int]  # dense tokens of each row before the last `write`
@@ -175,7 +177,8 @@ class Counting(CacheLayerMixin):
         if not self.is_initialized or self._shape is None:
             return 0
         heads, k_dim, v_dim, itemsize = self._shape
-        return self.batch_size * heads * self.columns * (k_dim + v_dim) * itemsize
+        k_size, v_size = self._came or (itemsize, itemsize)
+        return self.batch_size * heads * self.columns * (k_dim * k_size + v_dim * v_size)
 
     @property
     def _shape(self) -> tuple[int, int, int, int] | None:
@@ -229,6 +232,18 @@ class Counting(CacheLayerMixin):
                 "a 4D attention mask counts tokens that this cache does not hold one by one any more: pass a 2D mask"
             )
         return mask[..., : self.columns]
+
+    def check_dtype(self, v: torch.Tensor) -> torch.dtype:
+        """The type that is stored, autocast's own inside of it. ValueError where the cache was planned in the bytes of
+        another."""
+        now = stored_dtype(v.dtype, v.device.type)
+        own = self.planned or (self.dtype if self.is_initialized else now)
+        if now != own:
+            raise ValueError(
+                f"layer {self.index} got {now} and its cache was built for {own}: build the cache once the model has "
+                "the type that it will run in, and inside of torch.autocast where it runs there"
+            )
+        return own
 
     def check_finite(self, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor | None = None) -> None:
         """On a CPU, where looking costs little, refuse new tokens that are NaN or infinite."""

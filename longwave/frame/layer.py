@@ -14,6 +14,7 @@ import torch
 
 from longwave.frame.attention import Handle, StepMask
 from longwave.frame.counting import Counting
+from longwave.frame.gradients import bar_gradients
 from longwave.frame.hidden import take_hidden
 from longwave.frame.observe import Needs, Pass, Queries, Step
 from longwave.frame.progress import Progress
@@ -31,12 +32,14 @@ class MemoryLayer(Counting):
     """
 
     queries: Queries | None  # of the last tokens, where `needs` says so
+    _sources: list[torch.Tensor]  # what was given to `update` with a gradient to follow, until attention asks
 
     def __init__(self, index: int, needs: Needs | None = None):
         super().__init__()
         self.index, self.needs = index, needs or Needs()
         self.max_tokens: int | None = None  # set, with max_rows, where a byte budget bounds the whole cache
         self.max_rows: int | None = None
+        self.planned: torch.dtype | None = None  # of what is stored; None: what comes first
         self.record_past = False
         self.progress = Progress()
         self._clear()
@@ -131,6 +134,7 @@ class MemoryLayer(Counting):
 
     def run_step(self, p: Pass, step: Step) -> torch.Tensor:
         """One token a row: written, attended from, observed, on the device alone."""
+        p.q, p.k, p.v = (x.to(self.dtype) for x in (p.q, p.k, p.v))  # autocast's type may be another
         self.arrive_step(p, step)
         columns = {} if p.positions is None else {"position": p.positions}
         if self.needs.mass:  # a tensor: into a captured graph no number is copied from the host
@@ -219,6 +223,10 @@ class MemoryLayer(Counting):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Handle, Handle]:
         """Take new tokens [batch, kv_heads, t, head_dim], keys after RoPE. They are written when attention asks."""
+        self._came = (key_states.element_size(), value_states.element_size())
+        self._sources = [x for x in (key_states, value_states) if x.requires_grad and torch.is_grad_enabled()]
+        own = self.check_dtype(value_states)
+        key_states, value_states = key_states.detach().to(own), value_states.detach().to(own)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.batch_size:
@@ -234,7 +242,7 @@ class MemoryLayer(Counting):
                 f"the byte budget of this cache was computed for {self.max_tokens} tokens and "
                 f"{self.columns + key_states.shape[2]} were given: build it with a larger max_tokens"
             )
-        self._new = (key_states.detach(), value_states.detach())
+        self._new = (key_states, value_states)
         self.columns += key_states.shape[2]
         handle = Handle(self)
         return handle, handle
@@ -247,11 +255,27 @@ class MemoryLayer(Counting):
         module: Any = None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One layer's attention in a forward pass: q [batch, query_heads, queries, head_dim] -> same shape."""
+        """One layer's attention in a forward pass: q [batch, query_heads, queries, head_dim] -> same shape.
+
+        Nothing is differentiated: a backward pass that reaches the answer raises RuntimeError.
+        """
         if self._new is None:
             raise RuntimeError(
                 "attention was asked twice for one update: models that share K and V between layers are not supported"
             )
+        sources, self._sources = [q, *self._sources], []
+        with torch.no_grad():
+            out = self._answer(q.detach().to(self.dtype), scaling, mask, module, positions)
+        return bar_gradients(out, sources)
+
+    def _answer(
+        self,
+        q: torch.Tensor,
+        scaling: float,
+        mask: StepMask | torch.Tensor | None,
+        module: Any,
+        positions: torch.Tensor | None,
+    ) -> torch.Tensor:
         try:
             p = self._open(q, scaling, mask, module, positions)
         except BaseException:  # refused, or failed before anything was changed: as if it had never been given
@@ -319,6 +343,7 @@ class MemoryLayer(Counting):
         """Store new tokens dense, without a pass. `valid` [batch, t] marks the real ones, None means all; columns: what
         is known of them, [batch, 1 or kv_heads, t]."""
         self.progress.check_lent()
+        self.check_dtype(v)
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         self.check_finite(k, v, valid)
@@ -427,6 +452,8 @@ class MemoryLayer(Counting):
         self.queries = None
         self._run = []
         self._new = self._valid = None
+        self._sources = []
+        self._came = None
         self._before = []
         self._fresh = self._unsettled = self.record_past = False
         self.scaling = 1.0  # of the scores, as the last pass had it

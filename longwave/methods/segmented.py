@@ -143,7 +143,7 @@ class SegmentedLayer(MemoryLayer):
 
     def __init__(self, index: int, bound: SegmentedBound):
         super().__init__(index, bound.needs)
-        self.bound = bound
+        self.bound, self.planned = bound, bound.shape.dtype
         self.position = bound.shape.memory_layers.index(index)
         self.sinks, self.window, self.segment = bound.dense_tokens
 
@@ -203,11 +203,6 @@ class SegmentedLayer(MemoryLayer):
                 raise ValueError(
                     f"layer {self.index} has {x.shape[1]} heads of {x.shape[3]} channels, its plan {shape.kv_heads} of "
                     f"{shape.head_dim}: the cache was built for another model, or the model is split over devices"
-                )
-            if x.dtype != shape.dtype:
-                raise ValueError(
-                    f"layer {self.index} got {x.dtype} and was planned for {shape.dtype}: build the cache after the "
-                    "model's dtype is what it will run in"
                 )
 
     def refuse(self, p: Pass) -> None:

@@ -106,8 +106,8 @@ def test_not_causal_is_said(pair):
 def test_positions_that_a_model_does_not_say(pair):
     model, _ = pair
     layer = longwave.cache(model, "spy", positions=True).layers[0]
-    layer.update(*torch.randn(2, 2, 2, 5, 8))
-    layer.forward(torch.randn(2, 4, 5, 8), 1.0, None, model)
+    layer.update(*torch.randn(2, 2, 2, 5, 8, dtype=model.dtype))
+    layer.forward(torch.randn(2, 4, 5, 8, dtype=model.dtype), 1.0, None, model)
     with pytest.raises(ValueError, match="LlamaForCausalLM does not hand position_ids"):
         layer.passes[0].known_positions()
     assert layer.dense.column("position")[1, 0].tolist() == [0, 1, 2, 3, 4]  # then tokens are counted

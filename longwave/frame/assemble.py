@@ -18,16 +18,28 @@ from longwave.shape import check_supported, other_layers
 
 def assemble(model: PreTrainedModel, layer: Callable[[int], MemoryLayer], needs: Needs, method: Any) -> LongCache:
     """layer: from a model's layer index to an empty memory layer. method: what decided that, for reports."""
-    others = other_layers(check_supported(model))
+    config = check_supported(model)
+    others = other_layers(config)
     rotary = Rotary.of(model) if needs.unrotated else None  # before anything is selected: it may refuse
     indices = tuple(index for index, other in enumerate(others) if other is None)
     watch = Watch(model, indices) if needs.hidden else None
     use_longwave_attention(model)
     layers = [layer(index) if other is None else other for index, other in enumerate(others)]
     built = LongCache(layers, method, rotary, watch)
+    built.drops = getattr(config, "original_max_position_embeddings", None) or 0
+    built._progress.switch = _switch(config)
     for memory in built.memory_layers():
         memory.planned = stored_dtype(model.dtype, model.device.type)
     return built
+
+
+def _switch(config: Any) -> int | None:
+    """Tokens beyond which a model's rotary embedding is another one, keys of earlier tokens included."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
+        if rope.get("rope_type") == "longrope":
+            return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+    return None
 
 
 def observing(model: PreTrainedModel, needs: Needs | None = None) -> LongCache:

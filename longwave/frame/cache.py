@@ -24,6 +24,12 @@ class LongCache(Cache):
     """
 
     layers: list[Any]
+    drops: int = 0  # see __bool__
+
+    def __bool__(self) -> bool:
+        """False where the model would drop the cache: Phi-3's family does if it is true, the text passes `drops` tokens
+        and it does not. A cache is more than something to be made again, and layers refuse what would go wrong."""
+        return self.get_seq_length() > self.drops if self.drops else True
 
     def __init__(self, layers: list[Any], method: Any, rotary: Any = None, watch: Any = None):
         """method: what decided the layers. rotary, watch: what they need to see of the model, kept as long as they."""

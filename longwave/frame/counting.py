@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from longwave.frame.attention import LogicalLength, StepMask, stored_dtype
 from longwave.frame.observe import Queries
+from longwave.frame.plain import padding_of
 from longwave.frame.progress import Progress
 from longwave.store.tokens import TokenBuffer
 
@@ -44,6 +45,7 @@ class Counting(CacheLayerMixin):
     _before: list[int]  # dense tokens of each row before the last `write`
     _run: list[int]  # real tokens since the last padding column of each row: how far `crop` can see
     _fresh: bool  # the last `write` was the first
+    _beyond: bool  # what is stored was rotated for more than `Progress.switch` tokens
     _unsettled: bool  # tokens wait for `crop`, or the next pass, before `settle`
 
     # what the other half does
@@ -213,6 +215,34 @@ class Counting(CacheLayerMixin):
                 "a stored token stays as it was"
             )
         return None if counts == [new] * self.batch_size else valid
+
+    def _plain(self, mask: torch.Tensor) -> StepMask | torch.Tensor:
+        """A pass's 4D mask as it is, or what it amounts to where that is causality and the padding that is known."""
+        if self.progress.mask is None or self.progress.mask[0] is not mask:  # once a pass: layers are given the same
+            assert self._new is not None
+            new = self._new[0].shape[2]
+            real = padding_of(mask, self.batch_size, new, self.columns)
+            found, before = None, []
+            if real is not None:
+                real = real.expand(self.batch_size, -1)
+                before = real[:, :-new].sum(-1).tolist()
+                found = StepMask(real, causal=True)
+            self.progress.mask = mask, found, before
+        _, found, before = self.progress.mask
+        return mask if found is None or before != self.rows else found
+
+    def _check_rotation(self, new: int, valid: torch.Tensor | None) -> None:
+        """Beyond `switch` tokens the model turns every key otherwise, and what is stored stays as it was turned."""
+        switch = self.progress.switch
+        if switch is None or not any(self.rows):
+            return
+        counts = [new] * self.batch_size if valid is None else valid.sum(-1).tolist()
+        after = max(row + count for row, count in zip(self.rows, counts, strict=True))
+        if (after > switch) != self._beyond:
+            raise ValueError(
+                f"beyond {switch:,} tokens this model rotates all of them otherwise (longrope), and the cache holds "
+                f"{max(self.rows):,} already: read all {after:,} in one pass, into a new cache or after cache.reset()"
+            )
 
     def _check_own_mask(self, mask: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         batch, heads, new, _ = q.shape

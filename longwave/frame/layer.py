@@ -300,6 +300,7 @@ class MemoryLayer(Counting):
         finally:
             if self.index == self.progress.last_memory:
                 self.progress.scratch.clear()
+                self.progress.mask = None
         return out
 
     def _open(
@@ -316,6 +317,8 @@ class MemoryLayer(Counting):
         k, v = self._new
         p = Pass(q, k, v, scaling, module=module, positions=positions, rotary=self.progress.rotary)
         p.phase = "prompt" if not any(self.rows) else "step" if q.shape[2] == 1 else "chunk"
+        if isinstance(mask, torch.Tensor):
+            mask = self._plain(mask)
         if isinstance(mask, StepMask):
             p.causal, p.valid = mask.causal, self._read_padding(mask)
         elif mask is not None:
@@ -329,6 +332,7 @@ class MemoryLayer(Counting):
         if self.needs.unrotated:
             p.known_positions()
             p.rotary.rotates(module)  # an error where the model is not the one that the cache was built for
+        self._check_rotation(q.shape[2], p.valid)
         self.refuse(p)
         self.check_finite(k, v, p.valid)
         return p
@@ -373,6 +377,7 @@ class MemoryLayer(Counting):
         self.dense.append(k, v, valid, given)
         counts = [k.shape[2]] * self.batch_size if valid is None else valid.sum(-1).tolist()
         self.rows = [row + count for row, count in zip(self.rows, counts, strict=True)]
+        self._beyond = self.progress.switch is not None and max(self.rows) > self.progress.switch
         self._run = [
             run + count if count == k.shape[2] else self._trailing(valid, row)
             for row, (run, count) in enumerate(zip(self._run, counts, strict=True))
@@ -455,7 +460,7 @@ class MemoryLayer(Counting):
         self._sources = []
         self._came = None
         self._before = []
-        self._fresh = self._unsettled = self.record_past = False
+        self._fresh = self._unsettled = self._beyond = self.record_past = False
         self.scaling = 1.0  # of the scores, as the last pass had it
         if hasattr(self, "batch_size"):
             del self.batch_size

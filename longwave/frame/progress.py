@@ -19,6 +19,8 @@ class Progress:
     broken: bool = False
     lent: object | None = None  # of the decoder that holds the layers' storage and counts for them
     rotary: Any = None  # of the model, where a method needs it (rotary.py)
+    switch: int | None = None  # tokens beyond which the model rotates all of them otherwise (longrope)
+    mask: tuple[Any, Any, list[int]] | None = None  # a pass's 4D mask, the plain one that it is, tokens of rows before
     scratch: Scratch = field(default_factory=Scratch)  # what one layer's pass may take at a time
 
     def check(self) -> None:
@@ -38,6 +40,7 @@ class Progress:
 
     def refused(self, index: int) -> None:
         """A layer took nothing. If it was the first one, the pass never happened."""
+        self.mask = None
         if index == self.first:
             self.reached = None
         else:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import longwave
-from longwave.frame import Pass
+from longwave.frame import Pass, cache_name
 from longwave.methods.base import CacheShape
 from longwave.plan import KEY_OPTIONS, VALUE_OPTIONS, automatic
 from longwave.plan.profile import Sensitivity
@@ -106,6 +106,11 @@ def ask(layer, q, scaling, causal=True, k=None, v=None, valid=None):
 
 def tokens(batch, length, seed=1):
     return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def into(memory):
+    """A cache by the name that this transformers gives it: model(ids, **into(memory))."""
+    return {cache_name(LlamaForCausalLM): memory}
 
 
 def left_padded(batch, length, pads, seed=1):

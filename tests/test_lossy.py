@@ -12,11 +12,10 @@ from longwave.evals.fork import fork, needs_of, prefill
 from longwave.methods import Evicting, Segmented
 from longwave.methods.evicting import EvictingLayer
 from longwave.methods.segmented import SegmentedLayer
-from tests.conftest import build, left_padded, tokens
+from tests.conftest import build, into, left_padded, tokens
 from tests.matrix import LOSSY
 from tests.reading import check_state, read, read_in, state_of
 
-pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 LENGTH = 60
 PADS = [0, 7, 41]
 STEPS = (1,) * 24  # over several segments, and several evictions of every method
@@ -263,7 +262,7 @@ def test_prompt_lookup_keeps_the_budget(model, make):
     """Guesses are read and taken back, dense until they are decided."""
     ids = tokens(1, 25).repeat(1, 3)
     memory = make(model)
-    out = model.generate(ids, past_key_values=memory, max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=4)
+    out = model.generate(ids, **into(memory), max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=4)
     assert out.shape[1] == 75 + 40
     memory.crop(0)
     check_budget(memory)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from tests.conftest import left_padded, tokens
+from tests.conftest import into, left_padded, tokens
 from tests.matrix import IDENTITY
 
 NEW = 24
@@ -30,7 +30,7 @@ def both(pair, make, ids, mask=None, **options):
     torch.manual_seed(7)
     expected = stock.generate(ids, attention_mask=mask, **options)
     torch.manual_seed(7)
-    return ours.generate(ids, attention_mask=mask, past_key_values=make(ours), **options), expected
+    return ours.generate(ids, attention_mask=mask, **into(make(ours)), **options), expected
 
 
 def test_greedy(pair, make):
@@ -79,21 +79,19 @@ def test_plain_generation_after_prompt_lookup(pair, make):
     if "gemma3" in ours.config.model_type and transformers.__version__ < "5.18":
         pytest.skip("transformers 5.17's own sliding layer fails here, with its DynamicCache too")
     memory = make(ours)
-    first = ours.generate(
-        tokens(1, 40), past_key_values=memory, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3
-    )
+    first = ours.generate(tokens(1, 40), **into(memory), max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3)
     options = {"attention_mask": torch.ones_like(first), "max_new_tokens": NEW, "do_sample": False}
-    got = ours.generate(first, past_key_values=memory, **options)
+    got = ours.generate(first, **into(memory), **options)
     assert torch.equal(got, stock.generate(first, **options))
 
 
 def test_continue_with_all_ids(pair, make):
     ours, stock = pair
     memory = make(ours)
-    first = ours.generate(tokens(2, LENGTH), past_key_values=memory, max_new_tokens=10, do_sample=False)
+    first = ours.generate(tokens(2, LENGTH), **into(memory), max_new_tokens=10, do_sample=False)
     longer = torch.cat([first, tokens(2, 9, seed=5)], dim=1)
     options = {"attention_mask": torch.ones_like(longer), "max_new_tokens": NEW, "do_sample": False}
-    got = ours.generate(longer, past_key_values=memory, **options)
+    got = ours.generate(longer, **into(memory), **options)
     assert torch.equal(got, stock.generate(longer, **options))
 
 
@@ -101,19 +99,19 @@ def test_continue_with_new_ids_and_a_whole_mask(pair, make):
     ours, stock = pair
     ids, mask = left_padded(2, LENGTH, [11, 0])
     memory = make(ours)
-    first = ours.generate(ids, attention_mask=mask, past_key_values=memory, max_new_tokens=10, do_sample=False)
+    first = ours.generate(ids, attention_mask=mask, **into(memory), max_new_tokens=10, do_sample=False)
     # the cache lacks the last generated token, so it is new too
     new = torch.cat([first[:, -1:], tokens(2, 9, seed=5)], dim=1)
     longer = torch.cat([first[:, :-1], new], dim=1)
     whole = torch.cat([mask, torch.ones(2, longer.shape[1] - LENGTH, dtype=torch.long)], dim=1)
-    got = ours.generate(new, attention_mask=whole, past_key_values=memory, max_new_tokens=NEW, do_sample=False)
+    got = ours.generate(new, attention_mask=whole, **into(memory), max_new_tokens=NEW, do_sample=False)
     expected = stock.generate(longer, attention_mask=whole, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(got[:, -NEW:], expected[:, -NEW:])
 
 
 def logits(model, ids, memory=None, mask=None, **options):
     with torch.no_grad():
-        return model(ids, past_key_values=memory, attention_mask=mask, use_cache=True, **options).logits
+        return model(ids, **into(memory), attention_mask=mask, use_cache=True, **options).logits
 
 
 def test_deepcopy_is_independent(pair, make):
@@ -152,12 +150,12 @@ def test_rows_move(pair, make, name, argument, rows):
 def test_reset_and_reuse(pair, make):
     ours, stock = pair
     memory = make(ours)
-    ours.generate(tokens(3, LENGTH), past_key_values=memory, max_new_tokens=5, do_sample=False)
+    ours.generate(tokens(3, LENGTH), **into(memory), max_new_tokens=5, do_sample=False)
     memory.reset()
     assert memory.get_seq_length() == 0
     assert all(layer.nbytes == 0 for layer in memory.memory_layers())
     ids = tokens(2, 33, seed=3)
-    got = ours.generate(ids, past_key_values=memory, max_new_tokens=NEW, do_sample=False)
+    got = ours.generate(ids, **into(memory), max_new_tokens=NEW, do_sample=False)
     assert torch.equal(got, stock.generate(ids, max_new_tokens=NEW, do_sample=False))
 
 

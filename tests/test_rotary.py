@@ -9,8 +9,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from longwave.rotary import Rotary
-
-pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+from tests.conftest import into
 
 FAR = 100_000
 SIZES = dict(
@@ -195,7 +194,7 @@ def stored_keys(model, modules, positions, raw=None):
                 getattr(module, name).register_forward_hook(lambda *call, i=index: raw.update({i: call[2]}))
     cache = Stores(model.config)
     with torch.no_grad():
-        model(torch.ones(1, n, dtype=torch.long), position_ids=positions, past_key_values=cache, use_cache=True)
+        model(torch.ones(1, n, dtype=torch.long), position_ids=positions, **into(cache), use_cache=True)
     for hook in hooks:
         hook.remove()
     return cache.stored

@@ -11,6 +11,7 @@ from longwave.evals.loss import score
 from longwave.evals.runner import run_text
 from longwave.evals.task import Setting
 from longwave.evals.tasks.needle import Needle
+from tests.conftest import into
 from tests.matrix import IDENTITY
 
 PROMPTS = [
@@ -40,7 +41,7 @@ def stock(model, **options):
 
 def ours(model, memory, **options):
     torch.manual_seed(11)
-    return model.generate(max_new_tokens=12, past_key_values=memory, **{"do_sample": False, **options})
+    return model.generate(max_new_tokens=12, **into(memory), **{"do_sample": False, **options})
 
 
 @pytest.mark.parametrize(
@@ -97,13 +98,13 @@ def test_reorder_select_crop_and_reset(real, make):
     ids[1] = ids[1].flip(0)
     memory = make(model)
     with torch.no_grad():
-        model(ids, past_key_values=memory)
+        model(ids, **into(memory))
         memory.reorder_cache(torch.tensor([1, 0, 1]))
         memory.batch_select_indices(torch.tensor([0, 1]))
         memory.activate_past_recording()
-        model(ids[:2, :5], past_key_values=memory)
+        model(ids[:2, :5], **into(memory))
         memory.crop(-5)
-        got = model(ids[:2, :3], past_key_values=memory).logits
+        got = model(ids[:2, :3], **into(memory)).logits
         model.set_attn_implementation("sdpa")
         expected = model(torch.cat([ids[[1, 0]], ids[:2, :3]], 1), use_cache=False).logits[:, -3:]
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
@@ -118,7 +119,7 @@ def test_not_causal(real, make):
     model, _, batch = real
     ids = batch["input_ids"][2:]
     with torch.no_grad():
-        got = model(ids, past_key_values=make(model), is_causal=False).logits
+        got = model(ids, **into(make(model)), is_causal=False).logits
         model.set_attn_implementation("sdpa")
         expected = model(ids, use_cache=False, is_causal=False).logits
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here is none")
 from benchmarks import endtoend
+from tests.conftest import into
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 7, 8, 31, 200, 1000])
@@ -43,7 +44,7 @@ def test_synthetic_memory_is_that_of_a_prompt():
     made = endtoend.filled(model, method, 2, 1000, seed=0)
     read = endtoend.longwave.cache(model, method)
     with torch.no_grad():
-        model(torch.ones(2, 1000, dtype=torch.long), past_key_values=read, use_cache=True, logits_to_keep=1)
+        model(torch.ones(2, 1000, dtype=torch.long), **into(read), use_cache=True, logits_to_keep=1)
     assert made.report().as_dict() == read.report().as_dict()
     for one, other in zip(made.memory_layers(), read.memory_layers(), strict=True):
         assert (one.rows, one.columns, one._run, one.store.counts) == (

@@ -3,7 +3,7 @@ import torch
 
 import longwave
 from longwave.evals.fork import fork, needs_of, pad_left, prefill, read
-from tests.conftest import random_profile, tokens
+from tests.conftest import into, random_profile, tokens
 
 METHODS = {
     "dense": (longwave.Dense(), None),
@@ -23,7 +23,7 @@ def make(request):
 
 @torch.no_grad()
 def feed(model, ids, memory):
-    return model(ids, past_key_values=memory, use_cache=True).logits
+    return model(ids, **into(memory), use_cache=True).logits
 
 
 def seen(model, make, ids, mask=None):

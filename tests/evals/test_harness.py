@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import longwave
-from tests.conftest import random_profile
+from tests.conftest import into, random_profile
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
@@ -149,10 +149,10 @@ def test_every_scored_token_reads_the_compressed_context(make, llama, tokenizer,
     split = len(context) - question_tokens
     logits = []
     with torch.no_grad():
-        llama(ids[:, :split], past_key_values=cache, use_cache=True)
+        llama(ids[:, :split], **into(cache), use_cache=True)
         for start in range(split, ids.shape[1] - 1, step):
             end = min(start + step, ids.shape[1] - 1)
-            logits.append(llama(ids[:, start:end], past_key_values=cache, use_cache=True).logits)
+            logits.append(llama(ids[:, start:end], **into(cache), use_cache=True).logits)
     logprobs = torch.cat(logits, dim=1)[0, question_tokens - 1 :].log_softmax(-1)
     wanted = float(logprobs.gather(1, torch.tensor(continuation)[:, None]).sum())
     got = loglikelihood(lm, [(TEXT * 3, " because the fox came home")])[0][0]

@@ -10,7 +10,7 @@ from longwave.evals import runner
 from longwave.evals.results import Results
 from longwave.evals.runner import Batch, Contexts, answer, batches, run, run_loss, run_text
 from longwave.evals.task import Judged, LossTask, Sample, TextTask
-from tests.conftest import random_profile, tokens
+from tests.conftest import into, random_profile, tokens
 
 OPTIONS = {"segment": 16, "sinks": 2, "window": 16}
 
@@ -92,7 +92,7 @@ def test_with_the_question_is_plain_generation_through_the_method(llama, tokeniz
     together = outputs(llama, tokenizer, mixed, makers["fourier"], "with")
     for one in mixed:
         ids = torch.tensor([list(one.ids)])
-        out = llama.generate(ids, past_key_values=makers["fourier"](1), max_new_tokens=6, do_sample=False)
+        out = llama.generate(ids, **into(makers["fourier"](1)), max_new_tokens=6, do_sample=False)
         assert together[one.id][0] == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
@@ -153,7 +153,7 @@ def test_bytes_are_those_of_the_cache_at_the_end(llama, tokenizer, makers):
     one = sample("one", 150, 140)
     ((_, cost),) = outputs(llama, tokenizer, [one], makers["fourier"]).values()
     memory = makers["fourier"](1)
-    out = llama.generate(torch.tensor([list(one.ids)]), past_key_values=memory, max_new_tokens=6, do_sample=False)
+    out = llama.generate(torch.tensor([list(one.ids)]), **into(memory), max_new_tokens=6, do_sample=False)
     assert out.shape[1] == 156
     assert (cost["bytes"], cost["dense_bytes"]) == (memory.nbytes, memory.dense_nbytes)
 
@@ -311,5 +311,5 @@ def test_the_models_own_generation_settings_stay_out(llama, models, tokenizer, m
     assert outputs(llama, tokenizer, mixed[:1], makers["dense"])["alone150"][0] == plain["alone150"][0]
     assert llama.generation_config is own
     ids = torch.tensor([list(mixed[0].ids)])
-    penalised = llama.generate(ids, past_key_values=makers["dense"](1), max_new_tokens=6, do_sample=False)
+    penalised = llama.generate(ids, **into(makers["dense"](1)), max_new_tokens=6, do_sample=False)
     assert tokenizer.decode(penalised[0, 150:]) != plain["alone150"][0]  # they would have mattered

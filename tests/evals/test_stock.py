@@ -11,7 +11,7 @@ from longwave.evals.runner import Contexts, answer
 from longwave.evals.stock import Quantized
 from longwave.frame import storage_bytes
 from tests.cli.calls import TEXT
-from tests.conftest import tokens
+from tests.conftest import into, tokens
 from tests.evals.test_runner import sample
 
 NAME = Quantized.name
@@ -38,7 +38,7 @@ backends = pytest.mark.parametrize(("backend", "options"), SETTINGS)
 
 @torch.no_grad()
 def feed(model, ids, memory):
-    return model(ids, past_key_values=memory, use_cache=True).logits
+    return model(ids, **into(memory), use_cache=True).logits
 
 
 def recipe(*methods, **changes):
@@ -117,7 +117,7 @@ def test_it_answers_as_transformers_does(llama, models, tokenizer, backend, opti
         expected = QuantizedCache(backend, stock.config, **options)
         if question == "after":
             feed(stock, ids[:, :50], expected)
-        out = stock.generate(ids, past_key_values=expected, max_new_tokens=20, do_sample=False)
+        out = stock.generate(ids, **into(expected), max_new_tokens=20, do_sample=False)
         assert text == tokenizer.decode(out[0, 64:], skip_special_tokens=True)
         assert cost["rows"] == 1
         assert cost["bytes"] < 0.5 * cost["dense_bytes"]

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 import longwave
 from longwave.frame import storage_bytes
 from longwave.frame.attention import NAME, Handle, LogicalLength, StepMask, _mask_over
-from tests.conftest import build, left_padded, tokens
+from tests.conftest import build, into, left_padded, tokens
 from tests.explicit import Explicit
 
 PAGES = Explicit(keep=0.0, states=4, segment=8, sinks=2, window=8)
@@ -17,7 +17,7 @@ PAGES = Explicit(keep=0.0, states=4, segment=8, sinks=2, window=8)
 
 def run(model, ids, memory, mask=None, **options):
     with torch.no_grad():
-        return model(ids, past_key_values=memory, attention_mask=mask, use_cache=True, **options).logits
+        return model(ids, **into(memory), attention_mask=mask, use_cache=True, **options).logits
 
 
 @pytest.fixture(params=["dense", PAGES], ids=["dense", "pages"])
@@ -38,7 +38,7 @@ def test_other_caches_keep_working(models, make, kind):
     assert ours.config._attn_implementation == NAME
     ids, mask = left_padded(2, 40, [7, 0])
     options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)
-    cache = lambda m: {} if make(m.config) is None else {"past_key_values": make(m.config)}  # noqa: E731
+    cache = lambda m: {} if make(m.config) is None else into(make(m.config))  # noqa: E731
     assert torch.equal(ours.generate(ids, **options, **cache(ours)), stock.generate(ids, **options, **cache(stock)))
     chunk = tokens(2, 9, seed=4)
     if make(ours.config) is not None:  # several tokens on a filled cache: a None mask would cut K and V short
@@ -54,13 +54,13 @@ def test_training_still_works(llama):
     model(ids, labels=ids).loss.backward()
     assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
-        model(ids, past_key_values=longwave.cache(model, "dense"))
+        model(ids, **into(longwave.cache(model, "dense")))
 
 
 def test_no_graph_is_kept(llama, memory):
     """Forgetting torch.no_grad() must not make the cache hold the activations of every pass."""
-    llama(tokens(1, 40), past_key_values=memory)
-    llama(tokens(1, 1), past_key_values=memory)
+    llama(tokens(1, 40), **into(memory))
+    llama(tokens(1, 1), **into(memory))
     assert not any(x.requires_grad for layer in memory.memory_layers() for part in layer.parts().values() for x in part)
 
 
@@ -161,14 +161,14 @@ def test_another_batch_size(llama, memory):
     ids = tokens(1, 20)
     run(llama, ids[:, :19], prefilled)
     with pytest.raises(ValueError, match="batch of 1 but got 2"):
-        llama.generate(ids, past_key_values=prefilled, num_beams=2, max_new_tokens=3)
+        llama.generate(ids, **into(prefilled), num_beams=2, max_new_tokens=3)
 
 
 def test_one_prompt_many_samples(llama, memory):
     ids = tokens(1, 40)
     run(llama, ids[:, :39], memory)
     memory.batch_repeat_interleave(3)
-    out = llama.generate(ids.repeat(3, 1), past_key_values=memory, max_new_tokens=4, do_sample=True)
+    out = llama.generate(ids.repeat(3, 1), **into(memory), max_new_tokens=4, do_sample=True)
     assert out.shape == (3, 44)
 
 
@@ -312,18 +312,33 @@ def test_unsupported_models():
                 longwave.cache(model, method)
 
 
+def test_an_assistant_changes_nothing(models):
+    """It guesses, the model reads the guesses in one pass and takes some back."""
+    ours, stock = models["llama"]
+    helper = copy.deepcopy(stock)
+    for parameter in helper.parameters():  # nearly the same, so that some guesses are wrong
+        parameter.data += 0.02 * parameter.abs().mean() * torch.randn(parameter.shape, generator=torch.manual_seed(1))
+    about = helper.generation_config
+    about.num_assistant_tokens, about.num_assistant_tokens_schedule = 5, "constant"
+    about.assistant_confidence_threshold = 0.0
+    memory, given = longwave.cache(ours, "dense"), dict(max_new_tokens=24, do_sample=False)
+    out = ours.generate(tokens(1, 60), assistant_model=helper, **into(memory), **given)
+    assert torch.equal(out, stock.generate(tokens(1, 60), **given))
+    assert 83 <= memory.get_seq_length() <= 84
+
+
 # bytes
 
 
 def test_bytes_are_those_of_storages(llama, memory):
-    llama.generate(tokens(3, 50), past_key_values=memory, max_new_tokens=30, do_sample=False)
+    llama.generate(tokens(3, 50), **into(memory), max_new_tokens=30, do_sample=False)
     report = memory.report()
     everything = [x for layer in memory.memory_layers() for part in layer.parts().values() for x in part]
     assert report.nbytes == memory.nbytes == storage_bytes(everything)
     assert storage_bytes([everything[0][:, :, :1]]) == storage_bytes([everything[0]])  # a view counts as what it pins
     assert report.dense_nbytes == 3 * 3 * 2 * 79 * 2 * 8 * 4
     stock = DynamicCache(config=llama.config)
-    llama.generate(tokens(3, 50), past_key_values=stock, max_new_tokens=30, do_sample=False)
+    llama.generate(tokens(3, 50), **into(stock), max_new_tokens=30, do_sample=False)
     assert report.dense_nbytes == sum(x.nbytes for layer in stock.layers for x in (layer.keys, layer.values))
     assert report.ratio == report.nbytes / report.dense_nbytes
 
@@ -331,7 +346,7 @@ def test_bytes_are_those_of_storages(llama, memory):
 def test_sliding_layers_are_counted(models):
     model = models["gemma3"][0]
     memory = longwave.cache(model, PAGES)
-    model.generate(tokens(1, 300), past_key_values=memory, max_new_tokens=5, do_sample=False)
+    model.generate(tokens(1, 300), **into(memory), max_new_tokens=5, do_sample=False)
     kinds = [type(layer).__name__ for layer in memory.layers]
     assert kinds.count("SegmentedLayer") == 1
     assert kinds.count("DynamicSlidingWindowLayer") == 5
@@ -342,7 +357,7 @@ def test_sliding_layers_are_counted(models):
 
 def test_dense_holds_little_more_than_dense(llama):
     memory = longwave.cache(llama, "dense")
-    llama.generate(tokens(2, 130), past_key_values=memory, max_new_tokens=100, do_sample=False)
+    llama.generate(tokens(2, 130), **into(memory), max_new_tokens=100, do_sample=False)
     assert 1 <= memory.report().ratio < 1.13
 
 

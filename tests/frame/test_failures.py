@@ -15,13 +15,10 @@ from longwave.evals.fork import fork, prefill
 from longwave.frame import MemoryLayer
 from longwave.methods.base import Bound, Method
 from longwave.store.tokens import TokenBuffer
-from tests.conftest import SMALL, build, left_padded, tokens
+from tests.conftest import SMALL, build, into, left_padded, tokens
 from tests.frame.spy import Spy
 from tests.matrix import LOSSY
 from tests.reading import check_state, read, read_in, state_of
-
-pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-
 
 # passes that fail
 
@@ -45,7 +42,7 @@ def check_marked(model, memory, ids):
         lambda: read(model, memory, ids),
         lambda: memory.crop(-1),
         lambda: StaticDecoder(model, memory, new_tokens=2),
-        lambda: model.generate(ids, past_key_values=copy.deepcopy(memory), max_new_tokens=2),
+        lambda: model.generate(ids, **into(copy.deepcopy(memory)), max_new_tokens=2),
     ):
         with pytest.raises(ValueError, match=r"failed half-way.*call cache.reset\(\)"):
             use()
@@ -201,7 +198,7 @@ def test_a_refused_4d_mask_changes_nothing(llama, name, kind):
     read(llama, memory, ids[:, :40])
     twin, before = copy.deepcopy(memory), state_of(memory)
     with pytest.raises((ValueError, NotImplementedError), match="4D attention mask"), torch.no_grad():
-        llama(ids[:, 40:44], past_key_values=memory, attention_mask=masks_of(4, 44)[kind])
+        llama(ids[:, 40:44], **into(memory), attention_mask=masks_of(4, 44)[kind])
     check_state(state_of(memory), before)
     sizes = (4, 1, 1)
     assert torch.equal(read_in(llama, memory, ids, sizes), read_in(llama, twin, ids, sizes))
@@ -213,7 +210,7 @@ def test_a_4d_mask_over_what_is_not_held_one_by_one_is_refused(llama, name):
     read(llama, memory, ids[:, :40])
     twin, before = copy.deepcopy(memory), state_of(memory)
     with pytest.raises(NotImplementedError, match="pass a 2D mask"), torch.no_grad():
-        llama(ids[:, 40:44], past_key_values=memory, attention_mask=torch.ones(2, 1, 4, 44, dtype=torch.bool))
+        llama(ids[:, 40:44], **into(memory), attention_mask=torch.ones(2, 1, 4, 44, dtype=torch.bool))
     check_state(state_of(memory), before)
     assert torch.equal(read(llama, memory, ids[:, :44]), read(llama, twin, ids[:, :44]))
 
@@ -229,7 +226,7 @@ def test_a_4d_mask_is_taken_where_every_token_is_held(models):
         memory = LOSSY[name](llama)
         read(llama, memory, ids[:, :6])
         with torch.no_grad():
-            got = llama(ids[:, 6:], past_key_values=memory, attention_mask=mask.bool()).logits
+            got = llama(ids[:, 6:], **into(memory), attention_mask=mask.bool()).logits
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -369,7 +366,7 @@ def test_a_model_that_never_selected_our_attention_says_what_to_do(kind, impleme
     for use in (
         lambda: read(other, copy.deepcopy(memory), ids),
         lambda: read(other, copy.deepcopy(memory), ids[:, :13]),
-        lambda: other.generate(ids, past_key_values=copy.deepcopy(memory), max_new_tokens=2),
+        lambda: other.generate(ids, **into(copy.deepcopy(memory)), max_new_tokens=2),
         lambda: read(other, longwave.cache(model, "dense"), ids),
     ):
         with pytest.raises(RuntimeError, match=r"attends by something else: longwave.cache\(model, ...\)"):

@@ -9,6 +9,7 @@ PROGRAM = """
 import ctypes, json, sys
 import torch, longwave
 from longwave.evals.data import pydoc_haystack
+from longwave.frame import cache_argument
 
 def resident():
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -25,12 +26,12 @@ def empty():
 def read(memory, tokens):
     with torch.no_grad():
         for start in range(0, tokens, 1000):  # in chunks, as a machine short of memory would
-            model(ids[:, start : start + 1000], past_key_values=memory, use_cache=True, logits_to_keep=1)
+            model(ids[:, start : start + 1000], **cache_argument(model, memory), use_cache=True, logits_to_keep=1)
     return memory
 
 memory = read(empty(), 1000)  # weights paged in, buffers of the libraries made, kernels loaded
 with torch.no_grad():
-    model(ids[:, 1000:1001], past_key_values=memory, use_cache=True)
+    model(ids[:, 1000:1001], **cache_argument(model, memory), use_cache=True)
 del memory
 before = resident()
 memory = read(empty(), 4000)

@@ -11,11 +11,10 @@ import longwave
 from longwave.decode import StaticDecoder
 from longwave.evals.fork import fork, needs_of, prefill
 from longwave.methods import METHODS
-from tests.conftest import build, left_padded, tokens
+from tests.conftest import build, into, left_padded, tokens
 from tests.frame.spy import Spy, Truth
 from tests.reading import positions_of, read
 
-pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 PADS, LENGTH, WIDTH = [0, 9, 17], 20, 6  # the last row is shorter than the queries that are remembered
 
 
@@ -327,7 +326,7 @@ def test_what_watches_attention_refuses_a_mask_of_the_callers(pair):
         memory = longwave.cache(model, "spy", **needs)
         read(model, memory, ids[:, :16])
         with pytest.raises(NotImplementedError, match="watches what attention reads"), torch.no_grad():
-            model(ids[:, 16:], past_key_values=memory, attention_mask=mask)
+            model(ids[:, 16:], **into(memory), attention_mask=mask)
         read(model, memory, ids)  # as if it had not been asked
         if "mass" in needs:
             check_mass(memory, [Truth(eager, ids[0])], [20])

@@ -13,11 +13,9 @@ from transformers.masking_utils import sdpa_mask
 
 import longwave
 from longwave.frame.attention import is_ours
-from tests.conftest import build, left_padded, tokens
+from tests.conftest import build, into, left_padded, tokens
 from tests.matrix import LOSSY
 from tests.reading import read
-
-pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 
 
 def pair(kind, implementation):
@@ -56,7 +54,7 @@ def test_other_uses_get_what_they_got(kind, implementation):
             found = []
             for model in (ours, stock):
                 memory, logits = make(), []
-                given = {} if memory is None else {"past_key_values": memory, "use_cache": True}
+                given = {} if memory is None else {**into(memory), "use_cache": True}
 
                 def run(model=model, given=given, logits=logits, padding=padding, memory=memory):
                     with torch.no_grad():
@@ -84,9 +82,7 @@ def test_a_model_that_gave_attentions_gives_them_afterwards(kind):
         got, want = (model(ids, attention_mask=mask, output_attentions=True).attentions for model in (ours, stock))
         assert len(got) == len(want) == len(stock.model.layers)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-        cached = ours(
-            ids, attention_mask=mask, past_key_values=DynamicCache(config=ours.config), output_attentions=True
-        )
+        cached = ours(ids, attention_mask=mask, **into(DynamicCache(config=ours.config)), output_attentions=True)
     assert all(torch.equal(a, b) for a, b in zip(cached.attentions, want, strict=True))
     options = dict(
         attention_mask=mask, max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_attentions=True
@@ -110,7 +106,7 @@ def test_attentions_of_a_longwave_cache_are_refused(kind, implementation):
     for ask in (
         lambda: read(model, memory, ids, output_attentions=True),
         lambda: model.generate(
-            ids, past_key_values=memory, max_new_tokens=2, return_dict_in_generate=True, output_attentions=True
+            ids, **into(memory), max_new_tokens=2, return_dict_in_generate=True, output_attentions=True
         ),
     ):
         with pytest.raises(NotImplementedError, match="never forms attention weights: drop output_attentions=True"):
@@ -127,7 +123,7 @@ def test_an_eager_model_generates_with_a_cache_as_it_did(kind):
     ids, mask = left_padded(2, 50, [13, 0])
     options = dict(attention_mask=mask, max_new_tokens=20, do_sample=False)
     memory = longwave.cache(ours, "kivi", budget=1.0, group=8, sinks=2, window=8)
-    assert torch.equal(ours.generate(ids, past_key_values=memory, **options), stock.generate(ids, **options))
+    assert torch.equal(ours.generate(ids, **into(memory), **options), stock.generate(ids, **options))
     assert torch.equal(ours.generate(ids, **options), stock.generate(ids, **options))
 
 
@@ -200,7 +196,7 @@ def test_threads_that_share_a_model_do_not_disturb_each_other():
 
     def answer(index):
         ids, mask = prompts[index]
-        given = {} if index == len(makers) else {"past_key_values": makers[index](model)}
+        given = {} if index == len(makers) else into(makers[index](model))
         return model.generate(ids, attention_mask=mask, max_new_tokens=25, do_sample=False, **given)
 
     alone = [answer(index) for index in range(len(prompts))]

@@ -12,7 +12,7 @@ import longwave
 from longwave.methods import METHODS, get_method
 from longwave.methods.base import CacheShape
 from longwave.methods.dense import DenseBound
-from tests.conftest import random_profile, shape_of, tokens
+from tests.conftest import into, random_profile, shape_of, tokens
 
 SMALL = dict(sinks=2, window=8)
 # options, and budgets that decide otherwise
@@ -51,7 +51,7 @@ def test_a_bound_method_given_again_keeps_its_plan(llama, name):
         with torch.no_grad():
             made = [longwave.cache(llama, x) for x in (bound, copy.deepcopy(bound))]
             for memory in made:
-                llama(tokens(1, 60), past_key_values=memory)
+                llama(tokens(1, 60), **into(memory))
             assert made[0].nbytes == made[1].nbytes == bound.nbytes(60)
 
 
@@ -185,7 +185,7 @@ def test_a_third_party_registers_a_method(llama, registry):
     memory = longwave.cache(llama, "third-party", level=5)
     assert memory.method.method.level == 5
     with torch.no_grad():
-        llama(tokens(1, 20), past_key_values=memory)
+        llama(tokens(1, 20), **into(memory))
     with pytest.raises(ValueError, match="third-party has no option 'leve'; did you mean 'level'"):
         longwave.cache(llama, "third-party", leve=5)
     with pytest.raises(ValueError, match="unknown method 'third-parti'; did you mean 'third-party'"):

@@ -12,7 +12,7 @@ from longwave.evals.fork import fork, prefill
 from longwave.frame import Pass, Step
 from longwave.methods.held import best
 from longwave.store.tokens import capacity
-from tests.conftest import left_padded, shape_of, tokens
+from tests.conftest import into, left_padded, shape_of, tokens
 from tests.methods import naive
 from tests.methods.naive import G, H, by_mass, by_place, by_votes, draw, drive, limit
 
@@ -184,7 +184,7 @@ def test_bytes_of_a_models_cache(policy, models):
         for batch, length in ((1, 150), (3, 70)):
             memory = longwave.cache(model, method, budget_of(method))
             with torch.no_grad():
-                model(tokens(batch, length), past_key_values=memory)
+                model(tokens(batch, length), **into(memory))
             most = memory.method.nbytes(length, batch)
             assert memory.nbytes == most if exact else most / 2 < memory.nbytes <= most
             assert sum(x.nbytes for x in memory.memory_layers()) == batch * sum(
@@ -226,10 +226,10 @@ def test_a_size_is_kept_by_a_whole_generation(llama, some):
     size = int(300 * shape_of(llama).token_bytes * 3 * 0.7)
     memory = longwave.cache(llama, method, f"{size}B", max_tokens=300)
     with torch.no_grad():
-        llama(tokens(1, 230), past_key_values=memory)
+        llama(tokens(1, 230), **into(memory))
         for i in range(70):
             assert memory.nbytes <= size
-            llama(tokens(1, 1, seed=i), past_key_values=memory)
+            llama(tokens(1, 1, seed=i), **into(memory))
     assert memory.nbytes <= size
     assert memory.report().ratio < 0.8
     assert memory.report().held == memory.layers[0].dense.lengths[0] < memory.report().tokens == 300
@@ -243,10 +243,10 @@ def test_a_row_does_not_depend_on_the_others(models, some):
     ids, mask = left_padded(3, 80, pads)
     options = dict(max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True)
     memory = longwave.cache(model, method, budget_of(method))
-    together = model.generate(ids, attention_mask=mask, past_key_values=memory, **options)
+    together = model.generate(ids, attention_mask=mask, **into(memory), **options)
     for row, pad in enumerate(pads):
         own = longwave.cache(model, method, budget_of(method))
-        alone = model.generate(ids[row : row + 1, pad:], past_key_values=own, **options)
+        alone = model.generate(ids[row : row + 1, pad:], **into(own), **options)
         assert torch.equal(together.sequences[row, 80:], alone.sequences[0, 80 - pad :])
         torch.testing.assert_close(together.logits[-1][row], alone.logits[-1][0], rtol=1e-3, atol=1e-3)
         for ours, theirs in zip(memory.memory_layers(), own.memory_layers(), strict=True):
@@ -263,7 +263,7 @@ def test_a_fork_keeps_what_reading_keeps(policy, llama):
     fork(prefill(llama, ids, mask, empty.method.needs), empty)
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        llama(ids, attention_mask=mask, position_ids=places, past_key_values=read)
+        llama(ids, attention_mask=mask, position_ids=places, **into(read))
     for ours, theirs in zip(empty.memory_layers(), read.memory_layers(), strict=True):
         assert ours.rows == theirs.rows
         assert ours.dense.lengths == theirs.dense.lengths
@@ -374,7 +374,7 @@ def test_crop_beyond_an_eviction_is_refused_and_changes_nothing(policy, llama):
     method = policy[0]
     memory = longwave.cache(llama, method, budget_of(method))
     with torch.no_grad():
-        llama(tokens(2, 90), past_key_values=memory)
+        llama(tokens(2, 90), **into(memory))
         before = [layer.dense.column("position").clone() for layer in memory.memory_layers()]
         with pytest.raises(
             ValueError, match="cannot remove the last 1 tokens: row 0 evicted others when it had seen 90"
@@ -384,7 +384,7 @@ def test_crop_beyond_an_eviction_is_refused_and_changes_nothing(policy, llama):
         assert memory.get_seq_length() == 90
         for layer, places in zip(memory.memory_layers(), before, strict=True):
             assert torch.equal(layer.dense.column("position"), places)
-        llama(tokens(2, 4, seed=3), past_key_values=memory)
+        llama(tokens(2, 4, seed=3), **into(memory))
 
 
 def test_crop_where_nothing_was_evicted_yet(policy):
@@ -452,10 +452,10 @@ def test_a_mask_of_its_own_over_evicted_tokens_is_refused_and_the_cache_stays_us
     twin = longwave.cache(llama, method, budget_of(method))
     with torch.no_grad():
         for made in (memory, twin):
-            llama(tokens(1, 60), past_key_values=made)
+            llama(tokens(1, 60), **into(made))
         with pytest.raises(NotImplementedError, match="4D attention mask"):
-            llama(tokens(1, 4), past_key_values=memory, attention_mask=torch.ones(1, 1, 4, 64, dtype=torch.bool))
-        got, expected = (llama(tokens(1, 4, seed=2), past_key_values=made).logits for made in (memory, twin))
+            llama(tokens(1, 4), **into(memory), attention_mask=torch.ones(1, 1, 4, 64, dtype=torch.bool))
+        got, expected = (llama(tokens(1, 4, seed=2), **into(made)).logits for made in (memory, twin))
     assert torch.equal(got, expected)
 
 

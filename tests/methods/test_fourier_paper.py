@@ -7,7 +7,7 @@ import longwave
 from longwave.methods import get_method
 from longwave.methods.base import CacheShape
 from longwave.methods.fourier_paper import paper_share
-from tests.conftest import build, random_profile, shape_of, tokens
+from tests.conftest import build, into, random_profile, shape_of, tokens
 
 SMALL = dict(states=16, sinks=2, window=8, reserve=16)
 
@@ -72,7 +72,7 @@ def test_everything_kept_equals_dense(dtype):
     expected = model(ids, use_cache=False).logits
     memory = longwave.cache(model, longwave.FourierPaper(keep=1.0, **SMALL))
     with torch.no_grad():
-        got = [model(ids[:, a:b], past_key_values=memory).logits for a, b in ((0, 60), (60, 89), (89, 90))]
+        got = [model(ids[:, a:b], **into(memory)).logits for a, b in ((0, 60), (60, 89), (89, 90))]
     assert all(layer.store is not None for layer in memory.memory_layers())
     torch.testing.assert_close(torch.cat(got, 1), expected, rtol=0, atol=1e-9 if dtype == torch.float64 else 1e-4)
 
@@ -82,11 +82,11 @@ def test_stretching_changes_what_is_read(llama):
     for stretch in (True, False):
         memory = longwave.cache(llama, longwave.FourierPaper(keep=0.0, stretch=stretch, **SMALL))
         with torch.no_grad():
-            llama(ids, past_key_values=memory)
+            llama(ids, **into(memory))
         held[stretch] = memory.layers[0].materialize()[0][:, :, 2:-8]
     exact = longwave.cache(llama, "dense")
     with torch.no_grad():
-        llama(ids, past_key_values=exact)
+        llama(ids, **into(exact))
     true = exact.layers[0].materialize()[0][:, :, 2:-8]
     centred = {name: (x - x.mean(2, keepdim=True)).abs().amax(2) for name, x in {**held, "true": true}.items()}
     torch.testing.assert_close(centred[True], centred["true"], rtol=1e-4, atol=1e-5)
@@ -96,7 +96,7 @@ def test_stretching_changes_what_is_read(llama):
 def test_growth_crosses_the_threshold(llama):
     """A short prompt that grows past sinks + window + states is compressed then; the release keeps it dense."""
     memory = longwave.cache(llama, longwave.FourierPaper(**SMALL), profile=random_profile(llama))
-    llama.generate(tokens(1, 20), past_key_values=memory, max_new_tokens=60, do_sample=False)
+    llama.generate(tokens(1, 20), **into(memory), max_new_tokens=60, do_sample=False)
     assert all(layer.store is not None and layer.store.tokens[0] > 16 for layer in memory.memory_layers())
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import longwave
-from tests.conftest import left_padded, tokens
+from tests.conftest import into, left_padded, tokens
 from tests.methods import naive
 from tests.methods.naive import SCALE, D, G, H, InSlots, draw, drive
 from tests.methods.test_evicting import new_layer, run
@@ -84,7 +84,7 @@ def test_in_slots_it_counts_what_the_turned_keys_got(llama):
     with torch.no_grad():
         for size in (40, 1, 1, 1, 17, *[1] * 20):
             part = ids[:, start : start + size]
-            got = llama(part, past_key_values=memory).logits[0]
+            got = llama(part, **into(memory)).logits[0]
             torch.testing.assert_close(got.double(), hand.read(part[0]), rtol=0, atol=1e-4)
             start += size
             for layer, heads in zip(memory.memory_layers(), hand.held, strict=True):
@@ -100,8 +100,8 @@ def test_padding_gives_nothing(llama):
     together, alone = (longwave.cache(llama, longwave.H2O(tokens=100, **SMALL)) for _ in range(2))
     with torch.no_grad():
         places = (mask.cumsum(-1) - 1).clamp(min=0)
-        llama(ids, attention_mask=mask, position_ids=places, past_key_values=together)
-        llama(ids[1:, 37:], past_key_values=alone)
+        llama(ids, attention_mask=mask, position_ids=places, **into(together))
+        llama(ids[1:, 37:], **into(alone))
     for ours, theirs in zip(together.memory_layers(), alone.memory_layers(), strict=True):
         torch.testing.assert_close(
             ours.dense.column("mass")[1:, :, :23], theirs.dense.column("mass"), rtol=1e-3, atol=1e-4

@@ -8,7 +8,7 @@ import torch
 import longwave
 from longwave.methods.base import CacheShape
 from longwave.store.tokens import capacity
-from tests.conftest import left_padded, shape_of, tokens
+from tests.conftest import into, left_padded, shape_of, tokens
 
 SMALL = dict(group=8, sinks=3, window=16)
 
@@ -113,7 +113,7 @@ def test_bytes_to_the_byte(llama, bits, dtype, count):
     """2 heads of 8 channels, 3 layers; groups of 8 tokens, 3 + 16 dense ones."""
     model = copy.deepcopy(llama).to(dtype)
     cache = longwave.cache(model, longwave.Kivi(bits=bits, **SMALL))
-    model(tokens(2, count), past_key_values=cache, use_cache=True)
+    model(tokens(2, count), **into(cache), use_cache=True)
     groups = max(0, count - 19) // 8
 
     def up(n):
@@ -142,7 +142,7 @@ def naive(x, bits):
 def prefilled(model, method, ids):
     cache = longwave.cache(model, method)
     with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True)
+        model(ids, **into(cache), use_cache=True)
     return list(cache.memory_layers())
 
 
@@ -214,10 +214,10 @@ def test_left_padding_equals_row_by_row(llama):
     ids, mask = left_padded(3, 60, [0, 7, 31])
     options = dict(max_new_tokens=12, do_sample=False)
     method = longwave.Kivi(bits=(4, 2), **SMALL)
-    together = llama.generate(ids, attention_mask=mask, past_key_values=longwave.cache(llama, method), **options)
-    plain = llama.generate(ids, attention_mask=mask, past_key_values=longwave.cache(llama, "dense"), **options)
+    together = llama.generate(ids, attention_mask=mask, **into(longwave.cache(llama, method)), **options)
+    plain = llama.generate(ids, attention_mask=mask, **into(longwave.cache(llama, "dense")), **options)
     for row, pad in enumerate([0, 7, 31]):
-        alone = llama.generate(ids[row : row + 1, pad:], past_key_values=longwave.cache(llama, method), **options)
+        alone = llama.generate(ids[row : row + 1, pad:], **into(longwave.cache(llama, method)), **options)
         assert torch.equal(alone[0, -12:], together[row, -12:])
     assert not torch.equal(together, plain)  # two bits are not nothing
 
@@ -229,8 +229,8 @@ def test_more_bits_are_nearer_to_dense(llama):
         method = longwave.Dense() if bits is None else longwave.Kivi(bits=bits, **SMALL)
         cache = longwave.cache(llama, method)
         with torch.no_grad():
-            llama(ids[:, :80], past_key_values=cache, use_cache=True)
-            scores[bits] = llama(ids[:, 80:], past_key_values=cache, use_cache=True).logits
+            llama(ids[:, :80], **into(cache), use_cache=True)
+            scores[bits] = llama(ids[:, 80:], **into(cache), use_cache=True).logits
     errors = [float((scores[bits] - scores[None]).square().mean()) for bits in (2, 3, 4, 8)]
     assert errors == sorted(errors, reverse=True)
     assert errors[3] < errors[0] / 1000
@@ -244,8 +244,8 @@ def test_by_name_and_with_a_size(llama):
     size = int(dense_bytes * 0.8)  # a third of it is one of three layers unpacked, while a turn is read
     cache = longwave.cache(llama, "kivi", budget=f"{size}B", max_tokens=400, **SMALL)
     with torch.no_grad():
-        llama(tokens(1, 330), past_key_values=cache, use_cache=True)
-        llama(tokens(1, 70, seed=2), past_key_values=cache, use_cache=True)
+        llama(tokens(1, 330), **into(cache), use_cache=True)
+        llama(tokens(1, 70, seed=2), **into(cache), use_cache=True)
     report = cache.report()
     assert report.scratch == dense_bytes / 3
     assert report.nbytes + report.scratch <= size

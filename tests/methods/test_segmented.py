@@ -10,7 +10,7 @@ from longwave.frame import storage_bytes
 from longwave.methods.base import CacheShape
 from longwave.ops.spectral.basis import BASES
 from longwave.store import pages
-from tests.conftest import ask, build, left_padded, random_profile, tokens
+from tests.conftest import ask, build, into, left_padded, random_profile, tokens
 from tests.explicit import Explicit
 
 H, D = 2, 8
@@ -138,9 +138,9 @@ def test_what_a_turn_takes_beside_is_bounded_said_and_given_back(llama):
     """One row of one layer at a time, dense; peak_bytes counts it."""
     memory = longwave.cache(llama, LOSSY["segments"], profile=random_profile(llama))
     with torch.no_grad():
-        llama(tokens(2, 150), past_key_values=memory)
+        llama(tokens(2, 150), **into(memory))
         assert memory.report().scratch == 0
-        llama(tokens(2, 50, seed=2), past_key_values=memory)
+        llama(tokens(2, 50, seed=2), **into(memory))
     report = memory.report()
     assert report.scratch == 200 * memory.method.shape.token_bytes
     assert f"a pass took {report.scratch:,} more" in str(report)
@@ -350,7 +350,7 @@ def test_nothing_lost_equals_dense(dtype, options):
     expected = model(ids, use_cache=False).logits
     memory = longwave.cache(model, Explicit(segment=16, sinks=2, window=8, **options))
     with torch.no_grad():
-        got = [model(ids[:, a:b], past_key_values=memory).logits for a, b in ((0, 60), (60, 89), (89, 90))]
+        got = [model(ids[:, a:b], **into(memory)).logits for a, b in ((0, 60), (60, 89), (89, 90))]
     assert any(layer.store is not None for layer in memory.memory_layers())
     atol = 1e-9 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(torch.cat(got, 1), expected, rtol=0, atol=atol)
@@ -376,13 +376,13 @@ def test_a_row_does_not_depend_on_the_others(models, lossy, chunk):
     options = dict(max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True)
     options |= {} if chunk is None else {"prefill_chunk_size": chunk}
     memory = lossy(model)
-    together = model.generate(ids, attention_mask=mask, past_key_values=memory, **options)
+    together = model.generate(ids, attention_mask=mask, **into(memory), **options)
     assert all(torch.isfinite(x).all() for x in together.logits)
     for row, pad in enumerate((31, 0, 77)):
         if chunk is not None and pad % chunk:  # chunks would begin elsewhere in the row
             continue
         alone = model.generate(
-            ids[row : row + 1, pad:], attention_mask=mask[row : row + 1, pad:], past_key_values=lossy(model), **options
+            ids[row : row + 1, pad:], attention_mask=mask[row : row + 1, pad:], **into(lossy(model)), **options
         )
         assert torch.equal(together.sequences[row, 80:], alone.sequences[0, 80 - pad :])
         torch.testing.assert_close(together.logits[-1][row], alone.logits[-1][0], rtol=1e-3, atol=1e-3)
@@ -395,8 +395,8 @@ def test_it_really_compresses(llama, lossy):
     exact = llama(ids, use_cache=False).logits[:, -1]
     memory = lossy(llama)
     with torch.no_grad():
-        llama(ids[:, :299], past_key_values=memory)
-        got = llama(ids[:, 299:], past_key_values=memory).logits[:, -1]
+        llama(ids[:, :299], **into(memory))
+        got = llama(ids[:, 299:], **into(memory)).logits[:, -1]
     assert memory.nbytes < 0.8 * memory.dense_nbytes
     assert (got - exact).abs().max() > 1e-2
 
@@ -408,7 +408,7 @@ def test_beams_reorder_the_compressed_past(models, lossy):
     memory = lossy(model)
     out = model.generate(
         ids,
-        past_key_values=memory,
+        **into(memory),
         num_beams=3,
         num_return_sequences=3,
         max_new_tokens=30,
@@ -420,10 +420,10 @@ def test_beams_reorder_the_compressed_past(models, lossy):
     for sequence, score in zip(out.sequences, out.sequences_scores, strict=True):
         replay, total = lossy(model), 0.0
         with torch.no_grad():
-            logits = model(ids, past_key_values=replay).logits[:, -1]
+            logits = model(ids, **into(replay)).logits[:, -1]
             for token in sequence[70:]:
                 total += torch.log_softmax(logits, -1)[0, token].item()
-                logits = model(token.view(1, 1), past_key_values=replay).logits[:, -1]
+                logits = model(token.view(1, 1), **into(replay)).logits[:, -1]
         assert total == pytest.approx(score.item(), abs=2e-3)
 
 
@@ -432,18 +432,18 @@ def test_several_tokens_at_once_equal_one_by_one_within_the_open_segment(llama, 
     at_once, stepwise = lossy(llama), lossy(llama)
     with torch.no_grad():
         for memory in (at_once, stepwise):
-            llama(ids, past_key_values=memory)
+            llama(ids, **into(memory))
         before = [layer.store.tokens for layer in stepwise.memory_layers()]
-        expected = torch.cat([llama(new[:, i : i + 1], past_key_values=stepwise).logits for i in range(6)], 1)
+        expected = torch.cat([llama(new[:, i : i + 1], **into(stepwise)).logits for i in range(6)], 1)
         assert before == [layer.store.tokens for layer in stepwise.memory_layers()]  # nothing crossed the window
-        torch.testing.assert_close(llama(new, past_key_values=at_once).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(llama(new, **into(at_once)).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_prompts_shorter_than_sinks_and_window_stay_dense(llama):
     memory = longwave.cache(llama, Explicit(keep=0.0, states=2, segment=16, sinks=4, window=40))
     ids = tokens(1, 30)
     with torch.no_grad():
-        got = llama(ids, past_key_values=memory).logits
+        got = llama(ids, **into(memory)).logits
     torch.testing.assert_close(got, llama(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
     assert all(layer.store is None for layer in memory.memory_layers())
     assert "dense" in str(memory.report())
@@ -454,12 +454,12 @@ def test_crop_keeps_to_the_dense_tail(llama, lossy):
     ids, guess, new = tokens(1, 80), tokens(1, 5, seed=2), tokens(1, 3, seed=3)
     with torch.no_grad():
         for m in (memory, twin):
-            llama(ids, past_key_values=m)
+            llama(ids, **into(m))
         memory.activate_past_recording()
-        llama(guess, past_key_values=memory)
+        llama(guess, **into(memory))
         memory.crop(-5)
         assert memory.get_seq_length() == 80
-        got, expected = (llama(new, past_key_values=m).logits for m in (memory, twin))
+        got, expected = (llama(new, **into(m)).logits for m in (memory, twin))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="compressed already"):
         memory.crop(-70)
@@ -469,10 +469,10 @@ def test_recording_postpones_compression_by_one_pass_only(llama):
     memory = longwave.cache(llama, LOSSY["segments"], profile=random_profile(llama))
     memory.activate_past_recording()
     with torch.no_grad():
-        llama(tokens(1, 20), past_key_values=memory)
-        llama(tokens(1, 6), past_key_values=memory)  # a segment is due, and waits
+        llama(tokens(1, 20), **into(memory))
+        llama(tokens(1, 6), **into(memory))  # a segment is due, and waits
         assert all(layer.store is None for layer in memory.memory_layers())
-        llama(tokens(1, 1), past_key_values=memory)
+        llama(tokens(1, 1), **into(memory))
     assert all(layer.store is not None for layer in memory.memory_layers())
 
 
@@ -481,7 +481,7 @@ def test_recording_does_not_hold_a_whole_prompt_dense(llama, lossy):
     memory = lossy(llama)
     memory.activate_past_recording()
     with torch.no_grad():
-        llama(tokens(1, 300), past_key_values=memory)
+        llama(tokens(1, 300), **into(memory))
     assert memory.report().ratio < 0.8
     memory.crop(-5)
     assert memory.get_seq_length() == 295
@@ -493,11 +493,11 @@ def test_inference_mode_and_back(llama, lossy):
     memory = lossy(llama)
     ids, mask = left_padded(2, 90, [30, 0])
     with torch.inference_mode():
-        llama(ids, attention_mask=mask, past_key_values=memory)
-        llama(tokens(2, 1), attention_mask=torch.cat([mask, mask[:, -1:]], 1), past_key_values=memory)
+        llama(ids, attention_mask=mask, **into(memory))
+        llama(tokens(2, 1), attention_mask=torch.cat([mask, mask[:, -1:]], 1), **into(memory))
     mask = torch.nn.functional.pad(mask, (0, 60), value=1)
     out = llama.generate(
-        torch.cat([ids, tokens(2, 60, seed=4)], 1), attention_mask=mask, past_key_values=memory, max_new_tokens=40
+        torch.cat([ids, tokens(2, 60, seed=4)], 1), attention_mask=mask, **into(memory), max_new_tokens=40
     )
     assert out.shape == (2, 190)
 
@@ -519,13 +519,13 @@ def test_peak_covers_rows_of_different_lengths(name):
 def test_deepcopies_do_not_share_the_store(llama, lossy):
     memory = lossy(llama)
     with torch.no_grad():
-        llama(tokens(1, 90), past_key_values=memory)
+        llama(tokens(1, 90), **into(memory))
         twin = copy.deepcopy(memory)
-        expected = llama(tokens(1, 4, seed=3), past_key_values=twin).logits
-        llama(tokens(1, 90, seed=9), past_key_values=memory)
+        expected = llama(tokens(1, 4, seed=3), **into(twin)).logits
+        llama(tokens(1, 90, seed=9), **into(memory))
         fresh = lossy(llama)
-        llama(tokens(1, 90), past_key_values=fresh)
-        torch.testing.assert_close(llama(tokens(1, 4, seed=3), past_key_values=fresh).logits, expected)
+        llama(tokens(1, 90), **into(fresh))
+        torch.testing.assert_close(llama(tokens(1, 4, seed=3), **into(fresh)).logits, expected)
     assert twin.nbytes > 0
 
 
@@ -536,7 +536,7 @@ def test_half_precision_stays_close_to_float32():
     for m in (model, half):
         memory = longwave.cache(m, LOSSY["segments"], profile=random_profile(m))
         with torch.no_grad():
-            m(ids, past_key_values=memory)
+            m(ids, **into(memory))
         made.append(memory.layers[0].materialize()[0].float())
         layout = memory.layers[0].store.layout
         assert layout.dtype == layout.k[0].states.dtype == m.dtype

@@ -11,7 +11,7 @@ import torch
 import longwave
 from longwave.frame import Pass
 from longwave.store.tokens import capacity
-from tests.conftest import left_padded, shape_of, tokens
+from tests.conftest import into, left_padded, shape_of, tokens
 from tests.methods import naive
 from tests.methods.naive import SCALE, D, G, H, draw, drive
 from tests.methods.test_evicting import run, step_of
@@ -137,10 +137,7 @@ def test_all_of_it_is_plain_attention(method, llama):
     ids = tokens(2, 60)
     memory = longwave.cache(llama, method, 1.0)
     with torch.no_grad():
-        got = [
-            llama(ids[:, a:b], past_key_values=memory).logits
-            for a, b in ((0, 50), *((i, i + 1) for i in range(50, 60)))
-        ]
+        got = [llama(ids[:, a:b], **into(memory)).logits for a, b in ((0, 50), *((i, i + 1) for i in range(50, 60)))]
     torch.testing.assert_close(torch.cat(got, 1), llama(ids, use_cache=False).logits, rtol=0, atol=1e-4)
     memory.crop(-3)
     assert all(layer.summary is None for layer in memory.memory_layers())
@@ -149,7 +146,7 @@ def test_all_of_it_is_plain_attention(method, llama):
 def test_the_first_layers_may_read_everything(llama):
     memory = longwave.cache(llama, longwave.Quest(full_layers=2, **SMALL), 0.1)
     with torch.no_grad():
-        llama(tokens(1, 60), past_key_values=memory)
+        llama(tokens(1, 60), **into(memory))
     assert [layer.summary is None for layer in memory.memory_layers()] == [True, True, False]
 
 
@@ -158,8 +155,8 @@ def test_it_really_selects(llama):
     for budget in (1.0, 0.1):
         memory = longwave.cache(llama, longwave.Quest(full_layers=0, **SMALL), budget)
         with torch.no_grad():
-            llama(ids[:, :199], past_key_values=memory)
-            answers[budget] = llama(ids[:, 199:], past_key_values=memory).logits
+            llama(ids[:, :199], **into(memory))
+            answers[budget] = llama(ids[:, 199:], **into(memory)).logits
     assert (answers[1.0] - answers[0.1]).abs().max() > 1e-2
 
 
@@ -282,7 +279,7 @@ def test_bytes_are_exact(method):
 def test_bytes_of_a_models_cache(llama):
     memory = longwave.cache(llama, longwave.Quest(full_layers=1, **SMALL), 0.3)
     with torch.no_grad():
-        llama(tokens(3, 150), past_key_values=memory)
+        llama(tokens(3, 150), **into(memory))
     assert memory.nbytes == memory.method.nbytes(150, 3)
     assert memory.report().parts["summaries"] == 2 * 3 * H * D * 4 * 2 * math.ceil(192 / 4)
 
@@ -303,9 +300,9 @@ def test_a_row_does_not_depend_on_the_others(llama):
     ids, mask = left_padded(3, 80, pads)
     options = dict(max_new_tokens=20, do_sample=False, output_logits=True, return_dict_in_generate=True)
     method = longwave.Quest(full_layers=0, **SMALL)
-    together = llama.generate(ids, attention_mask=mask, past_key_values=longwave.cache(llama, method, 0.3), **options)
+    together = llama.generate(ids, attention_mask=mask, **into(longwave.cache(llama, method, 0.3)), **options)
     for row, pad in enumerate(pads):
-        alone = llama.generate(ids[row : row + 1, pad:], past_key_values=longwave.cache(llama, method, 0.3), **options)
+        alone = llama.generate(ids[row : row + 1, pad:], **into(longwave.cache(llama, method, 0.3)), **options)
         assert torch.equal(together.sequences[row, 80:], alone.sequences[0, 80 - pad :])
         torch.testing.assert_close(together.logits[-1][row], alone.logits[-1][0], rtol=1e-3, atol=1e-3)
 
@@ -333,10 +330,10 @@ def test_host_memory_answers_alike(llama, pads):
     for host in (False, True):
         memory = longwave.cache(model, longwave.Quest(full_layers=1, host=host, **SMALL), 0.3)
         with torch.no_grad():
-            got, start = [model(ids, attention_mask=mask, past_key_values=memory).logits], 0
+            got, start = [model(ids, attention_mask=mask, **into(memory)).logits], 0
             for size in (1, 1, 20, *[1] * 38):
                 part, seen = new[:, start : start + size], whole[:, : 90 + start + size]
-                got.append(model(part, attention_mask=seen, past_key_values=memory).logits)
+                got.append(model(part, attention_mask=seen, **into(memory)).logits)
                 start += size
         memory.batch_select_indices(torch.tensor([1, 0]))
         memory.crop(-7)

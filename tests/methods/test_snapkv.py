@@ -9,7 +9,7 @@ import longwave
 from longwave.frame.observe import Queries
 from longwave.methods.held import Held
 from longwave.store.tokens import capacity
-from tests.conftest import left_padded, tokens
+from tests.conftest import into, left_padded, tokens
 from tests.methods import naive
 from tests.methods.naive import SCALE, D, G, H, Head, Token, by_votes, draw, drive, limit
 from tests.methods.test_evicting import new_layer, run
@@ -280,10 +280,10 @@ def test_a_row_does_not_depend_on_the_others_in_pages(llama):
     ids, mask = left_padded(3, 80, pads)
     options = dict(max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True)
     memory = longwave.cache(llama, PAGED, 0.06)
-    together = llama.generate(ids, attention_mask=mask, past_key_values=memory, **options)
+    together = llama.generate(ids, attention_mask=mask, **into(memory), **options)
     for row, pad in enumerate(pads):
         own = longwave.cache(llama, PAGED, 0.06)
-        alone = llama.generate(ids[row : row + 1, pad:], past_key_values=own, **options)
+        alone = llama.generate(ids[row : row + 1, pad:], **into(own), **options)
         torch.testing.assert_close(together.logits[-1][row], alone.logits[-1][0], rtol=1e-3, atol=1e-3)
         for ours, theirs in zip(memory.memory_layers(), own.memory_layers(), strict=True):
             assert ours.store.counts[row] == theirs.store.counts[0] > 0
@@ -309,11 +309,11 @@ def test_rows_move_and_copies_do_not_share_in_pages():
 def test_crop_keeps_to_what_is_not_in_pages(llama):
     memory = longwave.cache(llama, PAGED, 0.06)
     with torch.no_grad():
-        llama(tokens(1, 90), past_key_values=memory)
+        llama(tokens(1, 90), **into(memory))
         memory.activate_past_recording()
-        llama(tokens(1, 5, seed=2), past_key_values=memory)
+        llama(tokens(1, 5, seed=2), **into(memory))
         memory.crop(-5)
         assert memory.get_seq_length() == 90
         with pytest.raises(ValueError, match="compressed already"):
             memory.crop(-80)
-        llama(tokens(1, 5, seed=3), past_key_values=memory)
+        llama(tokens(1, 5, seed=3), **into(memory))

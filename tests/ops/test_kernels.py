@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import longwave
 from longwave.store.pages import PageStore
-from tests.conftest import SMALL
+from tests.conftest import SMALL, into
 
 pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here is none")
 
@@ -34,7 +34,7 @@ def logits(model, monkeypatch, kernels, method="fourier", steps=(100, 3, 1, 1), 
     found, start = [], 0
     with torch.no_grad():
         for n in steps:
-            found.append(model(ids[:, start : start + n], past_key_values=cache).logits[:, -1])
+            found.append(model(ids[:, start : start + n], **into(cache)).logits[:, -1])
             start += n
     return torch.stack(found).float(), sum(answers)
 

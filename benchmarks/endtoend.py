@@ -42,6 +42,7 @@ import longwave
 from benchmarks.kernels import SEGMENT, codes, described, folded, grouped, tidy
 from longwave.decode import StaticDecoder
 from longwave.decode.compiled import Compiled, OpaqueCache
+from longwave.frame import cache_argument
 from longwave.methods.segmented import Segmented, SegmentedBound
 from longwave.ops.spectral import reference
 from longwave.ops.spectral.basis import table
@@ -171,7 +172,7 @@ class DenseDecoder:
                 self.logits = self._forward()
 
     def _forward(self):
-        given = dict(position_ids=self.position, past_key_values=self.cache, use_cache=True)
+        given = dict(position_ids=self.position, **cache_argument(self.model, self.cache), use_cache=True)
         with nullcontext() if self.compiled is None else self.compiled.within():
             return self.model(self.ids, **given).logits[:, -1]
 
@@ -244,7 +245,7 @@ class OrdinaryDecoder:
         self.model, self.cache = model, cache
 
     def step(self, ids):
-        return self.model(ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        return self.model(ids, **cache_argument(self.model, self.cache), use_cache=True).logits[:, -1]
 
     def finish(self):
         self.cache = None
@@ -340,7 +341,7 @@ def prefill_once(model, make, batch, context, seed):
         torch.cuda.reset_peak_memory_stats()
         weights = torch.cuda.memory_allocated()
     began = time.perf_counter()
-    model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
     wait(device)
     seconds = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
@@ -438,7 +439,7 @@ def gate(model, method, seed, compile):
     if method is None:
         model.set_attn_implementation("sdpa")
         stock = DynamicCache(config=model.config)
-        model(ids, past_key_values=stock, use_cache=True, logits_to_keep=1)
+        model(ids, **cache_argument(model, stock), use_cache=True, logits_to_keep=1)
         room = [torch.nn.functional.pad(x, (0, 0, 0, 1)) for y in stock.layers for x in (y.keys, y.values)]
         want = OrdinaryDecoder(model, stock).step(ids[:, :1])
         for form in forms(model.device.type):
@@ -450,7 +451,7 @@ def gate(model, method, seed, compile):
     else:
         caches = [longwave.cache(model, method) for _ in range(2)]
         for cache in caches:
-            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(ids, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
         ordinary = OrdinaryDecoder(model, caches[0])
         quick = StaticDecoder(model, caches[1], new_tokens=GATE_STEPS, compile=compile)
         for i in range(GATE_STEPS):

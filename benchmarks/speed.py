@@ -19,6 +19,7 @@ from transformers import DynamicCache
 import longwave
 from longwave.evals.data import pydoc_haystack
 from longwave.evals.spec import parse_spec
+from longwave.frame import cache_argument
 
 DEFAULT = ["dense", "fourier:budget=0.125", "fourier:budget=0.078", "fourier:budget=0.03", "fourier-paper"]
 
@@ -37,7 +38,7 @@ def step(model, memory, ids):
     # transformers' own cache runs under transformers' own attention
     model.set_attn_implementation("sdpa" if isinstance(memory, DynamicCache) else "longwave")
     began = time.perf_counter()
-    logits = model(ids, past_key_values=memory, use_cache=True, logits_to_keep=1).logits
+    logits = model(ids, **cache_argument(model, memory), use_cache=True, logits_to_keep=1).logits
     return time.perf_counter() - began, logits
 
 

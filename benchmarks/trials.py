@@ -21,7 +21,7 @@ import torch
 
 import longwave
 from longwave.evals.fork import prefill
-from longwave.frame import MemoryLayer, Needs, assemble
+from longwave.frame import MemoryLayer, Needs, assemble, cache_argument
 from longwave.ops.attention.reference import group_heads
 from longwave.ops.codes import quantize, rotation
 from longwave.ops.spectral.basis import table
@@ -60,7 +60,7 @@ class Bench:
         for layer, (k, v) in zip(memory.memory_layers(), kv, strict=True):
             layer.write(k, v)
             layer.settle()
-        logits = self.model(self.ids[:, CONTEXT:-1], past_key_values=memory, use_cache=True).logits
+        logits = self.model(self.ids[:, CONTEXT:-1], **cache_argument(self.model, memory), use_cache=True).logits
         return logits.float().log_softmax(-1), memory
 
     def score(self, key, value):

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 import longwave
-from longwave.frame import Pass
+from longwave.frame import Pass, cache_argument
 from longwave.ops.attention.reference import last_attention
 
 
@@ -47,7 +47,7 @@ def on_cpu(context, tokens, budgets, repeats):
         for name, memory in caches.items():
             own = copy.deepcopy(memory)
             began = time.perf_counter()
-            model(new, past_key_values=own, use_cache=True, logits_to_keep=1)
+            model(new, **cache_argument(model, own), use_cache=True, logits_to_keep=1)
             if turn:  # the first one warms up
                 times[name].append(time.perf_counter() - began)
             scratch = own.report().scratch

@@ -36,7 +36,7 @@ def generate(
 ) -> Any:
     """`model.generate` with a `LongCache`, its steps taken by a `StaticDecoder`: same arguments, same answer.
 
-    `past_key_values` (or `cache`) is the LongCache; the most new tokens decide the storage that is reserved. graph and
+    `cache` (or `past_key_values`) is the LongCache; the most new tokens decide the storage that is reserved. graph and
     compile: as in `StaticDecoder`.
 
     Raises Unsupported, a ValueError, for what only model.generate does: what `supports` names, beams and other modes
@@ -47,7 +47,7 @@ def generate(
     caches = [options.pop(name, None) for name in NAMES]
     cache = next((one for one in caches if one is not None), None)
     if cache is None:
-        raise ValueError("longwave.generate needs a cache: pass past_key_values=longwave.cache(model, ...)")
+        raise ValueError("longwave.generate needs a cache: pass cache=longwave.cache(model, ...)")
 
     def asked(name: str) -> Any:
         """An option as model.generate takes it: from its arguments, then the config given, then the model's own."""

@@ -19,7 +19,7 @@ from transformers.cache_utils import CacheLayerMixin
 from longwave.decode.compiled import Compiled, OpaqueCache, Uncompiled, layers_of
 from longwave.decode.graph import Graph
 from longwave.frame import LongCache, MemoryLayer, Pass, Step, cache_name
-from longwave.frame.attention import Handle, LogicalLength, StepMask, is_ours
+from longwave.frame.attention import Handle, LogicalLength, StepMask, is_ours, own_arithmetic
 from longwave.frame.hidden import take_hidden
 
 MEMORY = "storage for all new tokens is reserved at once: fewer of them, or fewer rows, need less"
@@ -255,7 +255,8 @@ class StaticDecoder:
         failed: BaseException | None = None
         for layer in self._layers:
             try:
-                layer.release()
+                with own_arithmetic(layer.device.type):
+                    layer.release()
             except BaseException as error:
                 failed = failed or error
         if failed is not None:
@@ -296,8 +297,9 @@ class StaticDecoder:
             settled = True
             gang.tell()
             try:
-                for layer in gang.layers:
-                    layer.settle()
+                with own_arithmetic(gang.lead.device.type):
+                    for layer in gang.layers:
+                        layer.settle()
             except BaseException:
                 self.cache._progress.broken = True
                 raise

@@ -8,7 +8,7 @@ name for each implementation that a model may come with, "longwave" over sdpa.
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -107,17 +107,20 @@ def _attend(
         raise NotImplementedError("a longwave cache never forms attention weights: drop output_attentions=True")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     kind = query.device.type
-    mixed = torch.is_autocast_enabled(kind)  # the layer's arithmetic is of its own type; what it answers is autocast's
-    with torch.autocast(kind, enabled=False) if mixed else nullcontext():
+    with own_arithmetic(kind):
         out = handle.layer.forward(query, scaling, attention_mask, module, given.get("position_ids"))
-    out = out.to(stored_dtype(out.dtype, kind)) if mixed else out
-    return out.transpose(1, 2).contiguous(), None
+    return out.to(stored_dtype(out.dtype, kind)).transpose(1, 2).contiguous(), None
 
 
 def stored_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """What K and V come in where a model of `dtype` runs on a type of device: autocast's own type inside of it."""
     lowered = torch.is_autocast_enabled(device) and dtype != torch.float64
     return torch.get_autocast_dtype(device) if lowered else dtype
+
+
+def own_arithmetic(device: str) -> AbstractContextManager[Any]:
+    """In here torch.autocast does not reach what layers compute: that is of the types that they store."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _attention_over(origin: str) -> Callable[..., Any]:

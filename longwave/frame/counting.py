@@ -8,7 +8,7 @@ from abc import abstractmethod
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from longwave.frame.attention import LogicalLength, StepMask, stored_dtype
+from longwave.frame.attention import LogicalLength, StepMask, own_arithmetic, stored_dtype
 from longwave.frame.observe import Queries
 from longwave.frame.plain import padding_of
 from longwave.frame.progress import Progress
@@ -125,7 +125,8 @@ class Counting(CacheLayerMixin):
     def _finish_settling(self) -> None:
         if self._unsettled:
             try:
-                self.settle()
+                with own_arithmetic(self.device.type):
+                    self.settle()
             except BaseException:
                 self.progress.broken = True
                 raise

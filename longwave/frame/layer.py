@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from longwave.frame.attention import Handle, StepMask
+from longwave.frame.attention import Handle, StepMask, own_arithmetic
 from longwave.frame.counting import Counting
 from longwave.frame.gradients import bar_gradients
 from longwave.frame.hidden import take_hidden
@@ -416,6 +416,10 @@ class MemoryLayer(Counting):
 
     def adopt(self, source: MemoryLayer) -> None:
         """Take over what a dense layer has read and seen, as if this one had read it itself. Rows may differ."""
+        with own_arithmetic(source.device.type):
+            self._adopt(source)
+
+    def _adopt(self, source: MemoryLayer) -> None:
         k, v = source.materialize()
         valid = None
         if len(set(source.rows)) > 1:

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import longwave
+from longwave.evals.fork import fork, prefill
 from longwave.frame import cache_argument
 from tests.conftest import build, left_padded, tokens
 from tests.matrix import IDENTITY, LOSSY
@@ -37,6 +38,28 @@ def test_autocast(llama, method):
         assert (a - b).norm() <= 2 * (c - b).norm()
     assert memory.dense_nbytes == sum(x.nbytes for layer in dynamic.layers for x in (layer.keys, layer.values))
     assert {x.dtype for layer in memory.memory_layers() for x in layer.dense.tensors()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", LOSSY)
+@torch.no_grad()
+def test_nothing_is_compressed_in_autocasts_arithmetic(llama, method):
+    """Not what waits until the next pass, not what a decoder settles between steps, not a forked cache."""
+    ids = tokens(2, 72)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own, forked, waits = (LOSSY[method](llama) for _ in range(3))
+        fork(prefill(llama, ids[:, :60], needs=own.method.needs), forked)
+        waits.activate_past_recording()
+        read(llama, own, ids[:, :60])
+        read(llama, waits, ids[:, :60])
+        found = [read(llama, memory, ids) for memory in (own, forked, waits)]
+        waits.crop(0)
+        torch.testing.assert_close(found[0], found[1], atol=2e-2, rtol=0)  # slots turn what 16 bits rounded
+        assert own.report() == forked.report() == waits.report()
+        if own.layers[0].unsteady() is None:
+            with longwave.StaticDecoder(llama, own, new_tokens=20) as decoder:
+                for token in tokens(20, 2, seed=3):
+                    assert decoder.step(token).isfinite().all()
+            assert own.get_seq_length() == 92
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

@@ -223,10 +223,9 @@ class MemoryLayer(Counting):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Handle, Handle]:
         """Take new tokens [batch, kv_heads, t, head_dim], keys after RoPE. They are written when attention asks."""
-        self._came = (key_states.element_size(), value_states.element_size())
-        self._sources = [x for x in (key_states, value_states) if x.requires_grad and torch.is_grad_enabled()]
+        given = key_states, value_states
         own = self.check_dtype(value_states)
-        key_states, value_states = key_states.detach().to(own), value_states.detach().to(own)
+        key_states, value_states = (x.detach().to(own) for x in given)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.batch_size:
@@ -243,6 +242,8 @@ class MemoryLayer(Counting):
                 f"{self.columns + key_states.shape[2]} were given: build it with a larger max_tokens"
             )
         self._new = (key_states, value_states)
+        self._came = (given[0].element_size(), given[1].element_size())
+        self._sources = [x for x in given if x.requires_grad and torch.is_grad_enabled()]
         self.columns += key_states.shape[2]
         handle = Handle(self)
         return handle, handle

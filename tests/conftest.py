@@ -20,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 import longwave
@@ -50,6 +52,10 @@ def build(kind, dtype=torch.float32):
         model = LlamaForCausalLM(LlamaConfig(**SMALL, num_hidden_layers=3))
     elif kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**SMALL, num_hidden_layers=2))
+    elif kind == "qwen3next":  # the first layer is linear
+        linear = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2)
+        layers = dict(layer_types=["linear_attention", "full_attention"], num_experts=0, mlp_only_layers=[0, 1])
+        model = Qwen3NextForCausalLM(Qwen3NextConfig(**SMALL, num_hidden_layers=2, **linear, **layers))
     else:
         model = Gemma3ForCausalLM(Gemma3TextConfig(**SMALL, num_hidden_layers=6, sliding_window=16))
     for name, parameter in model.named_parameters():  # at the usual scale a random model repeats one token

@@ -125,7 +125,9 @@ def is_result(row: Any) -> bool:
     if not all(value is None or is_number(value) for value in numbers):
         return False
     least = {"rows": 1, "scored": 1}
-    return all(is_number(row[name]) and row[name] >= least.get(name, 0) for name in NUMBERS if name in row)
+    return row["dense_bytes"] > 0 and all(
+        is_number(row[name]) and row[name] >= least.get(name, 0) for name in NUMBERS if name in row
+    )
 
 
 def is_number(value: Any) -> bool:

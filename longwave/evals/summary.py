@@ -161,8 +161,7 @@ def sorted_columns(task: Task, rows: Sequence[Row]) -> list[str]:
 
 
 def bytes_ratio(rows: Sequence[Row]) -> float:
-    whole = sum(row["dense_bytes"] for row in rows)
-    return sum(row["bytes"] for row in rows) / whole if whole else float("nan")
+    return sum(row["bytes"] for row in rows) / sum(row["dense_bytes"] for row in rows)
 
 
 def line(task: Task, label: str, method: str, column: str, mine: Sequence[Row], dense: Sequence[Row]) -> Line:

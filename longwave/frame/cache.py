@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from longwave.frame.attention import uncompiled
 from longwave.frame.counting import storage_bytes
@@ -38,7 +38,9 @@ class LongCache(Cache):
         self._watch = watch
         attention = [i for i, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin)]
         memory = [i for i, layer in enumerate(layers) if isinstance(layer, MemoryLayer)]
-        self._progress = Progress(attention[0], attention[-1], memory[-1], rotary=rotary)
+        linear = [i for i, layer in enumerate(layers) if isinstance(layer, LinearAttentionCacheLayerMixin)]
+        first = None if linear and linear[0] <= attention[0] else attention[0]  # their states have moved on by then
+        self._progress = Progress(first, attention[-1], memory[-1], rotary=rotary)
         for layer in self.memory_layers():
             layer.progress = self._progress
         self._unused = [None if isinstance(layer, MemoryLayer) else copy.deepcopy(layer) for layer in layers]
@@ -48,9 +50,13 @@ class LongCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Hand new tokens to a layer. transformers' own layers keep a view of all they returned: cut it to size."""
-        next(self.memory_layers()).check_dtype(value_states)  # before a sliding layer takes them
-        returned = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._progress.reached = layer_idx  # not before: a layer that refused took nothing
+        try:
+            next(self.memory_layers()).check_dtype(value_states)  # before a sliding layer takes them
+            returned = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        except BaseException:
+            self._progress.refused(layer_idx)
+            raise
+        self._progress.reached = layer_idx
         layer: Any = self.layers[layer_idx]
         if not isinstance(layer, MemoryLayer):
             for name in ("keys", "values"):

@@ -12,7 +12,7 @@ from longwave.frame.scratch import Scratch
 class Progress:
     """How far the running forward pass got, shared by a cache's layers: failing half-way leaves them unequal."""
 
-    first: int = 0
+    first: int | None = 0  # the layer that a pass meets first; None where one that only transformers sees comes before
     last: int = 0
     last_memory: int = 0
     reached: int | None = None  # the last layer given tokens in this pass

@@ -124,6 +124,7 @@ def test_what_is_not_finite_becomes_null(out):
         json.dumps(row("b", curve={"loss": 0.25})).encode(),
         json.dumps(row("b", curve={"loss": [0.25, "0.5"]})).encode(),
         json.dumps(row("b", rows=0)).encode(),
+        json.dumps(row("b", dense_bytes=0)).encode(),
         json.dumps(row("b", scored=[128])).encode(),
         json.dumps(row("b", prefill_seconds=None)).encode(),
         json.dumps({name: value for name, value in row("b").items() if name != "prompt"}).encode(),

@@ -48,6 +48,23 @@ def check_marked(model, memory, ids):
             use()
 
 
+@pytest.mark.parametrize("bad", ["update", "mask"])
+def test_what_is_refused_behind_a_linear_layer_is_marked(monkeypatch, bad):
+    """Its state has moved on when the first memory layer is asked, before its tokens are taken and after."""
+    model = build("qwen3next")
+    memory = LOSSY["kivi"](model)
+    read(model, memory, tokens(2, 30))
+    ids = tokens(2, 34)
+    wrong = torch.ones(2, 1, 4, 34, dtype=torch.bool)
+    given = {"attention_mask": wrong} if bad == "mask" else {}
+    if bad == "update":
+        fail_at(monkeypatch, MemoryLayer, "update", 1, ValueError("refused"))
+    with pytest.raises((ValueError, NotImplementedError)), torch.no_grad():
+        model(ids[:, -4:], **into(memory), **given, use_cache=True)
+    with pytest.raises(ValueError, match=r"failed half-way.*call cache.reset\(\)"):
+        read(model, memory, ids)
+
+
 ERRORS = [
     MemoryError("no room"),
     torch.OutOfMemoryError("no room"),

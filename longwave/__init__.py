@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longwave.build import cache
-    from longwave.decode import StaticDecoder, generate
+    from longwave.decode.generate import generate
+    from longwave.decode.steps import StaticDecoder
     from longwave.frame import LongCache, MemoryLayer
     from longwave.methods import (
         H2O,

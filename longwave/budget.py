@@ -1,11 +1,12 @@
 """The user's one dial: a fraction of the dense bytes, or a size in bytes.
 
-A fraction bounds the middle, that is what one more token costs; a size bounds the whole cache for the longest
-sequence it is built for.
+A fraction bounds the middle, that is what one more token costs; a size bounds the whole cache for the tokens that are
+coming.
 """
 
 import math
 import re
+from dataclasses import dataclass
 
 from longwave.methods.base import Bound, Method
 from longwave.plan.profile import Profile
@@ -44,35 +45,66 @@ def human(size: int) -> str:
     return f"{size:.4g} GiB"
 
 
-def bind_to_size(
-    method: Method, shape: CacheShape, profile: Profile | None, size: int, tokens: int, batch: int
-) -> Bound:
-    """`method` bound to the largest fraction whose peak for `batch` rows of `tokens` stays within `size` bytes."""
+@dataclass(frozen=True)
+class Room:
+    """A budget given as a size, and what it must do for.
+
+    size: bytes of the whole cache. tokens: of each row, prompt and new ones. rows: of the batch. known: whether anybody
+    said what is coming; where nobody did, tokens is the model's window.
+    """
+
+    size: int
+    tokens: int
+    rows: int = 1
+    known: bool = True
+
+    def __str__(self) -> str:
+        window = "" if self.known else ", this model's window (max_tokens= says how many are coming)"
+        return f"{self.rows} x {self.tokens:,} tokens{window}"
+
+
+class DoesNotFit(ValueError):
+    """A size that a method cannot meet. needed: the bytes of the smallest that it can."""
+
+    def __init__(self, message: str, needed: int):
+        super().__init__(message)
+        self.needed = needed
+
+
+def bind_to_size(method: Method, shape: CacheShape, profile: Profile | None, room: Room) -> Bound:
+    """`method` bound to the largest fraction whose peak stays within the room; what fits dense stays dense.
+
+    Raises DoesNotFit where no fraction does.
+    """
 
     def bound(fraction: float | None) -> tuple[Bound, int]:
         candidate = method.bind(shape, profile, fraction)
-        return candidate, candidate.peak_bytes(tokens, batch)
+        return candidate, candidate.peak_bytes(room.tokens, room.rows)
 
-    where = f"{batch} x {tokens:,} tokens"
     if not method.fits_budget():
         candidate, needed = bound(None)
-        if needed > size:
-            raise ValueError(f"{candidate} holds {human(needed)} for {where}, more than the budget of {human(size)}")
+        if needed > room.size:
+            raise DoesNotFit(
+                f"{human(room.size)} cannot hold {room}: {candidate} takes {human(needed)} ({needed} bytes), and its "
+                "options leave nothing to save",
+                needed,
+            )
         return candidate
     whole, needed = bound(1.0)  # first, since it needs no profile
-    if needed <= size:
+    if needed <= room.size:
         return whole
     low, high = method.least_budget(shape, profile), 1.0
     candidate, needed = bound(low)
-    if needed > size:
-        raise ValueError(
-            f"{human(size)} cannot hold {where}: the smallest that {method.name} can do is {human(needed)} "
-            f"({needed} bytes), with the window and the other options as they are"
+    if needed > room.size:
+        raise DoesNotFit(
+            f"{human(room.size)} cannot hold {room}: the smallest that {method.name} can do is {human(needed)} "
+            f"({needed} bytes), with the window and the other options as they are",
+            needed,
         )
     for _ in range(24):
         middle = (low + high) / 2
         trial, needed = bound(middle)
-        if needed <= size:
+        if needed <= room.size:
             low, candidate = middle, trial
         else:
             high = middle

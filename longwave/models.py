@@ -89,7 +89,8 @@ def load(
 
 def _read(path: str | Path, dtype: str | torch.dtype, options: dict[str, Any]) -> tuple[Any, list[str]]:
     """A model, and its weights that no file holds."""
-    loaded, about = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    read: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    loaded, about = read
     return loaded, sorted(about["missing_keys"])
 
 

@@ -1,12 +1,14 @@
 import re
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import longwave
-from longwave.budget import human, parse_budget
+from longwave.budget import DoesNotFit, human, parse_budget
+from longwave.build import expect
 from longwave.plan import plan, planner
 from tests.conftest import random_profile, shape_of, tokens
 
@@ -279,7 +281,7 @@ def test_size_only_checks_a_method_that_takes_no_budget(llama):
     method = longwave.FourierPaper(keep=0.5, states=8, sinks=2, window=16)
     peak = method.bind(shape_of(llama), random_profile(llama), None).peak_bytes(LONGEST)
     assert share_kept(build(llama, method, f"{peak}B")) == 0.5
-    with pytest.raises(ValueError, match=r"more than the budget"):
+    with pytest.raises(ValueError, match=rf"cannot hold 1 x 300 tokens: .* takes .*\({peak} bytes\)"):
         build(llama, method, f"{peak - 1}B")
 
 
@@ -296,3 +298,70 @@ def test_dense_accepts_what_it_needs(llama):
     size = int(re.search(r"\((\d+) bytes\)", str(refused.value))[1])
     memory = longwave.cache(llama, "dense", f"{size}B", max_tokens=LONGEST)
     assert max(fill(memory, range(1, LONGEST + 1))) == size
+
+
+# tokens that are coming
+
+
+PROMPT = {"input_ids": tokens(2, 90), "attention_mask": torch.ones(2, 90, dtype=torch.long)}
+
+
+def test_generate_spends_a_size_on_the_tokens_that_are_coming(llama):
+    size = f"{smallest(llama, SEGMENTS, max_tokens=512) + 30_000}B"
+    by_window, known = (longwave.cache(llama, SEGMENTS, size, random_profile(llama)) for _ in range(2))
+    before = by_window.method
+    longwave.generate(llama, **PROMPT, past_key_values=known, max_new_tokens=30, do_sample=False)
+    llama.generate(**{name: x[:1] for name, x in PROMPT.items()}, past_key_values=by_window, max_new_tokens=30)
+    assert by_window.method == before
+    assert known.method.budget > by_window.method.budget
+    assert known.method == build(llama, SEGMENTS, size, 90 + 29, batch=2).method
+    assert known.report().nbytes <= int(size[:-1])
+    assert [(layer.max_tokens, layer.max_rows) for layer in known.memory_layers()] == [(119, 2)] * 3
+
+
+def test_what_is_coming_is_asked_anew_once_a_cache_is_empty(llama):
+    memory = longwave.cache(llama, SEGMENTS, "130KB", random_profile(llama))
+    one = {name: x[:1] for name, x in PROMPT.items()}
+    longwave.generate(llama, **one, past_key_values=memory, max_new_tokens=200, do_sample=False)
+    long = memory.method
+    with pytest.raises(ValueError, match="computed for 289 tokens"):  # it holds the last ones still
+        longwave.generate(llama, tokens(1, 290 + 60), past_key_values=memory, max_new_tokens=60, do_sample=False)
+    memory.reset()
+    longwave.generate(llama, **one, past_key_values=memory, max_new_tokens=5, do_sample=False)
+    assert memory.method.budget > long.budget
+
+
+def test_what_the_caller_said_is_coming_stays(llama):
+    memory = build(llama, SEGMENTS, "60KB", 200)
+    before = memory.method
+    longwave.generate(llama, tokens(1, 90), past_key_values=memory, max_new_tokens=5, do_sample=False)
+    assert memory.method is before
+    memory.reset()
+    with pytest.raises(ValueError, match="computed for 200 tokens"):
+        longwave.generate(llama, tokens(1, 190), past_key_values=memory, max_new_tokens=20, do_sample=False)
+
+
+def test_a_size_too_small_for_what_is_coming_changes_nothing(llama):
+    size = smallest(llama, SEGMENTS, max_tokens=512)
+    memory = longwave.cache(llama, SEGMENTS, f"{size}B", random_profile(llama))
+    before = memory.method
+    with pytest.raises(DoesNotFit, match="cannot hold 4 x 512 tokens: the smallest that fourier can do") as refused:
+        expect(llama, memory, 512, rows=4)
+    assert memory.method is before
+    expect(llama, build(llama, SEGMENTS, f"{refused.value.needed}B", None), 512, rows=4)
+    with pytest.raises(DoesNotFit):
+        expect(llama, build(llama, SEGMENTS, f"{refused.value.needed - 1}B", None), 512, rows=4)
+
+
+def test_a_window_that_does_not_fit_says_how_to_name_fewer_tokens(llama):
+    with pytest.raises(DoesNotFit, match=r"cannot hold 1 x 512 tokens, this model's window \(max_tokens= says"):
+        longwave.cache(llama, SEGMENTS, "1KB", random_profile(llama))
+
+
+def test_every_method_names_bytes_that_would_do(llama):
+    for method in (SEGMENTS, PERIOD, longwave.Kivi(group=8, sinks=2, window=16), "streaming", "h2o", "quest", "dense"):
+        with pytest.raises(DoesNotFit) as refused:
+            build(llama, method, "1B", profile=method in (SEGMENTS, PERIOD))
+        for size in (refused.value.needed - 1, refused.value.needed):
+            with nullcontext() if size == refused.value.needed else pytest.raises(DoesNotFit):
+                build(llama, method, f"{size}B", profile=method in (SEGMENTS, PERIOD))

@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
+from longwave.build import expect
 from longwave.decode.steps import StaticDecoder, Unsupported, check_compiles, check_room, supports
 from longwave.frame.argument import NAMES, cache_argument
 
@@ -36,7 +37,8 @@ def generate(
 ) -> Any:
     """`model.generate` with a `LongCache`, its steps taken by a `StaticDecoder`: same arguments, same answer.
 
-    `cache` (or `past_key_values`) is the LongCache; the most new tokens decide the storage that is reserved. graph and
+    `cache` (or `past_key_values`) is the LongCache; the most new tokens decide the storage that is reserved, and with
+    the prompt what a budget given as a size is spent on, where the cache was built without max_tokens. graph and
     compile: as in `StaticDecoder`.
 
     Raises Unsupported, a ValueError, for what only model.generate does: what `supports` names, beams and other modes
@@ -144,8 +146,10 @@ def _loop(
         # transformers would read the prompt a second time
         raise ValueError("all of the prompt is in the cache already: cache.reset(), or cache.crop(-1), and ask again")
     longest = config.max_length if stop.max_length is None else stop.max_length
-    if longest - ids.shape[1] > 1:  # the last new token is not read
-        check_room(next(cache.memory_layers()), prompt, longest - ids.shape[1] - 1)
+    new = max(0, longest - ids.shape[1] - 1)  # the last new token is not read
+    expect(model, cache, prompt + new, ids.shape[0])
+    if new:
+        check_room(next(cache.memory_layers()), prompt, new)
     pad = config._pad_token_tensor
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stop)
     kept: dict[str, Any] = {

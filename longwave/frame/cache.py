@@ -24,6 +24,7 @@ class LongCache(Cache):
     """
 
     layers: list[Any]
+    sized: Any = None  # what `longwave.build.expect` needs to plan it again, where its budget is a size
     drops: int = 0  # see __bool__
 
     def __bool__(self) -> bool:

@@ -17,6 +17,10 @@ from longwave.shape import CacheShape
 __all__ = ["Bound", "CacheShape", "Method"]
 
 
+class Unmeasured(ValueError):
+    """Options that cannot be bound without a measurement of the model."""
+
+
 @dataclass(frozen=True)
 class Method(ABC):
     """Options of a method: frozen, comparable, and checked when built."""

@@ -13,7 +13,7 @@ import torch
 
 from longwave import plan as planner
 from longwave.checks import whole
-from longwave.methods.base import CacheShape
+from longwave.methods.base import CacheShape, Unmeasured
 from longwave.methods.segmented import Segmented, SegmentedBound
 from longwave.plan.plan import LayerCodes
 from longwave.plan.profile import Profile, Sensitivity
@@ -67,12 +67,18 @@ class Fourier(Segmented):
         smallest = planner.menu(measured, kind, len(shape.memory_layers), shape.kv_heads, self.page(shape)).spent
         return smallest / self._dense_bytes(shape)
 
+    def _flattest(self, shape: CacheShape) -> float:
+        """What every plan takes: nothing but the means of every head."""
+        page = self.page(shape)
+        head = sum(planner.code_bytes(x, page) for x in (planner.key_code(None, 0.0, page), planner.value_code(0, page)))
+        return head * shape.kv_heads * len(shape.memory_layers) / self._dense_bytes(shape)
+
     def _basis(self, profile: Profile | None) -> tuple[Sensitivity | None, str]:
         """What was measured, and the kind of plan that is made of it."""
         measured = profile.sensitivity if profile is not None and self.plan != "safe" else None
         kind = self.plan or ("measured" if measured is not None else "safe")
         if kind != "safe" and measured is None:
-            raise ValueError(
+            raise Unmeasured(
                 f'plan="{kind}" needs a measurement of the model, and there is none: leave measure=False out, or make '
                 "a profile with `longwave calibrate MODEL --text FILE --out PROFILE` and pass profile=PROFILE"
             )
@@ -85,16 +91,16 @@ class Fourier(Segmented):
         try:
             codes, expected = planner.planned(measured, kind, layers, heads, page, budget * self._dense_bytes(shape))
         except planner.TooSmall as error:
-            least = error.needed / self._dense_bytes(shape)
-            if kind == "safe":
-                raise ValueError(
+            least, flat = error.needed / self._dense_bytes(shape), self._flattest(shape)
+            if kind == "safe" and self.plan is None and budget >= flat:
+                raise Unmeasured(
                     f"a budget of {budget:g} is less than {self.name} can do for a model that was not measured "
                     f"({least:.4f}): below that, plans made of another model's costs fall apart. Let it be measured "
                     "(leave measure=False out), pass profile=PROFILE of `longwave calibrate`, or give a larger budget"
                 ) from None
             raise ValueError(
                 f"a budget of {budget:g} is less than {self.name} can do with these options: their smallest plan takes "
-                f"{least:.4f}. A longer segment takes less"
+                f"{least if self.plan else flat:.4f}. A longer segment takes less"
             ) from None
         straight = torch.arange(shape.head_dim).expand(heads, -1)
         chosen, plan = iter(codes), []

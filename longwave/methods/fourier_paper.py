@@ -14,7 +14,7 @@ import torch
 
 from longwave.checks import whole
 from longwave.frame import MemoryLayer
-from longwave.methods.base import CacheShape
+from longwave.methods.base import CacheShape, Unmeasured
 from longwave.methods.segmented import Segmented, SegmentedBound, SegmentedLayer
 from longwave.plan.profile import Profile
 from longwave.store.channels import ChannelSplit
@@ -118,7 +118,7 @@ class FourierPaper(Segmented):
         if count in (0, every):
             return torch.full((heads, dim), count > 0)
         if profile is None:
-            raise ValueError(
+            raise Unmeasured(
                 "which channels to keep is not known for this model: measure it with "
                 "`longwave calibrate MODEL --method fourier-paper --text FILE --out PROFILE` and pass profile=PROFILE"
             )

@@ -108,6 +108,12 @@ def load_config(path: str | Path, **shared: Any) -> PretrainedConfig:
     return AutoConfig.from_pretrained(path, **shared)
 
 
+def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a config without weights, on the meta device: for what can be refused before they are loaded."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 def locate(model_id: str | Path) -> str | Path:
     """What transformers is to load for `model_id`: for "smollm2" our converted folder."""
     return smollm2() if str(model_id) == "smollm2" else model_id

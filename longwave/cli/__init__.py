@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from longwave import __version__
 from longwave.cli import calibrate, demo, eval, generate, inspect
 from longwave.cli.common import WithMethods
 
@@ -13,3 +16,16 @@ app.command("calibrate", cls=WithMethods)(calibrate.command)
 app.command("inspect", cls=WithMethods)(inspect.command)
 app.add_typer(eval.app, name="eval")
 app.command("demo")(demo.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"longwave {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Long contexts for Hugging Face models inside a memory budget that you name."""

@@ -30,8 +30,12 @@ ProfilePath = Annotated[
 ]
 OptionList = Annotated[list[str] | None, typer.Option("--option", "-o", help="Method option, NAME=VALUE; repeats.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Device = Annotated[str, typer.Option(help='"cpu", "cuda", "cuda:1", "mps".')]
-Dtype = Annotated[str, typer.Option(help='"auto", "float32", "bfloat16", "float16".')]
+Device = Annotated[
+    str, typer.Option(help='"auto" (CUDA, MPS or CPU, the first there is), "cpu", "cuda", "cuda:1", "mps".')
+]
+Dtype = Annotated[
+    str, typer.Option(help='"auto" (16 bits where model and device have them), "float32", "bfloat16", "float16".')
+]
 
 
 def parse_options(items: list[str] | None) -> dict[str, Any]:
@@ -67,37 +71,83 @@ class WithMethods(TyperCommand):
         super().format_help(ctx, formatter)
 
 
+class Source:
+    """A model of which everything is read but its weights: what is wrong with it, or asked of it, is said before them.
+
+    tokenizer: its tokenizer. device, dtype: what it will be on and in. skeleton: the model on the meta device.
+    """
+
+    def __init__(self, model: str, device: str, dtype: str):
+        choices = ("auto", "float32", "bfloat16", "float16")
+        if dtype not in choices:
+            raise ValueError(f"dtype is one of {', '.join(choices)}, got {dtype!r}")
+        import torch
+        from transformers.utils import logging
+
+        from longwave import models
+
+        # transformers 5.24 renames it to `cache`, which earlier ones do not know; the old name works until 5.40
+        warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
+        warnings.showwarning = _show_warning
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        self.device = models.find_device(device)
+        self._model, self._dtype = model, dtype
+        with models.readable(model):
+            path = models.locate(model)
+            config = models.load_config(path)
+            half = models.half_type(self.device)
+            own = models.checkpoint_dtype(config, half) or half
+            found = own if dtype == "auto" else getattr(torch, dtype)
+            self.skeleton = models.skeleton(config, found)
+            self.tokenizer: Any = models.load_tokenizer(path)
+
+    def check(self, method: Any, budget: Any, max_tokens: int | None = None) -> None:
+        """Raise what `longwave.cache` would for a method and a budget, as far as it can be told without weights."""
+        from longwave.build import check
+
+        method.check(self.device)
+        check(self.skeleton, method, budget, max_tokens)
+
+    def check_length(self, tokens: int, new: int) -> None:
+        from longwave.shape import context_limit
+
+        limit = context_limit(self.skeleton)
+        if limit is not None and tokens + new > limit:
+            raise ValueError(f"{tokens} tokens of prompt and {new} new ones exceed this model's context of {limit}")
+
+    def load(self) -> Any:
+        """The model."""
+        from longwave import models
+
+        with waiting(f"loading {self._model}"):
+            return models.load(self._model, device=self.device, dtype=self._dtype)[0]
+
+
 def load_model(model: str, device: str, dtype: str) -> tuple[Any, Any]:
-    import torch
-    from transformers.utils import logging
+    """A model and its tokenizer."""
+    source = Source(model, device, dtype)
+    return source.load(), source.tokenizer
 
-    from longwave.models import load
 
-    # transformers 5.24 renames the argument to `cache`, which earlier ones do not know; the old name works until 5.40
-    warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
-    warnings.showwarning = _show_warning
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    choices = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in choices:
-        raise ValueError(f"dtype is one of {', '.join(choices)}, got {dtype!r}")
-    with waiting(f"loading {model}"):
-        loaded: Any
-        loaded, tokenizer = load(model, dtype=choices[dtype])
-        try:
-            return loaded.to(device), tokenizer
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"cannot use device {device!r}: {error}") from None
+def named(dtype: Any) -> str:
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def encode(tokenizer: Any, text: str, chat: bool) -> Any:
+    """A user's turn as token ids, in the chat template where one is wanted and there."""
+    if not (chat and tokenizer.chat_template):
+        return tokenizer(text, return_tensors="pt", verbose=False)
+    from jinja2 import TemplateError
+
+    turn = [{"role": "user", "content": text}]
+    try:
+        return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    except TemplateError as error:
+        raise ValueError(f"this tokenizer's chat template fails ({error}): pass --no-chat") from None
 
 
 def _show_warning(message: object, *_: object, **__: object) -> None:
     """One line without the place in the code."""
     stderr.print(f"longwave: {message}", highlight=False, soft_wrap=True, markup=False)
-
-
-def check_length(model: Any, tokens: int, new: int) -> None:
-    from longwave.shape import context_limit
-
-    limit = context_limit(model)
-    if limit is not None and tokens + new > limit:
-        raise ValueError(f"{tokens} tokens of prompt and {new} new ones exceed this model's context of {limit}")

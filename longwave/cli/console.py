@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from longwave.checks import jsonable
+
 stderr = Console(stderr=True)
 
 
@@ -29,6 +31,10 @@ def user_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         fail(str(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; it is not imported here
+            raise
+        fail(f"the device has too little memory ({error}): read fewer tokens, or use another --device or --dtype")
 
 
 @contextmanager
@@ -47,12 +53,12 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """A spinner with the time that passed, for steps whose length is not known."""
+def waiting(what: str) -> Iterator[Callable[[], None]]:
+    """A spinner with the time that passed, for steps whose length is not known. Yields what ends it early."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         bar.add_task(what, total=None)
-        yield
+        yield bar.stop
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -71,4 +77,4 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
 
 
 def show_json(data: Any) -> None:
-    print(json.dumps(data))
+    print(json.dumps(jsonable(data), allow_nan=False))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from longwave.checks import read_text
+from longwave.checks import jsonable, read_text
 from longwave.cli.common import load_model
 from longwave.cli.console import progress, show_table, stderr, user_errors, waiting
 
@@ -46,6 +46,7 @@ def command(
 
 def run(out: Path, document: Path | None, budgets: list[str], seed: int) -> None:
     """Print one table and write report.html, samples.jsonl and demo.json to `out`."""
+    from longwave.budget import parse_budget
     from longwave.evals.data import pydoc_haystack
     from longwave.evals.fork import prefill
     from longwave.evals.recipe import Recipe, evaluate, make_methods
@@ -54,6 +55,8 @@ def run(out: Path, document: Path | None, budgets: list[str], seed: int) -> None
 
     began = time.perf_counter()
     text = read_text(document, blank=False) if document else pydoc_haystack()
+    for given in budgets:
+        parse_budget(given)
     source = repr(str(document)) if document else "pydoc"  # a path may hold a comma
     tasks = NEEDLES.format(source), LOSS.format(source)
     methods = ("dense", *(f"fourier:budget={budget}" for budget in dict.fromkeys(budgets)))
@@ -82,7 +85,8 @@ def run(out: Path, document: Path | None, budgets: list[str], seed: int) -> None
     for name, median in speed.items():
         results[name]["tokens_per_second"] = 1 / median
     record = {"budgets": budgets, "seed": seed, "context": CONTEXT, "results": results, "summaries": summaries}
-    (out / "demo.json").write_text(json.dumps({**record, "transformers_tokens_per_second": stock}, indent=1))
+    record["transformers_tokens_per_second"] = stock
+    (out / "demo.json").write_text(json.dumps(jsonable(record), indent=1, allow_nan=False))
 
     for name, summary in summaries.items():
         print(f"\nsummary by {name}: {' '.join(summary.split())}")

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longwave.cli.common import first_line, load_model, options_of
+from longwave.cli.common import Source, first_line, options_of
 from longwave.cli.console import progress, show_json, show_table, user_errors
 
 app = typer.Typer(no_args_is_help=True, help="Measure methods on the field's benchmarks, and report.")
@@ -49,8 +49,8 @@ def run(
     ] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the model's chat template.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of evaluation data; else $LONGWAVE_DATA.")] = None,
-    device: Annotated[str | None, typer.Option(help='"cpu" (default), "cuda", "cuda:1", "mps".')] = None,
-    dtype: Annotated[str | None, typer.Option(help='"auto", "float32", "bfloat16", "float16".')] = None,
+    device: Annotated[str | None, typer.Option(help='"auto" (default), "cpu", "cuda", "cuda:1", "mps".')] = None,
+    dtype: Annotated[str | None, typer.Option(help='"auto" (default: 16 bits), "float32", ...')] = None,
     batch: Annotated[int | None, typer.Option(help="Prompts that share a pass, at most; 8 unless said.")] = None,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Rows x longest prompt of a pass, at most; 16384 unless said.")
@@ -60,7 +60,8 @@ def run(
 ) -> None:
     """Measure methods on tasks, same prompts for all; resumes, and two processes may share a folder."""
     with eval_errors():
-        from longwave.evals.recipe import evaluate, make_recipe
+        from longwave.evals.recipe import evaluate, make_recipe, read_method
+        from longwave.evals.stock import Quantized
 
         given = dict(
             out=out, model=model, limit=limit, seed=seed, max_tokens=max_tokens, question=question, chat=chat, data=data
@@ -68,8 +69,16 @@ def run(
         given |= dict(device=device, dtype=dtype, batch=batch, batch_tokens=batch_tokens, profile=profile)
         wanted = make_recipe(recipe, methods=method or None, tasks=task or None, **given)
         command = shlex.join(["longwave", *sys.argv[1:]])
+
+        def load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
+            source = Source(model, device, dtype)
+            for method, budget in map(read_method, wanted.methods):
+                if not isinstance(method, Quantized):
+                    source.check(method, budget)
+            return source.load(), source.tokenizer
+
         with progress("samples x methods") as advance:
-            results = evaluate(wanted, load_model, command, advance)
+            results = evaluate(wanted, load, command, advance)
         for problem in results.problems:
             print(f"longwave: {problem}", file=sys.stderr)
         _show(wanted.out, as_json)

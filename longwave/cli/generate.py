@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,11 +20,12 @@ from longwave.cli.common import (
     Model,
     OptionList,
     ProfilePath,
-    check_length,
-    load_model,
+    Source,
+    encode,
+    named,
     parse_options,
 )
-from longwave.cli.console import show_json, stderr, user_errors
+from longwave.cli.console import show_json, stderr, user_errors, waiting
 
 
 def command(
@@ -52,7 +54,7 @@ def command(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Fuse the layers of a graph by torch.compile: slow to begin, faster then.")
     ] = False,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -62,58 +64,58 @@ def command(
         parts += [prompt] if prompt and prompt.strip() else []
         if not parts:
             raise ValueError("the prompt is empty: give a PROMPT, a --file, or both")
+        if not temperature and (top_k, top_p) != (None, None):
+            raise ValueError("--top-k and --top-p choose what is sampled from: give a --temperature above 0")
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        )
+        sampling |= {name: value for name, value in (("top_k", top_k), ("top_p", top_p)) if value is not None}
+        if prefill_chunk:
+            sampling["prefill_chunk_size"] = prefill_chunk
         import torch
         from transformers import TextStreamer
 
         import longwave
+        from longwave.build import sized
+        from longwave.decode.steps import Unsupported
+        from longwave.methods import get_method
+        from longwave.plan.profile import Profile
 
-        loaded, tokenizer = load_model(model, device, dtype)
-        text = "\n\n".join(parts)
-        if chat and tokenizer.chat_template:
-            message = [{"role": "user", "content": text}]
-            encoded = tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        else:
-            encoded = tokenizer(text, return_tensors="pt", verbose=False)
-        encoded = encoded.to(loaded.device)
+        chosen = get_method(method, **parse_options(option))
+        measured = Profile.load(profile) if profile is not None else None
+        source = Source(model, device, dtype)
+        check_loop(why_python(source.device, graph), graph, compiled)
+        encoded = encode(source.tokenizer, "\n\n".join(parts), chat).to(source.device)
         count = encoded["input_ids"].shape[1]
-        check_length(loaded, count, max_new_tokens)
-        memory = longwave.cache(loaded, method, budget=budget, profile=profile, **parse_options(option))
-        why = why_python(loaded, memory, graph)
-        if graph and why:
-            raise ValueError(f"--graph: {why}")
-        if compiled and why:
-            raise ValueError(f"--compile is for the steps of a graph, and there is none: {why}")
+        source.check_length(count, max_new_tokens)
+        coming = count + max_new_tokens - 1  # the last new token is not read
+        source.check(chosen, budget, coming)
+        loaded, tokenizer = source.load(), source.tokenizer
+        memory = longwave.cache(loaded, chosen, budget, measured, max_tokens=coming if sized(budget) else None)
+        why = why_python(source.device, graph) or longwave.decode.supports(loaded, memory)
+        check_loop(why, graph, compiled)
         torch.manual_seed(seed)
-        sampling: dict[str, Any] = (
-            {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        )
-        if not temperature and (top_k, top_p) != (None, None):
-            raise ValueError("--top-k and --top-p choose what is sampled from: give a --temperature above 0")
-        sampling |= {name: value for name, value in (("top_k", top_k), ("top_p", top_p)) if value is not None}
-        if prefill_chunk:
-            sampling["prefill_chunk_size"] = prefill_chunk
         streamer = None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         if loaded.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(loaded.device)
         clock = Clock(loaded.device)
-        if not as_json and stderr.is_terminal:
-            stderr.print(f"reading {count:,} tokens ...", style="dim")
         loop = loaded.generate if why else partial(longwave.generate, loaded, compile=compiled)
         try:
-            out = loop(
-                **encoded,
-                past_key_values=memory,
-                max_new_tokens=max_new_tokens,
-                streamer=streamer,
-                stopping_criteria=[clock],
-                pad_token_id=tokenizer.pad_token_id,
-                **sampling,
-            )
-        except longwave.decode.Unsupported as error:  # seen late: much of the answer may be out
+            with waiting(f"reading {count:,} tokens") as done:
+                out = loop(
+                    **encoded,
+                    past_key_values=memory,
+                    max_new_tokens=max_new_tokens,
+                    streamer=streamer,
+                    logits_processor=[Read(done)],
+                    stopping_criteria=[clock],
+                    pad_token_id=tokenizer.pad_token_id,
+                    **sampling,
+                )
+        except Unsupported as error:  # seen late: much of the answer may be out
             raise ValueError(f"{error}: {'leave out --compile' if compiled else 'pass --no-graph'}") from error
         pace = {"loop": "python" if why else "graph", "loop_reason": why, **clock.read(out.shape[1] - count)}
+        pace |= {"dtype": named(loaded.dtype), "device": str(loaded.device)}
         if as_json:
             answer = tokenizer.decode(out[0, count:], skip_special_tokens=True)
             show_json({"text": answer, "prompt_tokens": count, "seed": seed, **pace, **memory.report().as_dict()})
@@ -122,15 +124,30 @@ def command(
             stderr.print(str(memory.report()), style="dim", highlight=False, soft_wrap=True)
 
 
-def why_python(model: Any, memory: Any, graph: bool | None) -> str | None:
-    """Why transformers' own loop decodes, or None where a CUDA graph does."""
-    from longwave.decode import supports
-
+def why_python(device: Any, graph: bool | None) -> str | None:
+    """Why transformers' own loop decodes, as far as the device and the options say it."""
     if graph is False:
         return "--no-graph"
-    if model.device.type != "cuda":
-        return f"a graph needs CUDA, and the model is on {model.device.type}"
-    return supports(model, memory)
+    return f"a graph needs CUDA, and the model is on {device.type}" if device.type != "cuda" else None
+
+
+def check_loop(why: str | None, graph: bool | None, compiled: bool) -> None:
+    """Raise ValueError where a graph was asked for that cannot be."""
+    if graph and why:
+        raise ValueError(f"--graph: {why}")
+    if compiled and why:
+        raise ValueError(f"--compile is for the steps of a graph, and there is none: {why}")
+
+
+class Read:
+    """A logits processor that changes nothing: the first call says that the prompt is read."""
+
+    def __init__(self, done: Callable[[], None]):
+        self.done = done
+
+    def __call__(self, ids: Any, scores: Any) -> Any:
+        self.done()
+        return scores
 
 
 class Clock:
@@ -173,7 +190,7 @@ def show_pace(pace: dict[str, Any]) -> str:
     parts = [
         f"prompt read in {pace['prefill_seconds']:.2f} s",
         "too few tokens to time decoding" if rate is None else f"{rate:.1f} tokens a second",
-        f"decoded by {pace['loop']}{reason}",
+        f"decoded by {pace['loop']}{reason} in {pace['dtype']} on {pace['device']}",
     ]
     if "peak_memory" in pace:
         parts.append(f"peak memory {pace['peak_memory']:,} bytes")

@@ -17,8 +17,8 @@ from longwave.cli.common import (
     Model,
     OptionList,
     ProfilePath,
-    check_length,
-    load_model,
+    Source,
+    named,
     parse_options,
 )
 from longwave.cli.console import show_json, show_table, user_errors, waiting
@@ -39,7 +39,7 @@ def command(
     channel: Annotated[int | None, typer.Option(help="Channel to plot; the first compressed one otherwise.")] = None,
     side: Annotated[str, typer.Option(help='"k" or "v".')] = "k",
     out: Annotated[Path, typer.Option(help="Folder for kept.png and channel.png.")] = Path("out"),
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -48,20 +48,28 @@ def command(
         if side not in ("k", "v"):
             raise ValueError(f'side is "k" or "v", got {side!r}')
         import longwave
+        from longwave.build import sized
         from longwave.cli.pictures import kept_by_pair, plot_channel, plot_kept
         from longwave.evals.data import pydoc_haystack
         from longwave.evals.fork import fork, needs_of, prefill
+        from longwave.methods import get_method
+        from longwave.plan.profile import Profile
 
         text = read_text(file, blank=False) if file else pydoc_haystack()
-        loaded, tokenizer = load_model(model, device, dtype)
-        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :tokens]
-        check_length(loaded, ids.shape[1], 0)
-        empty = longwave.cache(loaded, method, budget=budget, profile=profile, **parse_options(option))
-        with waiting(f"reading {ids.shape[1]:,} tokens"):
+        chosen = get_method(method, **parse_options(option))
+        measured = Profile.load(profile) if profile is not None else None
+        source = Source(model, device, dtype)
+        ids = source.tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :tokens]
+        count = ids.shape[1]
+        source.check_length(count, 0)
+        source.check(chosen, budget, count)
+        loaded = source.load()
+        empty = longwave.cache(loaded, chosen, budget, measured, max_tokens=count if sized(budget) else None)
+        with waiting(f"reading {count:,} tokens"):
             exact = prefill(loaded, ids, needs=needs_of([empty]))
             held = fork(exact, empty)
         report = held.report()
-        result: dict[str, Any] = report.as_dict()
+        result: dict[str, Any] = {**report.as_dict(), "dtype": named(loaded.dtype), "device": str(loaded.device)}
         kept = getattr(held.method, "kept", None)  # of every memory layer: which channels of K and V stay values
         if kept is not None:
             out.mkdir(parents=True, exist_ok=True)
@@ -93,7 +101,7 @@ def command(
             ["part", "bytes"],
             [*report.parts.items(), ("all", report.nbytes), ("dense cache", report.dense_nbytes)],
         )
-        print(f"ratio {report.ratio:.3f} after {report.tokens:,} tokens")
+        print(f"ratio {report.ratio:.3f} in {result['dtype']} after {report.tokens:,} tokens")
         if kept is not None:
             rows = []
             for entry in result["kept"]:

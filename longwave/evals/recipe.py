@@ -41,7 +41,7 @@ class Recipe:
     question: str = "after"
     chat: bool = True
     data: Path | None = None
-    device: str = "cpu"
+    device: str = "auto"
     dtype: str = "auto"
     batch: int = 8
     batch_tokens: int = 16384
@@ -105,22 +105,32 @@ def make_recipe(file: Path | None, **given: Any) -> Recipe:
     return Recipe(**{"methods": (), "tasks": (), **values})
 
 
+def read_method(spec: str) -> tuple[Any, Any]:
+    """A method and the budget that is given with it; transformers' quantized cache has none."""
+    from longwave.evals.stock import Quantized
+    from longwave.methods import get_method
+
+    name, options = parse_spec(spec)
+    if name == Quantized.name:
+        return Quantized.of(options), None
+    budget = options.pop("budget", None)
+    return get_method(name, **options), budget
+
+
 def check_names(recipe: Recipe) -> dict[str, Task]:
     """The tasks, with unknown names and options refused before a model is loaded. Methods are checked as far as that
     is possible without one."""
     from longwave.budget import parse_budget
     from longwave.evals.stock import Quantized
-    from longwave.methods import get_method
+    from longwave.plan.profile import Profile
 
-    for spec in recipe.methods:
-        name, options = parse_spec(spec)
-        if name == Quantized.name:
-            Quantized.of(options).check_backend()
-            continue
-        budget = options.pop("budget", None)
-        get_method(name, **options)
-        if budget is not None:
+    for method, budget in map(read_method, recipe.methods):
+        if isinstance(method, Quantized):
+            method.check_backend()
+        elif budget is not None:
             parse_budget(budget)
+    if recipe.profile is not None:
+        Profile.load(recipe.profile)
     return {spec: parse_task(spec) for spec in recipe.tasks}
 
 
@@ -131,26 +141,23 @@ def make_methods(model: Any, recipe: Recipe) -> tuple[dict[str, Callable[[int], 
     measured one prompt at a time, and so is transformers' quantized cache.
     """
     import longwave
-    from longwave.budget import parse_budget
+    from longwave.build import sized
     from longwave.evals.stock import Quantized
-    from longwave.methods import get_method
 
     makers: dict[str, Callable[[int], Any]] = {}
     words: dict[str, str] = {}
     rows, bounds = recipe.batch, []
     for spec in recipe.methods:
-        name, options = parse_spec(spec)
-        if name == Quantized.name:
-            makers[spec], rows = partial(Quantized.of(options).cache, model), 1
+        method, budget = read_method(spec)
+        if isinstance(method, Quantized):
+            makers[spec], rows = partial(method.cache, model), 1
             words[spec] = makers[spec](1).method
             continue
-        budget = options.pop("budget", None)
-        method = get_method(name, **options)
         profile = recipe.profile if method.uses_profile else None
         bound = longwave.cache(model, method, budget, profile).method
         bounds.append(bound)
         words[spec] = in_words(bound)
-        if budget is None or parse_budget(budget)[1] is None:
+        if not sized(budget):
             makers[spec] = partial(_empty, model, (bound,))  # not bound again for every prompt
         else:  # its caches refuse more tokens than the size was worked out for
             makers[spec], rows = partial(_empty, model, (method, budget, profile)), 1

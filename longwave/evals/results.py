@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from longwave.checks import parse_json, read_text
+from longwave.checks import jsonable, parse_json, read_text
 
 FORMAT, VERSION = "longwave-eval", 1
 Key = tuple[str, str, str]  # task, method, sample id
@@ -209,7 +209,7 @@ class Results:
             new = [row for row in rows if key_of(row) not in self.done]
             if not new:
                 return 0
-            text = "".join(json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n" for row in new)
+            text = "".join(json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False) + "\n" for row in new)
             with self.path.open("ab") as file:
                 if self._ends_inside_a_line():
                     file.write(b"\n")  # a killed process left half a line
@@ -238,21 +238,6 @@ class Results:
                 f"{self.folder} holds sample {sample} of {task} measured on another prompt: data or tokenizer "
                 "changed since. Use a new folder"
             )
-
-
-def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN and no infinity."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, float) and not math.isfinite(value):
-            return None
-        if isinstance(value, Mapping):
-            return {key: clean(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [clean(item) for item in value]
-        return value
-
-    return {key: clean(value) for key, value in row.items()}
 
 
 def _continued(folder: Path, new: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,15 @@
 import pytest
+import torch
 
 from tests.cli.calls import SEGMENTS, TEXT, succeeds
+
+
+@pytest.fixture(scope="session", autouse=True)
+def float32():
+    """A CPU without bfloat16, so that the commands load the saved models as they are, on any machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,8 @@ def make(folder, profile):
     def build(**arguments):
         if arguments.get("method") != "dense":
             arguments = {"budget": 0.3, "profile": profile, **SMALL, **arguments}
-        return LongwaveLM(str(folder), device="cpu", prefix_token_id=1, **arguments)
+        arguments = {"device": "cpu", "dtype": "float32", **arguments}
+        return LongwaveLM(str(folder), prefix_token_id=1, **arguments)
 
     return build
 

@@ -428,8 +428,8 @@ def test_many_open_a_new_folder_at_once(out):
 
 
 def test_many_append_at_once(out, monkeypatch):
-    real = module._plain
-    monkeypatch.setattr(module, "_plain", lambda row: time.sleep(0.001) or real(row))  # others get their turn
+    real = module.jsonable
+    monkeypatch.setattr(module, "jsonable", lambda row: time.sleep(0.001) or real(row))  # others get their turn
     long = "x" * 20_000  # more than any buffer
     wrote = []
 

@@ -34,7 +34,9 @@ def command(
     profile: ProfilePath = None,
     option: OptionList = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to read.")] = 2048,
-    layer: Annotated[int, typer.Option(help="Layer of the channel to plot.")] = 0,
+    layer: Annotated[
+        int | None, typer.Option(help="Layer of the channel to plot; the first of full attention otherwise.")
+    ] = None,
     head: int = 0,
     channel: Annotated[int | None, typer.Option(help="Channel to plot; the first compressed one otherwise.")] = None,
     side: Annotated[str, typer.Option(help='"k" or "v".')] = "k",
@@ -54,6 +56,7 @@ def command(
         from longwave.evals.fork import fork, needs_of, prefill
         from longwave.methods import get_method
         from longwave.plan.profile import Profile
+        from longwave.shape import CacheShape
 
         text = read_text(file, blank=False) if file else pydoc_haystack()
         chosen = get_method(method, **parse_options(option))
@@ -63,6 +66,12 @@ def command(
         count = ids.shape[1]
         source.check_length(count, 0)
         source.check(chosen, budget, count)
+        shape = CacheShape.of(source.skeleton.config.get_text_config(decoder=True), source.skeleton.dtype)
+        layer = shape.memory_layers[0] if layer is None else layer
+        if layer not in shape.memory_layers:
+            raise ValueError(f"layer {layer} holds no full attention; choose from {list(shape.memory_layers)}")
+        if not 0 <= head < shape.kv_heads:
+            raise ValueError(f"layer {layer} has heads 0 to {shape.kv_heads - 1}")
         loaded = source.load()
         empty = longwave.cache(loaded, chosen, budget, measured, max_tokens=count if sized(budget) else None)
         with waiting(f"reading {count:,} tokens"):
@@ -73,12 +82,7 @@ def command(
         kept = getattr(held.method, "kept", None)  # of every memory layer: which channels of K and V stay values
         if kept is not None:
             out.mkdir(parents=True, exist_ok=True)
-            indices = [i for i, _ in enumerate(held.layers) if held.layers[i] in list(held.memory_layers())]
-            if layer not in indices:
-                raise ValueError(f"layer {layer} holds no full attention; choose from {indices}")
-            table = kept[indices.index(layer)]["kv".index(side)]
-            if not 0 <= head < table.shape[0]:
-                raise ValueError(f"layer {layer} has heads 0 to {table.shape[0] - 1}")
+            table = kept[shape.memory_layers.index(layer)]["kv".index(side)]
             compressed = (~table[head]).nonzero()[:, 0].tolist()
             channel = channel if channel is not None else (compressed or [0])[0]
             plot_kept(kept, out / "kept.png", f"{model}: {held.method}")
@@ -91,7 +95,7 @@ def command(
                     "k_by_pair": k.tolist(),
                     "v_by_pair": v.tolist(),
                 }
-                for index, k, v in zip(indices, *kept_by_pair(kept), strict=True)
+                for index, k, v in zip(shape.memory_layers, *kept_by_pair(kept), strict=True)
             ]
         if as_json:
             show_json(result)

@@ -48,8 +48,7 @@ def ask(
     room = setting.room(new_tokens, overhead)
     if room is not None:
         allowed = room + overhead
-        encoded = setting.tokenizer(document, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        offsets = encoded.offset_mapping
+        offsets = setting.spans(document)
         size = min(len(offsets), allowed - len(encode("a", longest)[0]) + 1)
         while size > 0:
             if size < len(offsets):

@@ -8,11 +8,17 @@ attention) is observed while it is read, and handed on.
 import functools
 import operator
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from longwave.frame import LongCache, MemoryLayer, Needs, cache_argument, observing
+
+
+def padding(tokenizer: Any) -> int:
+    """The token id that fills rows up. It is never read: where a tokenizer names none, any will do."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
 def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,7 +23,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 import longwave
 from longwave.budget import parse_budget
 from longwave.checks import nearest, whole
-from longwave.evals.fork import pad_left, read
+from longwave.evals.fork import pad_left, padding, read
 from longwave.evals.runner import EVEN, end_tokens, plain_generation
 from longwave.frame import LongCache, cache_argument
 from longwave.methods import METHODS, get_method
@@ -380,7 +380,7 @@ class LongwaveLM(TemplateLM):
         for group in self._groups(pieces):
             index = {context: row for row, context in enumerate(dict.fromkeys(piece.context for piece in group))}
             rows = torch.tensor([index[piece.context] for piece in group])
-            ids, mask = pad_left(list(index), self.tokenizer.pad_token_id)
+            ids, mask = pad_left(list(index), padding(self.tokenizer))
             memory = copy.deepcopy(self._empty)
             if ids.shape[1]:
                 read(self.model, memory, ids, mask)
@@ -407,7 +407,7 @@ class LongwaveLM(TemplateLM):
         Padding comes last, so that where a row's chunks begin does not depend on the other rows.
         """
         width = max(len(piece.fed) for piece in part)
-        ids = torch.full((len(part), width), self.tokenizer.pad_token_id)
+        ids = torch.full((len(part), width), padding(self.tokenizer))
         targets = torch.full((len(part), width), -1)
         real = torch.zeros(len(part), width, dtype=torch.long)
         positions = torch.zeros(len(part), width, dtype=torch.long)
@@ -443,7 +443,7 @@ class LongwaveLM(TemplateLM):
     @torch.no_grad()
     def _texts(self, pieces: Sequence[Piece], wish: Wish) -> Iterator[tuple[Piece, str]]:
         stops = end_tokens(self.model, self.tokenizer)
-        pad = self.tokenizer.pad_token_id
+        pad = padding(self.tokenizer)
         for part, memory, first, first_mask in self._branches(pieces):
             rest, rest_mask = pad_left([piece.fed for piece in part], pad)
             ids, mask = (torch.cat(pair, dim=1).to(self.device) for pair in ((first, rest), (first_mask, rest_mask)))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from longwave.evals.fork import can_fork, fork, needs_of, pad_left, prefill, read
+from longwave.evals.fork import can_fork, fork, needs_of, pad_left, padding, prefill, read
 from longwave.evals.loss import Scored, score
 from longwave.evals.results import Results
 from longwave.evals.task import LossTask, Sample, Task, TextTask
@@ -149,7 +149,7 @@ def answer(
     memory, seconds = contexts.give(make)
     first, first_mask = contexts.tokens()
     skip = [s.context if contexts.rows else 0 for s in samples]
-    rest, rest_mask = pad_left([s.ids[n:] for s, n in zip(samples, skip, strict=True)], tokenizer.pad_token_id)
+    rest, rest_mask = pad_left([s.ids[n:] for s, n in zip(samples, skip, strict=True)], padding(tokenizer))
     ids, mask = (torch.cat(pair, dim=1).to(model.device) for pair in ((first, rest), (first_mask, rest_mask)))
     ends = end_tokens(model, tokenizer)
     extra: dict[str, Any] = {}
@@ -166,7 +166,7 @@ def answer(
             do_sample=False,
             num_beams=1,
             eos_token_id=ends or None,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=padding(tokenizer),
             **extra,
         )
     cost = {"prefill_seconds": seconds, "decode_seconds": clock.look()}
@@ -218,7 +218,7 @@ def run_text(
     needs: Needs | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Result rows of samples that share a pass, one list a method. needs: see `Contexts`."""
-    contexts = Contexts(model, samples, tokenizer.pad_token_id, question, needs)
+    contexts = Contexts(model, samples, padding(tokenizer), question, needs)
     for label, make in methods.items():
         rows = []
         for sample, output, cost in answer(model, tokenizer, samples, contexts, make):
@@ -239,7 +239,7 @@ def run_loss(
     """The same for tokens that are scored, not written. Samples of a pass have equal lengths."""
     from longwave.build import cache
 
-    contexts = Contexts(model, samples, tokenizer.pad_token_id, needs=needs)
+    contexts = Contexts(model, samples, padding(tokenizer), needs=needs)
     last = torch.tensor([list(s.ids[s.context :]) for s in samples])
     exact: Scored | None = None
     if task.compares:

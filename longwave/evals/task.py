@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -97,9 +98,12 @@ class Setting:
         if not (chat and self.wraps):
             return (f"{system}\n\n" if system else "") + prompt + prefix
         try:
-            return self._fill(prompt, system) + prefix
-        except TemplateError:  # no place for a system message: it opens the user's turn
-            return self._fill(f"{system}\n\n{prompt}" if system else prompt, None) + prefix
+            try:
+                return self._fill(prompt, system) + prefix
+            except TemplateError:  # no place for a system message: it opens the user's turn
+                return self._fill(f"{system}\n\n{prompt}" if system else prompt, None) + prefix
+        except TemplateError as error:
+            raise ValueError(f"the tokenizer's chat template fails ({error}): use --no-chat") from None
 
     def _fill(self, prompt: str, system: str | None) -> str:
         messages = [{"role": "system", "content": system}] if system else []
@@ -120,9 +124,10 @@ class Setting:
 
         With question "" only the last token is left for after the compression.
         """
-        wraps = chat and self.wraps
+        special = not (chat and self.wraps)
         text = self.render(prompt, prefix, system, chat)
-        encoded = self.tokenizer(text, add_special_tokens=not wraps, return_offsets_mapping=True, verbose=False)
+        told = self.tokenizer.is_fast  # one written in Python does not know where its tokens lie
+        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=told, verbose=False)
         ids = array("i", encoded.input_ids)
         if len(ids) < 2:
             raise ValueError(f"a prompt needs at least two tokens, got {len(ids)} from {prompt!r}")
@@ -132,9 +137,19 @@ class Setting:
         if question.strip() and start < 0:
             raise ValueError(f"the chat template changes the question {question[:40]!r}: use --no-chat")
         before = len(ids) - 1
-        if start >= 0:
+        if start >= 0 and told:
             before = next((i for i, (_, end) in enumerate(encoded.offset_mapping) if end > start), before)
+        elif start >= 0:
+            head = self.tokenizer(text[:start], add_special_tokens=special, verbose=False).input_ids
+            before = next((i for i, pair in enumerate(zip(ids, head, strict=False)) if len(set(pair)) == 2), len(head))
         return ids, min(max(before, 1), len(ids) - 1)
+
+    def spans(self, text: str) -> Sequence[tuple[int, int]]:
+        """From where to where each token of a text reaches, in characters."""
+        if not self.tokenizer.is_fast:
+            return Spans(self.count, text)
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return found.offset_mapping
 
     def room(self, new_tokens: int, overhead: int = 0) -> int | None:
         """Tokens a prompt's own text may have beside `overhead` and the answer; None where there is no limit."""
@@ -172,6 +187,26 @@ class Setting:
     def limited(self, items: Sequence[Any]) -> Sequence[Any]:
         """The first `limit` of a set."""
         return items if self.limit is None else items[: self.limit]
+
+
+class Spans(Sequence[tuple[int, int]]):
+    """`Setting.spans` for a tokenizer written in Python, which does not tell: found where they are asked for, by
+    counting the tokens of a text's beginnings."""
+
+    def __init__(self, tokens: Callable[[str], int], text: str):
+        self.tokens, self.text = tokens, text
+        self.length = tokens(text)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: Any) -> Any:
+        number = range(self.length)[index]
+        return self._end(number), self._end(number + 1)
+
+    def _end(self, tokens: int) -> int:
+        """The longest beginning of the text that has no more than `tokens` tokens."""
+        return bisect_right(range(len(self.text) + 1), tokens, key=lambda size: self.tokens(self.text[:size])) - 1
 
 
 @dataclass(frozen=True)

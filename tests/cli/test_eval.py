@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from dataclasses import fields
 
@@ -152,6 +153,18 @@ def test_run_prints_a_plain_table(evaluate, task, out):
         low, high = (float(bound) for bound in cells[4].split(".."))
         assert 0 <= low <= float(cells[3]) <= high <= 100
     assert result.stderr == ""
+
+
+def test_a_tokenizer_that_names_no_padding_fills_rows_up(folder, tokenizer, task, out, tmp_path):
+    """Nor an end of text. Rows of two lengths share a pass, and are what they are alone."""
+    shutil.copytree(folder, tmp_path / "bare")
+    type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path / "bare")
+    arguments = ["eval", "run", "--model", tmp_path / "bare", "--method", "dense", "--task", task.replace("180", "195")]
+    succeeds(*arguments, "--out", out)
+    succeeds(*arguments, "--out", tmp_path / "alone", "--batch", 1)
+    outputs = [{row["id"]: row["output"] for row in load(results).rows} for results in (out, tmp_path / "alone")]
+    assert outputs[0] == outputs[1]
+    assert {row["rows"] for row in load(out).rows} == {4}
 
 
 def test_run_prints_json(evaluate, task, out):

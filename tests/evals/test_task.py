@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+from transformers import ByT5Tokenizer, PreTrainedTokenizer
 
 from longwave.evals.documents import ask
 from longwave.evals.task import Setting
@@ -51,3 +52,62 @@ def test_a_template_without_system_role_gets_it_in_the_users_turn(chatty):
 
 def test_prompts_do_not_change_with_the_clock(chatty):
     assert chatty(DATED).render("Ask.") == "01 Jan 2025[user]Ask.[assistant]"
+
+
+def test_a_template_that_fails_says_what_to_do(chatty):
+    with pytest.raises(ValueError, match=r"chat template fails .*use --no-chat"):
+        chatty("{% if messages %}").render("Ask.")
+
+
+class Python(PreTrainedTokenizer):
+    """The same ids as another tokenizer of single characters, and no offsets."""
+
+    def __init__(self, vocabulary, **options):
+        self.vocabulary, self.names = vocabulary, {i: name for name, i in vocabulary.items()}
+        super().__init__(**options)
+
+    vocab_size = property(lambda self: len(self.vocabulary))
+
+    def get_vocab(self):
+        return dict(self.vocabulary)
+
+    def _tokenize(self, text, **options):
+        return list(text)
+
+    def _convert_token_to_id(self, token):
+        return self.vocabulary.get(token)
+
+    def _convert_id_to_token(self, index):
+        return self.names[index]
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+
+
+@pytest.fixture
+def both(tokenizer):
+    """Settings of two tokenizers that split alike, one of which knows where its tokens lie."""
+    python = Python(tokenizer.get_vocab(), pad_token="<pad>")
+    assert not python.is_fast
+    return Setting(tokenizer, window=90), Setting(python, window=90)
+
+
+@pytest.mark.parametrize(("prompt", "question"), [("A text. What?", " What?"), ("Only?", "Only?"), ("A text.", "")])
+def test_a_tokenizer_without_offsets_finds_the_question(both, prompt, question):
+    fast, slow = (setting.encode(prompt, question, prefix=" It") for setting in both)
+    assert fast == slow
+
+
+@pytest.mark.parametrize("keep", ["start", "ends"])
+def test_a_tokenizer_without_offsets_cuts_documents_alike(both, keep):
+    document = "".join(f"Line {number} of many. " for number in range(20))
+    fast, slow = (ask(s, "Read: ", document, [" What?", " And who?"], 5, "test", keep) for s in both)
+    assert fast == slow
+    assert all(prompt.cut_from for prompt in fast)
+
+
+def test_a_question_is_never_in_the_context_where_tokens_are_bytes():
+    setting = Setting(ByT5Tokenizer())
+    ids, context = setting.encode("Ein Stück: é", "é")
+    assert setting.tokenizer.decode(ids[:context]) == "Ein Stück: "
+    assert list(setting.spans("aé b")) == [(0, 1), (1, 1), (1, 2), (2, 3), (3, 4)]

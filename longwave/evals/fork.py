@@ -5,13 +5,14 @@ the K and V that a method compresses are the dense ones. What a method needs to 
 attention) is observed while it is read, and handed on.
 """
 
+import copy
 import functools
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from longwave.frame import LongCache, MemoryLayer, Needs, cache_argument, observing
 
@@ -58,16 +59,26 @@ def prefill(
     return memory
 
 
-def can_fork(memory: LongCache) -> bool:
-    """Whether every layer is a memory layer: what sliding layers hold cannot be handed on."""
+def can_fork(memory: Cache) -> bool:
+    """Whether a cache can be filled with what another one has read: transformers' quantized cache reads for itself."""
+    return isinstance(memory, LongCache)
+
+
+def takes_gaps(memory: Cache) -> bool:
+    """Whether rows may be padded between a context and its question: sliding windows count what lies there, and
+    recurrent states decay with it."""
     return all(isinstance(layer, MemoryLayer) for layer in memory.layers)
 
 
 @torch.no_grad()
 def fork(dense: LongCache, empty: LongCache) -> LongCache:
-    """Fill an empty cache with what a dense one has read, as if it had read it itself. Rows may differ in length."""
-    if not (can_fork(dense) and can_fork(empty)):
-        raise NotImplementedError("only caches without sliding layers can be forked")
-    for source, target in zip(dense.layers, empty.layers, strict=True):
-        target.adopt(source)
+    """Fill an empty cache with what a dense one has read, as if it had read it itself. Rows may differ in length.
+
+    What sliding and other layers hold of transformers' own is the same for every method, and copied.
+    """
+    for index, (source, target) in enumerate(zip(dense.layers, empty.layers, strict=True)):
+        if isinstance(target, MemoryLayer):
+            target.adopt(source)
+        else:
+            empty.layers[index] = copy.deepcopy(source)
     return empty

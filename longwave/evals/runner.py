@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from longwave.evals.fork import can_fork, fork, needs_of, pad_left, padding, prefill, read
+from longwave.evals.fork import can_fork, fork, needs_of, pad_left, padding, prefill, read, takes_gaps
 from longwave.evals.loss import Scored, score
 from longwave.evals.results import Results
 from longwave.evals.task import LossTask, Sample, Task, TextTask
@@ -42,8 +42,7 @@ class Batch:
 def batches(samples: Sequence[Sample], batch: Batch, equal: bool = False) -> Iterator[list[Sample]]:
     """Samples that can share a pass, short answers and long prompts first; those with the same context lie together.
 
-    equal: only samples of the same lengths share one. Loss tasks need it, and models with sliding layers: those count
-    the padding between a context and its question as tokens of their window.
+    equal: only samples of the same lengths share one. Loss tasks need it, and caches that take no gaps.
     """
     alike: dict[tuple[Any, ...], list[Sample]] = {}
     for sample in samples:
@@ -298,7 +297,7 @@ def run(
     total = sum(len(samples) for _, samples in tasks.values()) * len(methods)
     done = 0
     empty = {label: make(1) for label, make in methods.items()}
-    equal = not all(map(can_fork, empty.values()))
+    equal = not all(map(takes_gaps, empty.values()))
     progress(0, total)
     for name, (task, samples) in tasks.items():
         missing = []

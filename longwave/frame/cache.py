@@ -100,6 +100,23 @@ class LongCache(Cache):
             self._progress.broken = True
             raise
 
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these rows, in this order. Some of transformers' own layers can only reorder, which selects as well."""
+        rows = getattr(next(self.memory_layers()), "batch_size", None)
+        if rows is None:
+            return
+        order = torch.arange(rows)[indices.cpu()]  # masks and negative indices become row numbers
+        for layer in self.layers:
+            if isinstance(layer, MemoryLayer):
+                layer.batch_select_indices(order)
+            else:
+                layer.reorder_cache(order)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        rows = getattr(next(self.memory_layers()), "batch_size", 0)
+        self.batch_select_indices(torch.arange(rows).repeat_interleave(repeats))
+
     @uncompiled
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return super().get_seq_length(layer_idx)

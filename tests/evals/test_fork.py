@@ -1,9 +1,13 @@
+import copy
+
 import pytest
 import torch
+from transformers import DynamicCache
 
 import longwave
-from longwave.evals.fork import fork, needs_of, pad_left, prefill, read
+from longwave.evals.fork import can_fork, fork, needs_of, pad_left, prefill, read, takes_gaps
 from tests.conftest import into, random_profile, tokens
+from tests.evals.hybrids import KINDS, hybrid
 
 METHODS = {
     "dense": (longwave.Dense(), None),
@@ -13,6 +17,7 @@ METHODS = {
     "queries": (longwave.SnapKV(sinks=2, window=16), 0.4),
     "mass": (longwave.H2O(sinks=2, window=16), 0.4),
 }
+KIVI = longwave.Kivi(group=8, sinks=2, window=16)
 
 
 @pytest.fixture(params=list(METHODS))
@@ -74,11 +79,61 @@ def test_prefill_is_the_models_own_pass(llama, models):
         torch.testing.assert_close(v, theirs.values)
 
 
-def test_sliding_layers_are_refused(models):
-    model = models["gemma3"][0]
-    dense = prefill(model, tokens(1, 40))
-    with pytest.raises(NotImplementedError, match="without sliding layers"):
-        fork(dense, longwave.cache(model, "dense"))
+@pytest.fixture(scope="module", params=KINDS)
+def mixed(request):
+    return hybrid(request.param)
+
+
+def test_a_forked_hybrid_answers_as_one_that_read_the_prompt(mixed):
+    ids, new = tokens(2, 70), tokens(2, 9, seed=3)
+    dense = prefill(mixed, ids)
+    own = longwave.cache(mixed, KIVI)
+    feed(mixed, ids, own)
+    for _ in range(2):  # a fork leaves what the next one needs
+        forked = fork(dense, longwave.cache(mixed, KIVI))
+        assert forked.get_seq_length() == 70
+        assert forked.report() == own.report()
+        twin = copy.deepcopy(own)
+        for part in (new[:, :1], new[:, 1:]):
+            assert torch.equal(feed(mixed, part, forked), feed(mixed, part, twin))
+        assert forked.report() == twin.report()
+
+
+def test_ragged_rows_of_a_hybrid_are_what_they_are_alone(mixed):
+    rows = ragged((70, 41))
+    padded = pad_left(rows, 0)
+    own, forked = longwave.cache(mixed, "dense"), fork(prefill(mixed, *padded), longwave.cache(mixed, "dense"))
+    read(mixed, own, *padded)
+    mask = torch.cat([padded[1], torch.ones(2, 1, dtype=torch.long)], dim=1)
+    where = torch.tensor([[70], [41]])
+    new = tokens(2, 1, seed=3)
+    with torch.no_grad():
+        got, wanted = (
+            mixed(new, attention_mask=mask, position_ids=where, past_key_values=memory).logits
+            for memory in (forked, own)
+        )
+        assert torch.equal(got, wanted)
+        alone = mixed(torch.cat([torch.tensor([rows[1]]), new[1:]], dim=1)).logits[:, -1:]
+    torch.testing.assert_close(got[1:], alone, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("select", [[1, 1, 0], [False, True]], ids=["rows", "mask"])
+def test_rows_of_a_forked_hybrid_are_selected(mixed, select):
+    ids, new = tokens(2, 40), tokens(2, 3, seed=3)
+    memory = fork(prefill(mixed, ids), longwave.cache(mixed, "dense"))
+    whole = feed(mixed, new, copy.deepcopy(memory))
+    chosen = torch.tensor(select)
+    memory.batch_select_indices(chosen)
+    torch.testing.assert_close(feed(mixed, new[chosen], memory), whole[chosen], rtol=1e-4, atol=1e-4)
+    memory.batch_repeat_interleave(2)
+    assert {layer.batch_size for layer in memory.memory_layers()} == {2 * len(new[chosen])}
+
+
+def test_every_kind_of_cache_says_what_it_takes(mixed, llama):
+    assert can_fork(longwave.cache(mixed, "dense"))
+    assert not takes_gaps(longwave.cache(mixed, "dense"))
+    assert takes_gaps(longwave.cache(llama, "dense"))
+    assert not can_fork(DynamicCache(config=llama.config))
 
 
 def test_padding_comes_first():

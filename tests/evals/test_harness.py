@@ -8,6 +8,7 @@ import torch
 
 import longwave
 from tests.conftest import into, random_profile
+from tests.evals.hybrids import KINDS, hybrid
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 
@@ -443,20 +444,6 @@ def test_dense_agrees_with_the_harness_own_model(folder, make):
         assert generate(ours, *prompts, **kwargs) == generate(theirs, *prompts, **kwargs)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_models_with_sliding_layers(models, tokenizer, tmp_path, batch_size):
-    stock = models["gemma3"][1]
-    stock.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    lm = LongwaveLM(
-        str(tmp_path), "dense", device="cpu", prefix_token_id=1, batch_size=batch_size, step=20, question_tokens=3
-    )
-    close(loglikelihood(lm, PAIRS), [stock_pair(stock, tokenizer, *pair) for pair in PAIRS], tolerance=1e-3)
-    prompts = [TEXT * 2, TEXT * 2 + "and so", "short"]
-    wanted = [stock_text(stock, tokenizer, prompt, 10) for prompt in prompts]
-    assert generate(lm, *prompts, max_gen_toks=10) == wanted
-
-
 # the harness itself
 
 
@@ -502,7 +489,7 @@ def test_simple_evaluate(folder, tasks, models, tokenizer, monkeypatch):
     manager, questions = tasks
     results = lm_eval.simple_evaluate(
         model="longwave",
-        model_args=f"pretrained={folder},method=dense,prefix_token_id=1",
+        model_args=f"pretrained={folder},method=dense,dtype=float32,prefix_token_id=1",
         batch_size="2",
         device="cpu",
         tasks=["tiny_choice", "tiny_text"],
@@ -563,3 +550,40 @@ runpy.run_module("longwave.evals.harness", run_name="__main__")  # what python -
     assert done.returncode == 0, done.stderr
     assert "Language Model Evaluation Harness" in done.stdout
     assert "validate" in done.stdout
+
+
+# models some of whose layers are not full attention
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def mixed(request, tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("hybrids") / request.param
+    model = hybrid(request.param)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return model, path
+
+
+@pytest.mark.parametrize(("batch_size", "step"), [(1, 256), (4, 20), (4, 3)])
+def test_a_hybrid_is_the_model_whatever_the_batch(mixed, tokenizer, batch_size, step):
+    stock, path = mixed
+    given = {"device": "cpu", "dtype": "float32", "prefix_token_id": 1, "question_tokens": 3}
+    lm = LongwaveLM(str(path), "dense", batch_size=batch_size, step=step, **given)
+    close(loglikelihood(lm, PAIRS), [stock_pair(stock, tokenizer, *pair) for pair in PAIRS], 3e-3)
+    wanted = [stock_text(stock, tokenizer, prompt, 6) for prompt in PROMPTS]
+    assert generate(lm, *PROMPTS, max_gen_toks=6) == wanted
+
+
+def test_a_hybrid_compressed_scores_alike_whatever_the_batch(mixed):
+    alone, together = (
+        LongwaveLM(
+            str(mixed[1]), "streaming", 0.3, sinks=2, window=16, device="cpu", dtype="float32", batch_size=size,
+            prefix_token_id=1,
+        )
+        for size in (1, 4)
+    )  # fmt: skip
+    close(loglikelihood(together, PAIRS), loglikelihood(alone, PAIRS), 3e-3)
+    texts = [TEXT * 2, TEXT, "short"]
+    assert rolling(together, *texts) == pytest.approx(rolling(alone, *texts), abs=3e-3)
+    assert generate(together, *texts, max_gen_toks=6) == generate(alone, *texts, max_gen_toks=6)
+    assert together.report()["bytes_ratio"] < 1

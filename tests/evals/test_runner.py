@@ -124,14 +124,20 @@ def test_a_shared_context_is_read_once(llama, tokenizer, makers, mixed, monkeypa
     assert read == [(1, 100)]  # one context, for three questions and two methods
 
 
-def test_sliding_layers_are_read_by_each_method_itself(models, tokenizer):
+def test_a_hybrid_is_read_once_for_all_methods(models, tokenizer, monkeypatch):
     model, stock = models["gemma3"]
     samples = [sample("a", 60, 50), sample("b", 60, 50, seed=2)]
-    got = outputs(model, tokenizer, samples, lambda rows: longwave.cache(model, "dense"))
-    for one in samples:
+    read = []
+    real = runner.prefill
+    monkeypatch.setattr(runner, "prefill", lambda model, ids, *more: read.append(ids.shape) or real(model, ids, *more))
+    makers = {name: lambda rows: longwave.cache(model, "dense") for name in ("one", "other")}
+    made = list(run_text(model, tokenizer, Echo(), samples, makers, "after"))
+    assert read == [(2, 50)]
+    for one, *rows in zip(samples, *made, strict=True):
         ids = torch.tensor([list(one.ids)])
         out = stock.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
-        assert got[one.id][0] == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        assert [row["output"] for row in rows] == [text, text]
 
 
 def test_rows_say_what_was_measured(llama, tokenizer, makers, mixed):

@@ -123,7 +123,7 @@ def plot(found, path):
     panels[0].set_ylabel("loss over dense, nats (bars: standard error)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(FAMILIES), fontsize=9, frameon=False)
-    figure.suptitle("SmolLM2-135M, 24 windows of unseen text: what the bytes cost", fontsize=12)
+    figure.suptitle("SmolLM2-135M, 24 windows of text that calibrated nothing: what the bytes cost", fontsize=12)
     figure.savefig(path, dpi=130)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -42,7 +43,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on an interactive stderr, silence elsewhere. Yields a function of (done, total)."""
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -55,7 +56,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 @contextmanager
 def waiting(what: str) -> Iterator[Callable[[], None]]:
     """A spinner with the time that passed, for steps whose length is not known. Yields what ends it early."""
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
         bar.add_task(what, total=None)
         yield bar.stop
@@ -72,7 +73,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(escape(str(cell)) for cell in row))
     Console().print(table)
 
 

@@ -120,8 +120,8 @@ def command(
             answer = tokenizer.decode(out[0, count:], skip_special_tokens=True)
             show_json({"text": answer, "prompt_tokens": count, "seed": seed, **pace, **memory.report().as_dict()})
         else:
-            stderr.print(show_pace(pace), style="dim", highlight=False, soft_wrap=True)
-            stderr.print(str(memory.report()), style="dim", highlight=False, soft_wrap=True)
+            for line in (show_pace(pace), str(memory.report())):  # brackets are words here, no markup
+                stderr.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
 
 
 def why_python(device: Any, graph: bool | None) -> str | None:

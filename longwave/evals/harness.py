@@ -27,6 +27,7 @@ from longwave.evals.fork import pad_left, padding, read
 from longwave.evals.runner import EVEN, end_tokens, plain_generation
 from longwave.frame import LongCache, cache_argument
 from longwave.methods import METHODS, get_method
+from longwave.models import find_device
 from longwave.shape import context_limit
 
 try:
@@ -111,7 +112,7 @@ class LongwaveLM(TemplateLM):
     budget, profile: as in `longwave.cache`; a budget given as a size holds for one row, so it implies batch_size 1.
     max_length: tokens of prompt and answer together, longer prompts lose their first ones; None: the model's window.
     max_gen_toks: new tokens where the task names no number. batch_size: rows of a pass.
-    device: None takes "cuda" where there is one, else "cpu".
+    dtype, device: as in `longwave.load`; None is "auto".
     prefix_token_id: what stands for an empty context; None takes BOS, else EOS.
     """
 
@@ -149,19 +150,16 @@ class LongwaveLM(TemplateLM):
         if dtype not in DTYPES:
             raise ValueError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}")
 
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            hint = (
-                ". lm_eval's command line asks for cuda:0 unless --device says otherwise" if device == "cuda:0" else ""
-            )
-            raise ValueError(f"cannot use device {device!r}: {error}{hint}") from None
-
+            place = find_device(device or "auto")
+        except ValueError as error:
+            hint = ". lm_eval's command line asks for cuda:0 unless --device says otherwise"
+            raise ValueError(f"{error}{hint if device == 'cuda:0' else ''}") from None
         extra: dict[str, Any] = {} if revision is None else {"revision": revision}
-        loaded: Any
-        loaded, self.tokenizer = longwave.load(pretrained, dtype=dtype, trust_remote_code=trust_remote_code, **extra)
-        self.model = loaded.to(device)
+        self.model: Any
+        self.model, self.tokenizer = longwave.load(
+            pretrained, device=place, dtype=dtype, trust_remote_code=trust_remote_code, **extra
+        )
         self._device = self.model.device
         self.pretrained, self.budget = str(pretrained), budget
 

@@ -178,6 +178,7 @@ def test_generate_prints_the_answer_and_reports_on_stderr(generate):
     assert pace.startswith("prompt read in ")
     assert " tokens a second, decoded by python (a graph needs CUDA" in pace
     assert "107 tokens x 1 rows" in report
+    assert "[dense " in report  # brackets are no markup
 
 
 def test_every_way_to_hold_everything_answers_alike(generate, text, tmp_path):

@@ -24,7 +24,7 @@ from longwave.evals.task import LossTask, Sample, Setting, listed
 
 @dataclass(frozen=True)
 class Perplexity(LossTask):
-    """Perplexity of unseen text: strided windows, or token by token through the cache."""
+    """Perplexity of a text: strided windows, or token by token through the cache."""
 
     name: ClassVar[str] = "perplexity"
     version: ClassVar[int] = 1

@@ -39,7 +39,7 @@ def command(
     budget: Annotated[list[str], typer.Option(help="Budget of fourier; repeats.")] = ["0.125", "0.04"],  # noqa: B006
     seed: int = 42,
 ) -> None:
-    """Dense and fourier side by side on SmolLM2, float32: needles, loss, bytes, speed, a summary. Minutes on two cores."""
+    """Dense and fourier side by side on SmolLM2 in float32: needles, loss, bytes, speed, a summary. Takes minutes."""
     with user_errors():
         run(out, file, budget, seed)
 

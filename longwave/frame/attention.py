@@ -114,13 +114,16 @@ def _attend(
 
 def stored_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """What K and V come in where a model of `dtype` runs on a type of device: autocast's own type inside of it."""
-    lowered = torch.is_autocast_enabled(device) and dtype != torch.float64
-    return torch.get_autocast_dtype(device) if lowered else dtype
+    return torch.get_autocast_dtype(device) if dtype != torch.float64 and _mixes(device) else dtype
 
 
 def own_arithmetic(device: str) -> AbstractContextManager[Any]:
     """In here torch.autocast does not reach what layers compute: that is of the types that they store."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _mixes(device) else nullcontext()
+
+
+def _mixes(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # "meta" has none
 
 
 def _attention_over(origin: str) -> Callable[..., Any]:

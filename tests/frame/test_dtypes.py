@@ -78,6 +78,11 @@ def test_a_type_that_changed_is_refused_and_nothing_is_taken(models, kind, metho
     assert memory.get_seq_length() == 30
 
 
+def test_a_device_without_autocast(llama):
+    model = copy.deepcopy(llama).to("meta")
+    assert longwave.cache(model, "dense").layers[0].planned == torch.float32
+
+
 def test_double_precision_has_no_autocast():
     model = build("llama", torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):

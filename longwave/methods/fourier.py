@@ -70,7 +70,9 @@ class Fourier(Segmented):
     def _flattest(self, shape: CacheShape) -> float:
         """What every plan takes: nothing but the means of every head."""
         page = self.page(shape)
-        head = sum(planner.code_bytes(x, page) for x in (planner.key_code(None, 0.0, page), planner.value_code(0, page)))
+        head = sum(
+            planner.code_bytes(x, page) for x in (planner.key_code(None, 0.0, page), planner.value_code(0, page))
+        )
         return head * shape.kv_heads * len(shape.memory_layers) / self._dense_bytes(shape)
 
     def _basis(self, profile: Profile | None) -> tuple[Sensitivity | None, str]:

@@ -17,7 +17,7 @@ from longwave.methods import Bound, Method, get_method
 from longwave.methods.base import Unmeasured
 from longwave.plan.automatic import profile_for, shipped
 from longwave.plan.profile import Profile
-from longwave.shape import CacheShape, check_supported, context_limit, other_layers
+from longwave.shape import CacheShape, check_supported, context_limit, holds_states
 
 
 def cache(
@@ -70,6 +70,7 @@ def cache(
         if profile is not None and not method.uses_profile:
             raise ValueError(f"profile= decides nothing for {method.name}, which measures nothing: leave it out")
         if profile is None and (measured := method.measured_by()) is not None:
+            shape.check_pages()  # before it is measured
             profile, why = profile_for(model, shape, measured, measure, tokenizer)
         elif profile is None and method.uses_profile:
             profile = shipped(model, shape, paper=True)
@@ -136,10 +137,9 @@ def _read_budget(
                 'batch says for how many rows a budget given as a size, such as "512MiB", must do: leave it out'
             )
         return fraction, None
-    others = other_layers(model.config.get_text_config(decoder=True))
-    if not all(layer is None or getattr(layer, "is_sliding", False) for layer in others):
+    if holds_states(model.config.get_text_config(decoder=True)):
         raise NotImplementedError(
-            "this model has layers that are neither full nor sliding attention, and what they hold is not known "
+            "this model has layers that are more than full or sliding attention, and what they hold is not known "
             "beforehand: give the budget as a fraction"
         )
     longest = max_tokens if max_tokens is not None else context_limit(model)

@@ -87,6 +87,7 @@ class Fourier(Segmented):
         return measured, kind
 
     def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> FourierBound:
+        shape.check_pages()
         budget = DEFAULT_BUDGET if budget is None else budget
         measured, kind = self._basis(profile)
         layers, heads, page = len(shape.memory_layers), shape.kv_heads, self.page(shape)

@@ -84,6 +84,7 @@ class Kivi(Segmented):
         )
 
     def _bound(self, shape: CacheShape, budget: float | None, bits: tuple[int, int]) -> SegmentedBound:
+        shape.check_pages()
         heads, dim = shape.kv_heads, shape.head_dim
         order = torch.arange(dim).expand(heads, -1).contiguous()
         keys = Code(((bits[0], dim),), states=0, axis="time", fit=False)

@@ -265,53 +265,6 @@ def test_unknown_method_and_option(llama):
         longwave.cache(llama, longwave.Fourier(), window=9)
 
 
-def test_unsupported_models():
-    from transformers import (
-        DeepseekV3Config,
-        DeepseekV3ForCausalLM,
-        Gemma2Config,
-        Gemma2ForCausalLM,
-        MistralConfig,
-        MistralForCausalLM,
-        T5Config,
-        T5ForConditionalGeneration,
-    )
-
-    small = dict(
-        vocab_size=31,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    mla = dict(
-        q_lora_rank=8,
-        kv_lora_rank=8,
-        qk_rope_head_dim=4,
-        qk_nope_head_dim=4,
-        v_head_dim=8,
-        n_routed_experts=2,
-        n_group=1,
-        topk_group=1,
-        num_experts_per_tok=1,
-        moe_intermediate_size=8,
-    )
-    cases = [
-        (
-            T5ForConditionalGeneration(T5Config(vocab_size=31, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
-            "encoder-decoder",
-        ),
-        (DeepseekV3ForCausalLM(DeepseekV3Config(**small, **mla)), "MLA"),
-        (Gemma2ForCausalLM(Gemma2Config(**small, head_dim=8)), "soft-capping"),
-        (MistralForCausalLM(MistralConfig(**small, sliding_window=8)), "no full-attention layer"),
-    ]
-    for model, reason in cases:
-        for method in ("dense", "fourier"):
-            with pytest.raises(NotImplementedError, match=f"{type(model).__name__}.*{reason}"):
-                longwave.cache(model, method)
-
-
 def test_an_assistant_changes_nothing(models):
     """It guesses, the model reads the guesses in one pass and takes some back."""
     ours, stock = models["llama"]

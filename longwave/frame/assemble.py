@@ -8,23 +8,25 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from longwave.frame.attention import stored_dtype, use_longwave_attention
+from longwave.frame.beside import with_state
 from longwave.frame.cache import LongCache
 from longwave.frame.hidden import Watch
 from longwave.frame.layer import MemoryLayer
 from longwave.frame.observe import Needs
 from longwave.rotary import Rotary
-from longwave.shape import check_supported, other_layers
+from longwave.shape import check_supported, other_layers, states_beside
 
 
 def assemble(model: PreTrainedModel, layer: Callable[[int], MemoryLayer], needs: Needs, method: Any) -> LongCache:
     """layer: from a model's layer index to an empty memory layer. method: what decided that, for reports."""
     config = check_supported(model)
-    others = other_layers(config)
+    others, states = other_layers(config), states_beside(config)
     rotary = Rotary.of(model) if needs.unrotated else None  # before anything is selected: it may refuse
     indices = tuple(index for index, other in enumerate(others) if other is None)
     watch = Watch(model, indices) if needs.hidden else None
-    use_longwave_attention(model)
     layers = [layer(index) if other is None else other for index, other in enumerate(others)]
+    layers = [with_state(made, states[index]) if index in states else made for index, made in enumerate(layers)]
+    use_longwave_attention(model)
     built = LongCache(layers, method, rotary, watch)
     built.drops = getattr(config, "original_max_position_embeddings", None) or 0
     built._progress.switch = _switch(config)

@@ -21,6 +21,7 @@ from longwave.decode.graph import Graph
 from longwave.frame import LongCache, MemoryLayer, Pass, Step, cache_name
 from longwave.frame.attention import Handle, LogicalLength, StepMask, is_ours, own_arithmetic
 from longwave.frame.hidden import take_hidden
+from longwave.shape import learns_sinks
 
 MEMORY = "storage for all new tokens is reserved at once: fewer of them, or fewer rows, need less"
 
@@ -45,6 +46,8 @@ def supports(model: PreTrainedModel, cache: Cache) -> str | None:
     implementation = getattr(config, "_attn_implementation", None)  # private, of transformers
     if not is_ours(implementation):
         return f'the model attends by "{implementation}": longwave.cache(model, ...) selects ours'
+    if learns_sinks(model):
+        return "it learns attention sinks, which steps do not apply yet"
     if model.training:
         return "the model is in training mode: call model.eval()"
     own: Any = type(model)
@@ -78,8 +81,15 @@ class _StepLayer(CacheLayerMixin):
         return handle, handle
 
     def forward(
-        self, q: torch.Tensor, scaling: float, mask: object, module: Any = None, positions: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        scaling: float,
+        mask: object,
+        module: Any = None,
+        positions: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        assert sinks is None  # `supports` has seen to it
         if not isinstance(mask, StepMask):
             raise Unsupported(
                 "cannot decode in steps: the model hides tokens by masks of its own. model.generate works"

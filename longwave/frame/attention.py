@@ -83,7 +83,6 @@ class Handle:
 # arguments that change what attention means; a layer that ignored one would be silently wrong
 _REFUSED = {
     "softcap": "logit soft-capping",
-    "s_aux": "learned attention sinks",
     "position_bias": "a position bias",
     "cu_seq_lens_q": "packed sequences",
 }
@@ -108,7 +107,8 @@ def _attend(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     kind = query.device.type
     with own_arithmetic(kind):
-        out = handle.layer.forward(query, scaling, attention_mask, module, given.get("position_ids"))
+        positions, sinks = given.get("position_ids"), given.get("s_aux")
+        out = handle.layer.forward(query, scaling, attention_mask, module, positions, sinks)
     return out.to(stored_dtype(out.dtype, kind)).transpose(1, 2).contiguous(), None
 
 

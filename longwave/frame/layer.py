@@ -76,6 +76,14 @@ class MemoryLayer(Counting):
         than the dense tokens; None where it does not."""
         return None
 
+    def lse(self, p: Pass) -> torch.Tensor:
+        """`log_sum_exp`, over the dense tokens where those are all."""
+        whole = self.log_sum_exp(p)
+        if whole is not None:
+            return whole
+        k, _ = self.dense.view()
+        return attention_mass.log_sum_exp(p.q, k.to(p.q.device), p.scaling, self.visible(p.q.shape[2], p.causal))
+
     def can_drop(self, counts: list[int]) -> None:
         """Raise ValueError if the last counts[b] tokens of row b cannot be removed. Changes nothing."""
         for row, (count, held) in enumerate(zip(counts, self.dense.lengths, strict=True)):
@@ -255,6 +263,7 @@ class MemoryLayer(Counting):
         mask: StepMask | torch.Tensor | None = None,
         module: Any = None,
         positions: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One layer's attention in a forward pass: q [batch, query_heads, queries, head_dim] -> same shape.
 
@@ -266,7 +275,7 @@ class MemoryLayer(Counting):
             )
         sources, self._sources = [q, *self._sources], []
         with torch.no_grad():
-            out = self._answer(q.detach().to(self.dtype), scaling, mask, module, positions)
+            out = self._answer(q.detach().to(self.dtype), scaling, mask, module, positions, sinks)
         return bar_gradients(out, sources)
 
     def _answer(
@@ -276,9 +285,10 @@ class MemoryLayer(Counting):
         mask: StepMask | torch.Tensor | None,
         module: Any,
         positions: torch.Tensor | None,
+        sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         try:
-            p = self._open(q, scaling, mask, module, positions)
+            p = self._open(q, scaling, mask, module, positions, sinks)
         except BaseException:  # refused, or failed before anything was changed: as if it had never been given
             self.columns -= q.shape[2]
             self._new = None
@@ -289,6 +299,8 @@ class MemoryLayer(Counting):
             self.arrive(p)
             self._store(p.k, p.v, p.valid, p.positions)
             out = self.attend(p)
+            if p.sinks is not None:
+                out = self._share_with_sinks(p, out)
             self.observe(p)
             self._fresh = False
             if self.record_past and q.shape[2] <= self.patience():
@@ -311,12 +323,13 @@ class MemoryLayer(Counting):
         mask: StepMask | torch.Tensor | None,
         module: Any,
         positions: torch.Tensor | None,
+        sinks: torch.Tensor | None,
     ) -> Pass:
         """The pass, with everything refused that can be refused. Changes nothing."""
         assert self._new is not None
         self.progress.check_lent()
         k, v = self._new
-        p = Pass(q, k, v, scaling, module=module, positions=positions, rotary=self.progress.rotary)
+        p = Pass(q, k, v, scaling, module=module, positions=positions, rotary=self.progress.rotary, sinks=sinks)
         p.phase = "prompt" if not any(self.rows) else "step" if q.shape[2] == 1 else "chunk"
         if isinstance(mask, torch.Tensor):
             mask = self._plain(mask)
@@ -324,6 +337,10 @@ class MemoryLayer(Counting):
             p.causal, p.valid = mask.causal, self._read_padding(mask)
         elif mask is not None:
             p.mask = self._check_own_mask(mask, q)
+            if sinks is not None:
+                raise NotImplementedError(
+                    "what this model's learned sinks take of attention under a 4D mask is not known: pass a 2D mask"
+                )
             if self.needs.mass or self.needs.queries:
                 raise NotImplementedError(
                     "this method watches what attention reads, which a 4D attention mask hides from it: pass a 2D mask"
@@ -337,6 +354,13 @@ class MemoryLayer(Counting):
         self.refuse(p)
         self.check_finite(k, v, p.valid)
         return p
+
+    def _share_with_sinks(self, p: Pass, out: torch.Tensor) -> torch.Tensor:
+        """Learned sinks add to what the softmax divides by, and nothing to the answer."""
+        assert p.sinks is not None
+        alone = self.lse(p) if p.lse is None else p.lse
+        p.lse = torch.logaddexp(alone, p.sinks.to(alone.dtype)[:, None])
+        return (out * torch.exp(alone - p.lse)[..., None]).to(out.dtype)
 
     def write(
         self,
@@ -401,7 +425,8 @@ class MemoryLayer(Counting):
             if p.valid is not None:
                 assert visible is not None
                 visible = visible * p.valid  # padding asks nothing
-            got = attention_mass.mass(p.q, k, p.scaling, visible, self.log_sum_exp(p))
+            lse = self.log_sum_exp(p) if p.lse is None else p.lse
+            got = attention_mass.mass(p.q, k, p.scaling, visible, lse)
             self.dense.columns["mass"][:, :, : k.shape[2]] += got
         if self.queries is not None:
             self.queries.add(p.q, self._positions_before(p), p.valid)

@@ -52,7 +52,9 @@ class Pass:
     valid bool [batch, tokens]: which of them are real; None for all. mask: a caller's own 4D mask (bool or additive).
     positions int [batch or 1, tokens] as the model has them, None where it does not say. module: the attention module
     (its layer's rotary table, its output projection). rotary: turns and un-turns keys (rotary.py), where asked for.
-    phase: "prompt" (nothing is stored yet), "step" (one token a row) or "chunk".
+    phase: "prompt" (nothing is stored yet), "step" (one token a row) or "chunk". sinks [query_heads]: learned scores
+    of a token that has no value and takes its share of attention. lse float [batch, query_heads, tokens]: log of what
+    the softmax divides by, where it is known.
     """
 
     q: torch.Tensor
@@ -67,6 +69,8 @@ class Pass:
     rotary: Any = None
     hidden: torch.Tensor | None = None
     phase: str = "chunk"
+    sinks: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
 
     def unrotated(self) -> torch.Tensor:
         """The new keys before rotation: as k. Needs(unrotated=True)."""

@@ -271,6 +271,10 @@ class EvictingLayer(MemoryLayer):
         with self._turned(p):
             return super().attend(p)
 
+    def lse(self, p: Pass) -> torch.Tensor:
+        with self._turned(p):
+            return super().lse(p)
+
     def observe(self, p: Pass) -> None:
         with self._turned(p):
             super().observe(p)

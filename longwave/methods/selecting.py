@@ -16,7 +16,7 @@ import torch
 from longwave.checks import whole
 from longwave.frame import MemoryLayer, Pass, Step
 from longwave.methods.base import Bound, CacheShape, Method
-from longwave.ops.attention.reference import group_heads, subset_attention
+from longwave.ops.attention.reference import group_heads, subset_attention, subset_log_sum_exp
 from longwave.plan.profile import Profile
 from longwave.store.tokens import capacity, writable
 
@@ -230,6 +230,8 @@ class SelectingLayer(MemoryLayer):
         place = place.flatten(2).clamp(max=k.shape[2] - 1)
         where = place.to(k.device)[..., None].expand(*place.shape, k.shape[3])
         read_k, read_v = (x.gather(2, where).to(p.q.device) for x in (k, v))
+        if p.sinks is not None:
+            p.lse = subset_log_sum_exp(p.q, read_k, p.scaling, seen.flatten(2))
         return subset_attention(p.q, read_k, read_v, p.scaling, seen.flatten(2))
 
     # steps

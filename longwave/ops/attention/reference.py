@@ -122,6 +122,13 @@ def subset_attention(
     return (p @ v.to(kind)).to(q.dtype).reshape(q.shape)
 
 
+def subset_log_sum_exp(q: torch.Tensor, k: torch.Tensor, scaling: float, seen: torch.Tensor) -> torch.Tensor:
+    """log of what `subset_attention` divides by: [B, Hq, 1], in float32, or float64 for such q."""
+    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scores = group_heads(q, k.shape[1]).to(kind) * scaling @ k.to(kind).mT
+    return scores.masked_fill(~seen[:, :, None], float("-inf")).logsumexp(-1).reshape(q.shape[:3])
+
+
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a [N, R, C] @ b [N, C, S] of 16-bit numbers in float32, without copies of them where the device can."""
     return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

@@ -36,10 +36,19 @@ SCALE = 2.0**10  # of gradients in float16, whose smallest numbers are too large
 class Scores:
     """Softmax of scored queries over the context and the scored tokens before them, a block of queries at a time.
 
-    q [B, Hq, Q, D]; keys [B, H, L, D] of the context; own [B, H, Q, D], the scored tokens' keys.
+    q [B, Hq, Q, D]; keys [B, H, L, D] of the context; own [B, H, Q, D], the scored tokens' keys; sinks [Hq], learned
+    scores of a token without a value.
     """
 
-    def __init__(self, q: torch.Tensor, keys: torch.Tensor, own: torch.Tensor, scaling: float):
+    def __init__(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        own: torch.Tensor,
+        scaling: float,
+        sinks: torch.Tensor | None = None,
+    ):
+        self.sinks = sinks
         self.groups = q.shape[1] // keys.shape[1]
         self.q, self.keys, self.own, self.scaling = q, keys, own, scaling
         self.kind = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -62,6 +71,14 @@ class Scores:
         scores[..., self.keys.shape[2] :].masked_fill_(hidden, torch.finfo(self.kind).min)
         return scores
 
+    def softmax(self, raw: torch.Tensor) -> torch.Tensor:
+        """Of `raw`, as it: with sinks it sums to less than one."""
+        if self.sinks is None:
+            return torch.softmax(raw, -1)
+        sinks = self.sinks.to(raw.dtype).view(1, raw.shape[1], -1, 1)
+        beside = sinks.repeat_interleave(raw.shape[2] // sinks.shape[2], 2).expand(*raw.shape[:3], 1)
+        return torch.softmax(torch.cat([raw, beside], -1), -1)[..., :-1]
+
 
 class _Attention(torch.autograd.Function):
     """Attention over a constant context and the scored tokens themselves, whose backward pass forms the scores anew:
@@ -76,12 +93,13 @@ class _Attention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         scaling: float,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         ctx.save_for_backward(q, own_k, own_v, k, v)
-        ctx.scaling = scaling
-        scores, out = Scores(q, k, own_k, scaling), torch.empty_like(q)
+        ctx.scaling, ctx.sinks = scaling, sinks
+        scores, out = Scores(q, k, own_k, scaling, sinks), torch.empty_like(q)
         for block in scores.blocks():
-            p = torch.softmax(scores.raw(scores.grouped(q, block), block), -1)
+            p = scores.softmax(scores.raw(scores.grouped(q, block), block))
             mixed = p[..., : k.shape[2]] @ v.to(p.dtype) + p[..., k.shape[2] :] @ own_v.to(p.dtype)
             out[:, :, block] = mixed.reshape(out[:, :, block].shape).to(q.dtype)
         return out
@@ -90,21 +108,21 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         q, own_k, own_v, k, v = ctx.saved_tensors
         (grad,), length = grads, k.shape[2]
-        scores = Scores(q, k, own_k, ctx.scaling)
+        scores = Scores(q, k, own_k, ctx.scaling, ctx.sinks)
         to_q = torch.empty_like(q)
         to_k, to_v = (torch.zeros(x.shape, dtype=scores.kind, device=x.device) for x in (own_k, own_v))
         values, keys = (x.to(scores.kind) for x in (v, k))
         own_values, own_keys = (x.to(scores.kind) for x in (own_v, own_k))
         for block in scores.blocks(2):
             x, g = scores.grouped(q, block), scores.grouped(grad, block)
-            p = torch.softmax(scores.raw(x, block), -1)
+            p = scores.softmax(scores.raw(x, block))
             to_v += p[..., length:].mT @ g
             slope = torch.cat([g @ values.mT, g @ own_values.mT], -1)
             slope = p * (slope - (slope * p).sum(-1, keepdim=True)) * ctx.scaling
             moved = slope[..., :length] @ keys + slope[..., length:] @ own_keys
             to_q[:, :, block] = moved.reshape(to_q[:, :, block].shape).to(q.dtype)
             to_k += slope[..., length:].mT @ x
-        return to_q, to_k.to(own_k.dtype), to_v.to(own_v.dtype), None, None, None
+        return to_q, to_k.to(own_k.dtype), to_v.to(own_v.dtype), None, None, None, None
 
 
 class Watched(MemoryLayer):
@@ -113,6 +131,7 @@ class Watched(MemoryLayer):
     q: torch.Tensor  # rotated, [B, Hq, Q, D]
     own: tuple[torch.Tensor, torch.Tensor]  # K and V of the scored tokens, [B, H, Q, D] each
     out: torch.Tensor  # what attention answered, in the graph: as q
+    sinks: torch.Tensor | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -121,10 +140,19 @@ class Watched(MemoryLayer):
         handle = Handle(self)
         return handle, handle
 
-    def forward(self, q: torch.Tensor, scaling: float, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(  # masks and positions are those of a plain pass
+        self,
+        q: torch.Tensor,
+        scaling: float,
+        mask: Any = None,
+        module: Any = None,
+        positions: Any = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            return super().forward(q, scaling, *args, **kwargs)
-        out = _Attention.apply(q, *self.own, *self.dense.view(), scaling)
+            return super().forward(q, scaling, mask, module, positions, sinks)
+        self.sinks = None if sinks is None else sinks.detach()
+        out = _Attention.apply(q, *self.own, *self.dense.view(), scaling, self.sinks)
         if not out.requires_grad:  # the first of them: nothing below it is to be changed
             out.requires_grad_()
         self.q, self.own, self.out, self.scaling = q.detach(), tuple(x.detach() for x in self.own), out, scaling  # type: ignore[assignment]
@@ -212,7 +240,8 @@ class Bench:
         layer, probes = self.layers[position], self.probes[position]
         k, v = layer.dense.view()
         own_k, own_v = layer.own
-        scores, first, last = Scores(layer.q, k, own_k, layer.scaling), self.middle.start, self.middle.stop
+        scores = Scores(layer.q, k, own_k, layer.scaling, layer.sinks)
+        first, last = self.middle.start, self.middle.stop
         batch, heads = k.shape[:2]
         values = torch.cat([v, own_v], 2).to(scores.kind)
         blocks = list(scores.blocks(3))
@@ -229,7 +258,7 @@ class Bench:
                 else:
                     other = raw.clone()
                     other[..., first:last] = (x @ middle.mT).mul_(layer.scaling)
-                    moved = torch.softmax(other, -1).sub_(p) @ values
+                    moved = (scores.softmax(other) - p) @ values
                 moved = moved.view(batch, heads, -1, block.stop - block.start, moved.shape[-1])
                 g = probes[:, :, :, block].unflatten(2, (heads, -1))
                 found.append(torch.einsum("pbhgqd,bhgqd->pbhq", g.to(moved.dtype), moved))
@@ -238,7 +267,7 @@ class Bench:
     def _exact(self, scores: Scores, block: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = scores.grouped(scores.q, block)
         raw = scores.raw(x, block)
-        return raw, torch.softmax(raw, -1), x
+        return raw, scores.softmax(raw), x
 
 
 def costs(dot: torch.Tensor, form: str) -> torch.Tensor:

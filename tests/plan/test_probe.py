@@ -14,6 +14,8 @@ from longwave.plan.probe import Bench, costs, measure, stored
 from longwave.plan.recall import Windows
 from longwave.shape import CacheShape
 from tests.conftest import SMALL, shape_of
+from tests.models.checks import build as build_row
+from tests.models.table import ROWS
 
 METHOD = longwave.Fourier(segment=16, sinks=2, window=16)
 CONTEXT, SCORED = 84, 12
@@ -63,6 +65,43 @@ def test_the_backward_pass_is_autograds(block, monkeypatch):
     slope = torch.randn(plain.shape, generator=g, dtype=torch.float64)
     for a, b in zip(torch.autograd.grad(ours, asked, slope), torch.autograd.grad(plain, asked, slope), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_learned_sinks_take_their_share_in_both_directions():
+    g = torch.Generator().manual_seed(0)
+    q, k, v, own_k, own_v = (
+        torch.randn(2, heads, tokens, 8, generator=g, dtype=torch.float64)
+        for heads, tokens in ((6, 7), (3, 20), (3, 20), (3, 7), (3, 7))
+    )
+    sinks = torch.randn(6, generator=g, dtype=torch.float64) + 2
+    asked = [x.requires_grad_() for x in (q, own_k, own_v)]
+    keys, values = (torch.cat(pair, 2).repeat_interleave(2, 1) for pair in ((k, own_k), (v, own_v)))
+    scores = (q @ keys.mT * 0.3).masked_fill(torch.arange(27) > 20 + torch.arange(7)[:, None], float("-inf"))
+    shares = torch.cat([scores, sinks[None, :, None, None].expand(2, 6, 7, 1)], -1).softmax(-1)[..., :-1]
+    plain = shares @ values
+    ours = probe._Attention.apply(q, own_k, own_v, k, v, 0.3, sinks)
+    torch.testing.assert_close(ours, plain)
+    slope = torch.randn(plain.shape, generator=g, dtype=torch.float64)
+    for a, b in zip(torch.autograd.grad(ours, asked, slope), torch.autograd.grad(plain, asked, slope), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_model_with_sinks_is_measured_with_them():
+    """What each change moves is what attention with sinks gives less: by the definition, of V's means."""
+    model = build_row(next(row for row in ROWS if row.kind == "gpt_oss"))
+    bench = Bench(model, make_windows(), METHOD, 2)
+    (layer,) = bench.layers
+    k, v = layer.dense.view()
+    flat = torch.zeros_like(v[:, :, bench.middle])
+    (dots,) = bench.dots(0, iter([("v", flat)]))
+    keys = torch.cat([k, layer.own[0]], 2).repeat_interleave(2, 1)
+    scores = layer.q @ keys.mT * layer.scaling
+    hidden = torch.arange(keys.shape[2]) > k.shape[2] + torch.arange(layer.q.shape[2])[:, None]
+    beside = layer.sinks.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    shares = torch.cat([scores.masked_fill(hidden, float("-inf")), beside], -1).softmax(-1)
+    moved = -shares[..., bench.middle] @ v[:, :, bench.middle].repeat_interleave(2, 1)
+    want = (bench.probes[0] * moved).sum(-1).unflatten(2, (k.shape[1], -1)).sum(3)
+    torch.testing.assert_close(dots, want, rtol=1e-3, atol=1e-5)
 
 
 def test_gradients_are_those_of_the_plain_model(model):

@@ -1,6 +1,7 @@
 """What is checked of a model: that a cache is refused for the right reason, or works. Each check raises where not."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import (
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 import longwave
+from longwave.plan.calibrate import calibrate
 from tests.conftest import into
 from tests.models.table import BASE, VOCABULARY, Row
 
@@ -134,6 +136,26 @@ def padding(model):
     close(both[:1, pads:], alone)
 
 
+class Characters:
+    """A tokenizer of one id a character."""
+
+    def __call__(self, text, return_tensors=None, **options):
+        ids = [3 + ord(letter) % (VOCABULARY - 3) for letter in text]
+        return SimpleNamespace(input_ids=torch.tensor([ids]) if return_tensors else ids)
+
+
+def calibration(model):
+    """What its heads can spare is measured, and plans are made of it."""
+    method = longwave.Fourier(segment=16, sinks=2, window=16)
+    text = ["the river rose all night and fell by day; " * 20]
+    profile = calibrate(model, Characters(), text, method, tokens=160, windows=1, scored=16, probes=2)
+    for side in ("k", "v"):
+        costs = profile.sensitivity.costs(side)
+        assert torch.isfinite(costs).all()
+        assert (costs[..., 0] > 0).any()
+    assert longwave.cache(model, method, 0.1, profile=profile).method.profile == profile.digest
+
+
 def promised(model):
     """What a method promises is what is held, to the byte, but for sliding layers: there at most."""
     memory = smaller(model)
@@ -182,5 +204,7 @@ def works(row: Row):
     chunks(model, stock, row.but)
     padding(model)
     promised(model)
+    if not row.unpaged:
+        calibration(model)
     if hasattr(model.config, "image_token_id"):
         images(model, stock)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from longwave.frame import LongCache, MemoryLayer, Needs, cache_argument, observing
 
@@ -67,7 +68,10 @@ def can_fork(memory: Cache) -> bool:
 def takes_gaps(memory: Cache) -> bool:
     """Whether rows may be padded between a context and its question: sliding windows count what lies there, and
     recurrent states decay with it."""
-    return all(isinstance(layer, MemoryLayer) for layer in memory.layers)
+    return all(
+        isinstance(layer, MemoryLayer) and not isinstance(layer, LinearAttentionCacheLayerMixin)
+        for layer in memory.layers
+    )
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
-"""Small random models some of whose layers are not full attention but sliding, delta rule, state space, convolution."""
+"""Small random models some of whose layers are not full attention but sliding, delta rule, state space, convolution,
+or attend beside such a state."""
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -11,6 +12,7 @@ KINDS = {
     "gemma3": {},
     "qwen3_5_text": {"layer_types": ["linear_attention", "full_attention"], **LINEAR},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_local_experts": 0, **MAMBA},
+    "falcon_h1": {"mamba_d_ssm": 64, **MAMBA},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
 }
 

@@ -460,7 +460,8 @@ def hay(tmp_path):
 @pytest.fixture
 def evaluate(folder, hay, out):
     """The arguments of a short run; what is added to them wins."""
-    return ["eval", "run", "--model", folder, "--method", "dense", "--task", TASK.format(hay), "--out", out]
+    task = TASK.format(hay)
+    return ["eval", "run", "--model", folder, "--dtype", "float32", "--method", "dense", "--task", task, "--out", out]
 
 
 def start(arguments, cwd):

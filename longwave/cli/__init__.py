@@ -10,7 +10,7 @@ from longwave import __version__
 from longwave.cli import calibrate, demo, eval, generate, inspect
 from longwave.cli.common import WithMethods
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("generate", cls=WithMethods)(generate.command)
 app.command("calibrate", cls=WithMethods)(calibrate.command)
 app.command("inspect", cls=WithMethods)(inspect.command)
@@ -26,6 +26,8 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Long contexts for Hugging Face models inside a memory budget that you name."""

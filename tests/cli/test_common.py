@@ -26,6 +26,7 @@ def test_options_are_literals_or_text():
 def test_no_command_shows_help():
     result = call("--help")
     assert result.exit_code == 0
+    assert "inside a memory budget that you name" in result.stdout
     for command in ("generate", "calibrate", "inspect", "eval", "demo"):
         assert command in result.stdout
 

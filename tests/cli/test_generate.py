@@ -1,5 +1,6 @@
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
@@ -206,3 +207,25 @@ def test_sampling_repeats_with_its_seed(generate):
     sampled = ["Hello there", "--budget", "1", "--temperature", "1.5", "--json", "--max-new-tokens", "20"]
     texts = [json.loads(succeeds(*generate, *sampled, "--seed", seed).stdout)["text"] for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_spinner_ends_once_the_prompt_is_read(generate, monkeypatch):
+    events = []
+
+    @contextmanager
+    def waiting(what):
+        events.append(what)
+        yield lambda: events.append("done")
+
+    monkeypatch.setattr("longwave.cli.generate.waiting", waiting)
+    monkeypatch.setattr("transformers.TextStreamer.on_finalized_text", lambda self, text, **_: events.append("text"))
+    succeeds(*generate, TEXT[:40], "--budget", "1")
+    assert events[:2] == ["reading 40 tokens", "done"]
+    assert "text" in events[2:]
+
+
+def test_a_size_is_spent_on_this_prompt_and_its_answer(generate):
+    size = [*generate, "--budget", "60KB", *SEGMENTS, "--json"]  # too small for the window of 512
+    assert json.loads(succeeds(*size, TEXT[:100]).stdout)["nbytes"] <= 60_000
+    said = "58.59 KiB cannot hold 1 x 497 tokens: the smallest that fourier can do is"
+    assert said in refused(*size, TEXT[:490])

@@ -56,6 +56,12 @@ def test_inspect_kept_channel(inspect):
     assert whole["channel"] == {"layer": 0, "side": "k", "head": 0, "channel": 5, "kept": True, "variance_missed": 0.0}
 
 
+def test_inspect_spends_a_size_on_the_tokens_it_reads(inspect):
+    size = [*inspect, "--budget", "60KB", "--json"]  # too small for the window of 512
+    assert json.loads(succeeds(*size).stdout)["nbytes"] <= 60_000
+    assert "cannot hold 1 x 200 tokens" in refused(*inspect, "--budget", "1KB")
+
+
 def test_inspect_dense_has_bytes_and_no_channels(inspect, folder, text, tmp_path):
     dense = ["inspect", "--model", folder, "--file", text, "--tokens", 200, "--method", "dense"]
     result = json.loads(succeeds(*dense, "--out", tmp_path / "made", "--json").stdout)

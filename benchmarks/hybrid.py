@@ -1,6 +1,6 @@
 """A model of another shape that nobody tuned for: SmolLM2 whose layers but every fourth see a window alone.
 
-    python -m benchmarks.hybrid [--window 512] [--every 4] [--budgets 0.25,0.15625,0.12,0.1,0.06] [--judged 6] [--out FILE]
+    python -m benchmarks.hybrid [--window 512] [--every 4] [--budgets 0.25,0.1] [--judged 6] [--out FILE]
 
 SmolLM2's weights go into a Qwen2 of the same size (whose biases are 0), with sliding layers where SmolLM2 has full
 ones: another architecture, another number of full layers and heads, and heads that are needed for other things, as the

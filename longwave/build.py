@@ -71,7 +71,8 @@ def cache(
             raise ValueError(f"profile= decides nothing for {method.name}, which measures nothing: leave it out")
         if profile is None and (measured := method.measured_by()) is not None:
             shape.check_pages()  # before it is measured
-            profile, why = profile_for(model, shape, measured, measure, tokenizer)
+            if not _fits_whole(method, shape, fraction, room):
+                profile, why = profile_for(model, shape, measured, measure, tokenizer)
         elif profile is None and method.uses_profile:
             profile = shipped(model, shape, paper=True)
         bound = _bind(method, shape, profile, fraction, room)
@@ -152,6 +153,13 @@ def _bind(
     method: Method, shape: CacheShape, profile: Profile | None, fraction: float | None, room: Room | None
 ) -> Bound:
     return method.bind(shape, profile, fraction) if room is None else bind_to_size(method, shape, profile, room)
+
+
+def _fits_whole(method: Method, shape: CacheShape, fraction: float | None, room: Room | None) -> bool:
+    """Whether nothing is to be compressed, so that nothing needs to be measured."""
+    if room is None or not (room.known and method.fits_budget()):
+        return fraction == 1
+    return method.bind(shape, None, 1.0).peak_bytes(room.tokens, room.rows) <= room.size
 
 
 def _assemble(model: PreTrainedModel, bound: Bound, sized: Sized | None) -> LongCache:

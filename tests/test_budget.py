@@ -10,7 +10,7 @@ import longwave
 from longwave.budget import DoesNotFit, human, parse_budget
 from longwave.build import expect
 from longwave.plan import plan, planner
-from tests.conftest import random_profile, shape_of, tokens
+from tests.conftest import into, random_profile, shape_of, tokens
 
 SEGMENTS = longwave.Fourier(segment=16, sinks=2, window=16)
 PERIOD = longwave.FourierPaper(keep=0.3, states=8, sinks=2, window=16, reserve=32)
@@ -130,7 +130,7 @@ def test_size_covers_what_a_turn_unpacks(llama, turn):
     memory = build(llama, SEGMENTS, f"{size}B", batch=2)
     with torch.no_grad():
         for start, count in ((0, 250), *((at, turn) for at in range(250, LONGEST, turn))):
-            llama(tokens(2, count, seed=start), past_key_values=memory)
+            llama(tokens(2, count, seed=start), **into(memory))
             report = memory.report()
             assert report.nbytes + report.scratch <= size
     assert (report.scratch > 0) == (turn > 1)
@@ -310,8 +310,8 @@ def test_generate_spends_a_size_on_the_tokens_that_are_coming(llama):
     size = f"{smallest(llama, SEGMENTS, max_tokens=512) + 30_000}B"
     by_window, known = (longwave.cache(llama, SEGMENTS, size, random_profile(llama)) for _ in range(2))
     before = by_window.method
-    longwave.generate(llama, **PROMPT, past_key_values=known, max_new_tokens=30, do_sample=False)
-    llama.generate(**{name: x[:1] for name, x in PROMPT.items()}, past_key_values=by_window, max_new_tokens=30)
+    longwave.generate(llama, **PROMPT, **into(known), max_new_tokens=30, do_sample=False)
+    llama.generate(**{name: x[:1] for name, x in PROMPT.items()}, **into(by_window), max_new_tokens=30)
     assert by_window.method == before
     assert known.method.budget > by_window.method.budget
     assert known.method == build(llama, SEGMENTS, size, 90 + 29, batch=2).method
@@ -322,23 +322,23 @@ def test_generate_spends_a_size_on_the_tokens_that_are_coming(llama):
 def test_what_is_coming_is_asked_anew_once_a_cache_is_empty(llama):
     memory = longwave.cache(llama, SEGMENTS, "130KB", random_profile(llama))
     one = {name: x[:1] for name, x in PROMPT.items()}
-    longwave.generate(llama, **one, past_key_values=memory, max_new_tokens=200, do_sample=False)
+    longwave.generate(llama, **one, **into(memory), max_new_tokens=200, do_sample=False)
     long = memory.method
     with pytest.raises(ValueError, match="computed for 289 tokens"):  # it holds the last ones still
-        longwave.generate(llama, tokens(1, 290 + 60), past_key_values=memory, max_new_tokens=60, do_sample=False)
+        longwave.generate(llama, tokens(1, 290 + 60), **into(memory), max_new_tokens=60, do_sample=False)
     memory.reset()
-    longwave.generate(llama, **one, past_key_values=memory, max_new_tokens=5, do_sample=False)
+    longwave.generate(llama, **one, **into(memory), max_new_tokens=5, do_sample=False)
     assert memory.method.budget > long.budget
 
 
 def test_what_the_caller_said_is_coming_stays(llama):
     memory = build(llama, SEGMENTS, "60KB", 200)
     before = memory.method
-    longwave.generate(llama, tokens(1, 90), past_key_values=memory, max_new_tokens=5, do_sample=False)
+    longwave.generate(llama, tokens(1, 90), **into(memory), max_new_tokens=5, do_sample=False)
     assert memory.method is before
     memory.reset()
     with pytest.raises(ValueError, match="computed for 200 tokens"):
-        longwave.generate(llama, tokens(1, 190), past_key_values=memory, max_new_tokens=20, do_sample=False)
+        longwave.generate(llama, tokens(1, 190), **into(memory), max_new_tokens=20, do_sample=False)
 
 
 def test_a_size_too_small_for_what_is_coming_changes_nothing(llama):

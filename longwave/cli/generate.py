@@ -16,6 +16,7 @@ from longwave.cli.common import (
     Device,
     Dtype,
     Json,
+    Measure,
     MethodName,
     Model,
     OptionList,
@@ -35,6 +36,7 @@ def command(
     method: MethodName = "fourier",
     budget: Budget = None,
     profile: ProfilePath = None,
+    measure: Measure = True,
     option: OptionList = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
@@ -78,6 +80,7 @@ def command(
         import longwave
         from longwave.build import sized
         from longwave.decode.steps import Unsupported
+        from longwave.frame import cache_argument
         from longwave.methods import get_method
         from longwave.plan.profile import Profile
 
@@ -91,7 +94,15 @@ def command(
         coming = count + max_new_tokens - 1  # the last new token is not read
         source.check(chosen, budget, coming)
         loaded, tokenizer = source.load(), source.tokenizer
-        memory = longwave.cache(loaded, chosen, budget, measured, max_tokens=coming if sized(budget) else None)
+        memory = longwave.cache(
+            loaded,
+            chosen,
+            budget,
+            measured,
+            max_tokens=coming if sized(budget) else None,
+            measure=measure,
+            tokenizer=tokenizer,
+        )
         why = why_python(source.device, graph) or longwave.decode.supports(loaded, memory)
         check_loop(why, graph, compiled)
         torch.manual_seed(seed)
@@ -99,12 +110,13 @@ def command(
         if loaded.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(loaded.device)
         clock = Clock(loaded.device)
+        given: dict[str, Any] = cache_argument(loaded, memory)
         loop = loaded.generate if why else partial(longwave.generate, loaded, compile=compiled)
         try:
             with waiting(f"reading {count:,} tokens") as done:
                 out = loop(
                     **encoded,
-                    past_key_values=memory,
+                    **given,
                     max_new_tokens=max_new_tokens,
                     streamer=streamer,
                     logits_processor=[Read(done)],

@@ -13,6 +13,7 @@ from longwave.cli.common import (
     Device,
     Dtype,
     Json,
+    Measure,
     MethodName,
     Model,
     OptionList,
@@ -32,6 +33,7 @@ def command(
     method: MethodName = "fourier",
     budget: Budget = None,
     profile: ProfilePath = None,
+    measure: Measure = True,
     option: OptionList = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to read.")] = 2048,
     layer: Annotated[
@@ -73,12 +75,23 @@ def command(
         if not 0 <= head < shape.kv_heads:
             raise ValueError(f"layer {layer} has heads 0 to {shape.kv_heads - 1}")
         loaded = source.load()
-        empty = longwave.cache(loaded, chosen, budget, measured, max_tokens=count if sized(budget) else None)
+        empty = longwave.cache(
+            loaded,
+            chosen,
+            budget,
+            measured,
+            max_tokens=count if sized(budget) else None,
+            measure=measure,
+            tokenizer=source.tokenizer,
+        )
         with waiting(f"reading {count:,} tokens"):
             exact = prefill(loaded, ids, needs=needs_of([empty]))
             held = fork(exact, empty)
         report = held.report()
         result: dict[str, Any] = {**report.as_dict(), "dtype": named(loaded.dtype), "device": str(loaded.device)}
+        expected = getattr(held.method, "expected", None)
+        if expected is not None:
+            result["expected_kl"] = {"kl": expected.kl, "error": expected.error}
         kept = getattr(held.method, "kept", None)  # of every memory layer: which channels of K and V stay values
         if kept is not None:
             out.mkdir(parents=True, exist_ok=True)
@@ -105,6 +118,7 @@ def command(
             ["part", "bytes"],
             [*report.parts.items(), ("all", report.nbytes), ("dense cache", report.dense_nbytes)],
         )
+        print(report.method)
         print(f"ratio {report.ratio:.3f} in {result['dtype']} after {report.tokens:,} tokens")
         if kept is not None:
             rows = []

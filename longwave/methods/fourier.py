@@ -110,7 +110,7 @@ class Fourier(Segmented):
         for position in range(layers):
             k, v = zip(*(next(chosen) for _ in range(heads)), strict=True)
             plan.append(LayerCodes(k, v, straight if measured is None else measured.order(position), straight))
-        made, warn = f"{kind} plan for {budget:g}", None
+        made, warn = f"{kind} plan for {budget:g}" if budget < 1 else "everything kept", None
         if measured is None and budget < 1:
             made += ", nothing measured"
             if self.plan is None:

@@ -13,6 +13,7 @@ from longwave.plan import KEY_OPTIONS, VALUE_OPTIONS
 from longwave.plan.plan import LayerCodes
 from longwave.plan.recall import Windows
 from longwave.store.pages import PageStore
+from tests.conftest import into
 
 LAYERS, HEADS, DIM = 3, 2, 16
 METHOD = longwave.Fourier(segment=32, sinks=4, window=16)
@@ -80,11 +81,11 @@ def plain_cost(model, windows, middle, position, side, head, values):
     for replace in (False, True):
         cache = DynamicCache(config=plain.config)
         with torch.no_grad():
-            plain(windows.ids[:, : windows.context], past_key_values=cache, use_cache=True)
+            plain(windows.ids[:, : windows.context], **into(cache), use_cache=True)
             if replace:
                 layer = cache.layers[position]
                 (layer.keys if side == "k" else layer.values)[:, head, middle] = values
-            out = plain(windows.ids[:, windows.context : -1], past_key_values=cache, use_cache=True)
+            out = plain(windows.ids[:, windows.context : -1], **into(cache), use_cache=True)
         scores.append(out.logits.double().log_softmax(-1))
     kl = (scores[0].exp() * (scores[0] - scores[1])).sum(-1)
     return (kl * windows.weight).sum(-1).float()
@@ -177,9 +178,9 @@ def test_key_weights_are_spread_times_query_energy(model, windows, bench):
     hooks = [layer.self_attn.q_proj.register_forward_hook(watch(i)) for i, layer in enumerate(plain.model.layers)]
     cache = DynamicCache(config=plain.config)
     with torch.no_grad():
-        plain(windows.ids[:, : windows.context], past_key_values=cache, use_cache=True)
+        plain(windows.ids[:, : windows.context], **into(cache), use_cache=True)
         keys = [layer.keys.clone() for layer in cache.layers]
-        plain(windows.ids[:, windows.context : -1], past_key_values=cache, use_cache=True)
+        plain(windows.ids[:, windows.context : -1], **into(cache), use_cache=True)
     for hook in hooks:
         hook.remove()
     weights = key_weights(bench)

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 import longwave
 from longwave.decode import StaticDecoder, Unsupported, compiled
-from tests.conftest import left_padded, tokens
+from tests.conftest import into, left_padded, tokens
 from tests.decode.test_steps import check_same, filled, fourier
 from tests.frame.spy import Spy
 
@@ -32,7 +32,7 @@ def untouched(model):
 def answer(model, memory, compile, pads=(0, 3)):
     ids, mask = left_padded(len(pads), 40, pads)
     return longwave.generate(
-        model, ids, attention_mask=mask, past_key_values=memory, max_new_tokens=30, do_sample=False, compile=compile
+        model, ids, attention_mask=mask, **into(memory), max_new_tokens=30, do_sample=False, compile=compile
     )
 
 
@@ -87,7 +87,7 @@ def test_observed_layers_are_compiled_too(llama):
     for compile in (False, True):
         memory = longwave.cache(llama, Spy(queries=3, mass=True, hidden=True))
         with torch.no_grad():
-            llama(ids[:, :40], past_key_values=memory)
+            llama(ids[:, :40], **into(memory))
             with StaticDecoder(llama, memory, new_tokens=6, compile=compile) as decoder:
                 for column in range(40, 46):
                     decoder.step(ids[:, column])
@@ -152,7 +152,7 @@ def test_threads_that_compile_and_threads_that_do_not_share_a_model(llama, count
         ids, mask = left_padded(2, 40, pads["plain"])
         for _ in range(3):
             memory = fourier(llama)
-            out = llama.generate(ids, attention_mask=mask, past_key_values=memory, max_new_tokens=30, do_sample=False)
+            out = llama.generate(ids, attention_mask=mask, **into(memory), max_new_tokens=30, do_sample=False)
         return out
 
     found = in_threads(calls | {"plain": plain})

@@ -15,7 +15,7 @@ import longwave
 from longwave.decode import StaticDecoder, supports
 from longwave.frame import MemoryLayer, assemble
 from longwave.methods.base import Bound, Method
-from tests.conftest import build, left_padded, tokens
+from tests.conftest import build, into, left_padded, tokens
 from tests.decode.test_steps import Played
 from tests.frame.spy import Spy, Truth
 from tests.matrix import ENDS, LOSSY, Often
@@ -103,7 +103,7 @@ def both(model, make, pads, **options):
     found = []
     for loop in (model.generate, lambda *a, **k: longwave.generate(model, *a, **k)):
         memory = make(model)
-        found.append((loop(ids, past_key_values=memory, **options), memory))
+        found.append((loop(ids, **into(memory), **options), memory))
     return found
 
 
@@ -177,9 +177,9 @@ def test_the_cache_goes_on_in_rows_and_copies(model, make):
     for memory in (ours, theirs):
         memory.reorder_cache(rows)
     options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)
-    want = model.generate(ids, past_key_values=theirs, **options)
-    assert torch.equal(longwave.generate(model, ids, past_key_values=copy.deepcopy(ours), **options), want)
-    assert torch.equal(longwave.generate(model, ids, past_key_values=ours, **options), want)
+    want = model.generate(ids, **into(theirs), **options)
+    assert torch.equal(longwave.generate(model, ids, **into(copy.deepcopy(ours)), **options), want)
+    assert torch.equal(longwave.generate(model, ids, **into(ours), **options), want)
     check_same(ours, theirs)
 
 

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 import longwave
 from longwave.decode import StaticDecoder, Unsupported, supports
-from tests.conftest import build, tokens
+from tests.conftest import build, into, tokens
 from tests.matrix import LOSSY
 
 generating = importlib.import_module("longwave.decode.generate")  # longwave.decode.generate is its function
@@ -25,7 +25,7 @@ def model():
 def check_refused(model, says):
     memory = LOSSY["kivi"](model)
     with pytest.raises(Unsupported, match=f"longwave.generate cannot do this: {says}.*model.generate works"):
-        longwave.generate(model, tokens(1, 40), past_key_values=memory, max_new_tokens=4)
+        longwave.generate(model, tokens(1, 40), **into(memory), max_new_tokens=4)
     assert memory.get_seq_length() == 0
 
 
@@ -67,9 +67,9 @@ def test_a_mask_that_is_not_dropped_needs_no_note(model, monkeypatch):
         inputs["attention_mask"] = torch.ones_like(ids)
         return loop(*args)
 
-    want = longwave.generate(model, ids, past_key_values=LOSSY["kivi"](model), max_new_tokens=9, do_sample=False)
+    want = longwave.generate(model, ids, **into(LOSSY["kivi"](model)), max_new_tokens=9, do_sample=False)
     monkeypatch.setattr(generating, "_loop", without)
-    got = longwave.generate(model, ids, past_key_values=LOSSY["kivi"](model), max_new_tokens=9, do_sample=False)
+    got = longwave.generate(model, ids, **into(LOSSY["kivi"](model)), max_new_tokens=9, do_sample=False)
     assert torch.equal(got, want)
 
 

@@ -21,7 +21,7 @@ import longwave
 from longwave.decode import StaticDecoder, Unsupported, supports
 from longwave.ops.attention.reference import dense_attention, step_attention
 from longwave.store.pages import PageStore
-from tests.conftest import SMALL, left_padded, random_profile, tokens
+from tests.conftest import SMALL, into, left_padded, random_profile, tokens
 from tests.explicit import Explicit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
@@ -39,7 +39,7 @@ def filled(model):
     """A cache that has read 40 tokens."""
     memory = fourier(model)
     with torch.no_grad():
-        model(tokens(1, 40), past_key_values=memory)
+        model(tokens(1, 40), **into(memory))
     return memory
 
 
@@ -61,7 +61,7 @@ def both(model, make, pads=(0,), **options):
         memory = make(model)
         torch.manual_seed(5)
         given = dict(attention_mask=mask, max_new_tokens=NEW, do_sample=False) | options
-        found.append((loop(ids, past_key_values=memory, **given), memory))
+        found.append((loop(ids, **into(memory), **given), memory))
     return found
 
 
@@ -96,7 +96,7 @@ def test_greedy_is_transformers_own(llama, make, pads):
 def test_rows_cross_a_segment_in_different_steps(llama):
     ids, mask = left_padded(3, 40, [0, 3, 6])
     memory = fourier(llama)
-    llama(ids, attention_mask=mask, past_key_values=memory, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    llama(ids, attention_mask=mask, **into(memory), position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
     seen = []
     with StaticDecoder(llama, memory, new_tokens=20) as decoder:
         for _ in range(20):
@@ -138,7 +138,7 @@ def test_the_cache_goes_on(llama, make):
     mask = torch.cat([left_padded(2, 40, [0, 9])[1], torch.ones(2, NEW + 4, dtype=torch.long)], 1)
     ids = torch.cat([ids, tokens(2, 4, seed=9)], 1)
     more = [
-        loop(ids, attention_mask=mask, past_key_values=memory, max_new_tokens=12, do_sample=False)
+        loop(ids, attention_mask=mask, **into(memory), max_new_tokens=12, do_sample=False)
         for loop, memory in [
             (llama.generate, theirs),
             (llama.generate, copy.deepcopy(ours)),
@@ -173,7 +173,7 @@ def test_streamer(llama, tokenizer, capsys):
     for loop in (llama.generate, lambda *a, **k: longwave.generate(llama, *a, **k)):
         loop(
             tokens(1, 40),
-            past_key_values=fourier(llama),
+            **into(fourier(llama)),
             max_new_tokens=NEW,
             do_sample=False,
             streamer=TextStreamer(tokenizer),
@@ -240,12 +240,12 @@ def test_steps_give_the_logits_of_the_model(llama, make):
     for stepped in (False, True):
         memory = make(llama)
         with torch.no_grad():
-            llama(ids[:, :40], past_key_values=memory)
+            llama(ids[:, :40], **into(memory))
             if stepped:
                 with StaticDecoder(llama, memory, new_tokens=25) as decoder:
                     found.append(torch.stack([decoder.step(ids[:, i]).clone() for i in range(40, 60)]))
             else:
-                steps = [llama(ids[:, i : i + 1], past_key_values=memory).logits[:, -1] for i in range(40, 60)]
+                steps = [llama(ids[:, i : i + 1], **into(memory)).logits[:, -1] for i in range(40, 60)]
                 found.append(torch.stack(steps))
         memories.append(memory)
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-3)
@@ -283,7 +283,7 @@ def test_a_lent_cache_refuses_other_hands(llama):
     decoder = StaticDecoder(llama, memory, new_tokens=2)
     layer = next(memory.memory_layers())
     for use in (
-        lambda: llama(tokens(1, 1), past_key_values=memory),
+        lambda: llama(tokens(1, 1), **into(memory)),
         lambda: memory.crop(-1),
         lambda: memory.batch_repeat_interleave(2),
         layer.materialize,
@@ -306,7 +306,7 @@ def test_a_lent_cache_refuses_other_hands(llama):
     with pytest.raises(RuntimeError, match="handed its cache back"):
         decoder.step(tokens(1, 1))
     with torch.no_grad():
-        llama(tokens(1, 1), past_key_values=memory)
+        llama(tokens(1, 1), **into(memory))
     assert memory.get_seq_length() == 43
 
 
@@ -315,7 +315,7 @@ def test_reset_takes_the_cache_back(llama):
     with torch.no_grad():
         decoder = StaticDecoder(llama, memory, new_tokens=2)
         memory.reset()
-        llama(tokens(2, 40), past_key_values=memory)
+        llama(tokens(2, 40), **into(memory))
         with StaticDecoder(llama, memory, new_tokens=2) as other:
             decoder.finish()  # not its cache any more
             other.step(tokens(2, 1))
@@ -349,7 +349,7 @@ def test_a_layer_that_cannot_be_released_does_not_keep_the_others(llama, monkeyp
         decoder.finish()
     assert layers[2].nbytes == list(twin.memory_layers())[2].nbytes < layers[1].nbytes
     with torch.no_grad():
-        llama(tokens(1, 1), past_key_values=memory)
+        llama(tokens(1, 1), **into(memory))
 
 
 def cannot_capture(monkeypatch, error):
@@ -367,7 +367,7 @@ def test_a_step_that_cannot_be_captured_says_how_to_go_on(llama, monkeypatch):
     with StaticDecoder(llama, memory, new_tokens=3) as decoder, pytest.raises(Unsupported, match=says):
         decoder.step(tokens(1, 1))
     with pytest.raises(Unsupported, match=rf"{says}(.|\n)*the cache holds what was read: cache.reset\(\)"):
-        longwave.generate(llama, tokens(1, 40), past_key_values=ours, max_new_tokens=3)
+        longwave.generate(llama, tokens(1, 40), **into(ours), max_new_tokens=3)
     check_same(memory, filled(llama))
     check_same(ours, memory)
 
@@ -379,7 +379,7 @@ def test_a_capture_without_memory_is_not_blamed_on_the_model(llama, monkeypatch,
         ending.__context__ = full
     cannot_capture(monkeypatch, ending or full)
     with pytest.raises(torch.OutOfMemoryError, match=r"^no room\n.*fewer rows, need less\n.*cache.reset\(\)"):
-        longwave.generate(llama, tokens(1, 40), past_key_values=fourier(llama), max_new_tokens=3)
+        longwave.generate(llama, tokens(1, 40), **into(fourier(llama)), max_new_tokens=3)
 
 
 def test_storage_that_cannot_be_had_leaves_the_cache_as_it_was(llama, monkeypatch):
@@ -395,7 +395,7 @@ def test_storage_that_cannot_be_had_leaves_the_cache_as_it_was(llama, monkeypatc
         StaticDecoder(llama, memory, new_tokens=50)
     assert memory.report() == before
     with torch.no_grad():
-        llama(tokens(1, 1), past_key_values=memory)
+        llama(tokens(1, 1), **into(memory))
 
 
 def test_a_streamer_that_fails_leaves_a_good_cache(llama):
@@ -409,7 +409,7 @@ def test_a_streamer_that_fails_leaves_a_good_cache(llama):
 
     memory = fourier(llama)
     with pytest.raises(KeyboardInterrupt):
-        longwave.generate(llama, tokens(1, 40), past_key_values=memory, max_new_tokens=NEW, streamer=Broken())
+        longwave.generate(llama, tokens(1, 40), **into(memory), max_new_tokens=NEW, streamer=Broken())
     assert memory.get_seq_length() == 50
     check_same(copy.deepcopy(memory), memory)
 
@@ -418,7 +418,7 @@ def test_numbers_that_overflow_are_refused(llama):
     memory = fourier(llama)
     model = copy.deepcopy(llama)
     with torch.no_grad():
-        model(tokens(1, 40), past_key_values=memory)
+        model(tokens(1, 40), **into(memory))
         model.model.embed_tokens.weight[7] = float("nan")
         with StaticDecoder(model, memory, new_tokens=3) as decoder:
             with pytest.raises(ValueError, match="NaN or infinite keys"):
@@ -433,7 +433,7 @@ def test_numbers_that_overflow_are_refused(llama):
 
 def refusal(model, memory, **options):
     with pytest.raises(ValueError) as error:
-        longwave.generate(model, tokens(1, 40), **dict(past_key_values=memory, max_new_tokens=5) | options)
+        longwave.generate(model, tokens(1, 40), **dict(**into(memory), max_new_tokens=5) | options)
     return str(error.value)
 
 
@@ -450,8 +450,8 @@ def refusal(model, memory, **options):
         (dict(token_healing=True), "token_healing rewrites"),
         (dict(generation_config=GenerationConfig(token_healing=True)), "token_healing rewrites"),
         (dict(graph=True), "graph=True needs CUDA"),
-        (dict(past_key_values=None), "needs a cache"),
-        (dict(past_key_values=DynamicCache()), "DynamicCache"),
+        (dict(**into(None)), "needs a cache"),
+        (dict(**into(DynamicCache())), "DynamicCache"),
     ],
 )
 def test_refused_options(llama, options, message):
@@ -489,16 +489,16 @@ def test_a_byte_budget_is_checked_before_decoding(llama):
     assert "40 with 21 new ones do not fit" in refusal(llama, memory, max_new_tokens=22)
     embedded = llama.get_input_embeddings()(tokens(1, 40))
     with pytest.raises(ValueError, match="40 with 21 new"):
-        longwave.generate(llama, inputs_embeds=embedded, past_key_values=memory, max_new_tokens=22)
+        longwave.generate(llama, inputs_embeds=embedded, **into(memory), max_new_tokens=22)
     assert memory.get_seq_length() == 0  # before the prompt was read
-    longwave.generate(llama, tokens(1, 40), past_key_values=memory, max_new_tokens=21)
+    longwave.generate(llama, tokens(1, 40), **into(memory), max_new_tokens=21)
     assert memory.get_seq_length() == 60
     memory.reset()
     with torch.no_grad():
-        llama(tokens(1, 20), past_key_values=memory)
+        llama(tokens(1, 20), **into(memory))
     mask = torch.ones(1, 40, dtype=torch.long)
     with pytest.raises(ValueError, match="40 with 21 new"):  # new ids alone, with a mask over everything
-        longwave.generate(llama, tokens(1, 20), attention_mask=mask, past_key_values=memory, max_new_tokens=22)
+        longwave.generate(llama, tokens(1, 20), attention_mask=mask, **into(memory), max_new_tokens=22)
     assert memory.get_seq_length() == 20
     with pytest.raises(ValueError, match="20 with 41 new"):
         StaticDecoder(llama, memory, new_tokens=41)
@@ -509,8 +509,8 @@ def test_as_many_new_ids_as_the_cache_holds_are_no_repetition(llama):
     for loop in (llama.generate, lambda *a, **k: longwave.generate(llama, *a, **k)):
         memory = fourier(llama)
         with torch.no_grad():
-            llama(ids[:, :20], past_key_values=memory)
-        given = dict(attention_mask=torch.ones_like(ids), past_key_values=memory, max_new_tokens=5, do_sample=False)
+            llama(ids[:, :20], **into(memory))
+        given = dict(attention_mask=torch.ones_like(ids), **into(memory), max_new_tokens=5, do_sample=False)
         found.append(loop(ids[:, 20:], **given))
     assert torch.equal(*found)
 
@@ -539,7 +539,7 @@ def small_half(dtype=torch.float16):
 def steps(model, memory, ids, prompt, **options):
     """Logits of the steps after the prompt [steps, B, vocabulary]."""
     with torch.no_grad():
-        model(ids[:, :prompt], past_key_values=memory)
+        model(ids[:, :prompt], **into(memory))
     with StaticDecoder(model, memory, new_tokens=ids.shape[1] - prompt, **options) as decoder:
         return torch.stack([decoder.step(ids[:, i]).clone() for i in range(prompt, ids.shape[1])]).float()
 
@@ -556,16 +556,16 @@ def halves(model, name):
 def test_a_prompt_that_is_in_the_cache_already_is_not_read_twice(llama):
     memory, ids = fourier(llama), tokens(1, 40)
     with torch.no_grad():
-        llama(ids, past_key_values=memory)
+        llama(ids, **into(memory))
     with pytest.raises(ValueError, match="in the cache already"):
-        longwave.generate(llama, ids, past_key_values=memory, max_new_tokens=4)
+        longwave.generate(llama, ids, **into(memory), max_new_tokens=4)
     assert memory.get_seq_length() == 40
 
 
 def test_a_graph_without_cuda_is_refused_before_the_prompt_is_read(llama):
     memory = fourier(llama)
     with pytest.raises(ValueError, match="needs CUDA"):
-        longwave.generate(llama, tokens(1, 40), past_key_values=memory, max_new_tokens=4, graph=True)
+        longwave.generate(llama, tokens(1, 40), **into(memory), max_new_tokens=4, graph=True)
     assert memory.get_seq_length() == 0
 
 
@@ -687,5 +687,5 @@ def test_generate_by_graph_is_transformers_own():
         for loop in (model.generate, lambda *a, **k: longwave.generate(model, *a, **k)):
             torch.manual_seed(3)
             memory = halves(model, "fourier")
-            found.append(loop(ids, attention_mask=mask, past_key_values=memory, max_new_tokens=50, **options))
+            found.append(loop(ids, attention_mask=mask, **into(memory), max_new_tokens=50, **options))
         assert torch.equal(found[0], found[1])

@@ -609,7 +609,6 @@ def test_another_version_of_a_task(evaluate, out, monkeypatch):
 
 
 def test_another_profile_under_the_same_label(evaluate, folder, hay, out, tmp_path):
-    options = ["-o", "segment=16", "-o", "window=16"]
     profiles = [tmp_path / "one.json", tmp_path / "two.json"]
     succeeds(
         "calibrate",
@@ -622,8 +621,7 @@ def test_another_profile_under_the_same_label(evaluate, folder, hay, out, tmp_pa
         128,
         "--windows",
         2,
-        "--channels-only",
-        *options,
+        *("--method", "fourier-paper", "-o", "states=20", "-o", "window=16"),
     )
     made = json.loads(profiles[0].read_text())
     made["k_error"] = [[head[::-1] for head in layer] for layer in made["k_error"]]

@@ -11,7 +11,7 @@ import torch
 import longwave
 from longwave.plan import automatic
 from longwave.plan.automatic import Effort, own_text
-from tests.conftest import build, random_profile, tokens
+from tests.conftest import build, into, random_profile, tokens
 
 OPTIONS = dict(segment=16, sinks=2, window=16, budget=0.4)
 
@@ -122,18 +122,31 @@ def test_a_context_too_short_to_measure_says_so(llama, tokenizer, tmp_path, monk
         longwave.cache(llama, "fourier", tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("options", [dict(plan="safe"), dict(profile=True), dict(method="kivi"), dict(method="dense")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(plan="safe"),
+        dict(profile=True),
+        dict(method="kivi"),
+        dict(method="dense"),
+        dict(budget=1.0),
+        dict(budget="1MB", max_tokens=300),
+    ],
+    ids=str,
+)
 def test_nothing_is_measured_where_nothing_asks(llama, tokenizer, home, options):
     method = options.pop("method", "fourier")
     given = OPTIONS if method == "fourier" else {}
     if "profile" in options:
         options = {"profile": random_profile(llama)}
-    quietly(llama, method, tokenizer=tokenizer, **given, **options)
+    quietly(llama, method, tokenizer=tokenizer, **{**given, **options})
     assert not home.exists()
 
 
 def test_a_safe_plan_is_refused_where_it_would_fall_apart(llama, home):
-    with pytest.raises(ValueError, match=r"0\.05 is less than fourier can do for a model that was not measured"):
+    with pytest.raises(ValueError, match=r"0\.07 is less than fourier can do for a model that was not measured"):
+        longwave.cache(llama, "fourier", **{**OPTIONS, "budget": 0.07}, measure=False)
+    with pytest.raises(ValueError, match=r"0\.05 is less than fourier can do with these options: .* takes 0\.0625"):
         longwave.cache(llama, "fourier", **{**OPTIONS, "budget": 0.05}, measure=False)
 
 
@@ -141,7 +154,7 @@ def test_a_measured_hybrid_answers(models, tokenizer, home):
     model = models["gemma3"][0]
     memory = quietly(model, "fourier", tokenizer=tokenizer, **OPTIONS)
     assert "measured plan" in str(memory.method)
-    model.generate(tokens(1, 100), past_key_values=memory, max_new_tokens=3, do_sample=False)
+    model.generate(tokens(1, 100), **into(memory), max_new_tokens=3, do_sample=False)
     assert memory.report().tokens == 102
 
 

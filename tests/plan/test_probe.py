@@ -13,7 +13,7 @@ from longwave.plan import KEY_OPTIONS, VALUE_OPTIONS, probe
 from longwave.plan.probe import Bench, costs, measure, stored
 from longwave.plan.recall import Windows
 from longwave.shape import CacheShape
-from tests.conftest import SMALL, shape_of
+from tests.conftest import SMALL, into, shape_of
 from tests.models.checks import build as build_row
 from tests.models.table import ROWS
 
@@ -121,8 +121,8 @@ def test_gradients_are_those_of_the_plain_model(model):
         moved.requires_grad_()
         cache = DynamicCache(config=plain.config)
         with torch.no_grad():
-            plain(windows.ids[:, :CONTEXT], past_key_values=cache, use_cache=True)
-        logits = plain(windows.ids[:, CONTEXT:-1], past_key_values=cache, use_cache=True).logits
+            plain(windows.ids[:, :CONTEXT], **into(cache), use_cache=True)
+        logits = plain(windows.ids[:, CONTEXT:-1], **into(cache), use_cache=True).logits
         logp = logits[windows.weight > 0].log_softmax(-1)
         # what the first probe said, drawn again
         uniform = torch.cat(

@@ -100,9 +100,9 @@ def test_blank_lines_and_carriage_returns(tmp_path):
         ("a.json", b'[{"a": 1}, 2]', r"a\.json is not a list of records"),
         ("a.json", b"", r"a\.json:1 is not JSON"),
         ("a.jsonl.gz", lines(), r"cannot read .*a\.jsonl\.gz: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(lines())[:-9], r"cannot read .*a\.jsonl\.gz"),
-        ("a.jsonl.gz", gzip.compress(lines())[:12] + b"\xff" * 30, r"cannot read .*a\.jsonl\.gz"),
-        ("a.jsonl.gz", gzip.compress(b"{"), r"a\.jsonl\.gz:1 is not JSON"),
+        ("a.jsonl.gz", gzip.compress(lines(), mtime=0)[:-9], r"cannot read .*a\.jsonl\.gz"),
+        ("a.jsonl.gz", gzip.compress(lines(), mtime=0)[:12] + b"\xff" * 30, r"cannot read .*a\.jsonl\.gz"),
+        ("a.jsonl.gz", gzip.compress(b"{", mtime=0), r"a\.jsonl\.gz:1 is not JSON"),
         ("a.parquet", b"PAR1 no PAR1", r"a\.parquet is not a readable Parquet file"),
     ],
 )

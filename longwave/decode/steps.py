@@ -18,6 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from longwave.decode.compiled import Compiled, OpaqueCache, Uncompiled, layers_of
 from longwave.decode.graph import Graph
+from longwave.decode.sliding import SlidingStep, why_not
 from longwave.frame import LongCache, MemoryLayer, Pass, Step, cache_name
 from longwave.frame.attention import Handle, LogicalLength, StepMask, is_ours, own_arithmetic
 from longwave.frame.hidden import take_hidden
@@ -34,15 +35,22 @@ def supports(model: PreTrainedModel, cache: Cache) -> str | None:
     """Why `StaticDecoder` cannot step this model with this cache (empty or filled), or None if it can."""
     if not isinstance(cache, LongCache):
         return f"the cache is a {type(cache).__name__}, not one made by longwave.cache"
+    config = model.config.get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None) or [None] * len(cache.layers)
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, MemoryLayer):
-            return f"layer {index} keeps its past in transformers' own {type(layer).__name__}, whose storage moves"
+            reason = why_not(layer, kinds[index])
+            if reason:
+                return f"layer {index} {reason}"
+            continue
         reason = layer.unsteady()
         if reason:
             return f"{cache.method}: {reason}"
         if layer.record_past:
             return "the cache records its past for assisted decoding"
-    config = model.config.get_text_config(decoder=True)
+    mixed = any(not isinstance(layer, MemoryLayer) for layer in cache.layers)
+    if mixed and not next(cache.memory_layers()).unbroken:
+        return "rows have padding between their tokens, and which columns of a sliding layer are real is not known"
     implementation = getattr(config, "_attn_implementation", None)  # private, of transformers
     if not is_ours(implementation):
         return f'the model attends by "{implementation}": longwave.cache(model, ...) selects ours'
@@ -186,7 +194,8 @@ class StaticDecoder:
             Step(rows, at, seen, counts, self._total, self.positions, self._live)
             for at, seen, counts in zip(self._at, self._seen, self._counts, strict=True)
         ]
-        self._cache = OpaqueCache(layers=[_StepLayer(*pair) for pair in zip(layers, steps, strict=True)])
+        self._sliding: list[SlidingStep] = []
+        mine = iter(_StepLayer(*pair) for pair in zip(layers, steps, strict=True))
         self._name = cache_name(model)
         self._graph: Graph | None = None
         self._logits: torch.Tensor | None = None
@@ -196,11 +205,18 @@ class StaticDecoder:
                 layer.reserve(new_tokens)
                 if layer.queries is not None:
                     layer.queries.reserve()
+            for layer in cache.layers:
+                if not isinstance(layer, MemoryLayer):
+                    self._sliding.append(SlidingStep(layer, first.rows, first.columns))
         except BaseException as error:
             self.finish()
             if isinstance(error, torch.OutOfMemoryError):
                 error.add_note(MEMORY)
             raise
+        rings = iter(self._sliding)
+        self._cache = OpaqueCache(
+            layers=[next(mine if isinstance(layer, MemoryLayer) else rings) for layer in cache.layers]
+        )
         self._storage = self._addresses()
         self._tell_device()
 
@@ -259,10 +275,15 @@ class StaticDecoder:
         if self.cache._progress.lent is not self._key:
             return
         self.cache._progress.lent = None
+        failed: BaseException | None = None
         if not self.cache._progress.broken:  # else layers differ, and only reset() helps
             for gang in self._gangs:
                 gang.tell()
-        failed: BaseException | None = None
+            for ring in self._sliding:
+                try:
+                    ring.release(self.steps)
+                except BaseException as error:
+                    self.cache._progress.broken, failed = True, failed or error
         for layer in self._layers:
             try:
                 with own_arithmetic(layer.device.type):
@@ -291,6 +312,7 @@ class StaticDecoder:
     def _capture(self) -> None:
         states = [self.positions, self._at, self._seen, self._total]
         states += [state for layer in self._layers for state in layer.step_state()]
+        states += [state for ring in self._sliding for state in ring.states]
         self._live.fill_(False)  # warming up: nothing is evicted, and what is written behind the rows' ends is again
         try:
             self._graph = Graph(self._run, states, self._live)

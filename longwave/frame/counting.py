@@ -197,6 +197,11 @@ class Counting(CacheLayerMixin):
                 "(beams and returned sequences count as rows): build it with a larger batch"
             )
 
+    @property
+    def unbroken(self) -> bool:
+        """Whether padding, where a row has any, comes before all of its tokens."""
+        return self._run == self.rows
+
     def _read_padding(self, mask: StepMask) -> torch.Tensor | None:
         """The part of the mask that speaks of the new tokens, after checking what it says of the old ones."""
         assert self._new is not None

@@ -65,7 +65,12 @@ class Fourier(Segmented):
     def least_budget(self, shape: CacheShape, profile: Profile | None = None) -> float:
         measured, kind = self._basis(profile)
         smallest = planner.menu(measured, kind, len(shape.memory_layers), shape.kv_heads, self.page(shape)).spent
-        return smallest / self._dense_bytes(shape)
+        return max(smallest / self._dense_bytes(shape), self._safe(shape) if kind == "safe" else 0.0)
+
+    @staticmethod
+    def _safe(shape: CacheShape) -> float:
+        """The smallest budget without a measurement."""
+        return planner.SAFE_BITS / (8 * shape.dtype.itemsize)
 
     def _flattest(self, shape: CacheShape) -> float:
         """What every plan takes: nothing but the means of every head."""
@@ -91,19 +96,23 @@ class Fourier(Segmented):
         budget = DEFAULT_BUDGET if budget is None else budget
         measured, kind = self._basis(profile)
         layers, heads, page = len(shape.memory_layers), shape.kv_heads, self.page(shape)
+        limit, flattest = budget * self._dense_bytes(shape), self._flattest(shape)
+        if kind == "safe" and flattest <= budget < self._safe(shape):
+            raise Unmeasured(
+                f"a budget of {budget:g} is less than {self.name} can do for a model that was not measured "
+                f"({self._safe(shape):.2g}): below that, plans made of another model's costs fall apart. Let it be "
+                "measured (leave measure=False out), pass profile=PROFILE of `longwave calibrate`, or give a larger "
+                "budget"
+            )
         try:
-            codes, expected = planner.planned(measured, kind, layers, heads, page, budget * self._dense_bytes(shape))
+            codes, expected = planner.planned(measured, kind, layers, heads, page, limit)
         except planner.TooSmall as error:
-            least, flat = error.needed / self._dense_bytes(shape), self._flattest(shape)
-            if kind == "safe" and self.plan is None and budget >= flat:
-                raise Unmeasured(
-                    f"a budget of {budget:g} is less than {self.name} can do for a model that was not measured "
-                    f"({least:.4f}): below that, plans made of another model's costs fall apart. Let it be measured "
-                    "(leave measure=False out), pass profile=PROFILE of `longwave calibrate`, or give a larger budget"
-                ) from None
-            raise ValueError(
-                f"a budget of {budget:g} is less than {self.name} can do with these options: their smallest plan takes "
-                f"{least if self.plan else flat:.4f}. A longer segment takes less"
+            unmeasured = kind == "safe" and budget >= flattest  # a measured plan may do
+            least = error.needed / self._dense_bytes(shape) if kind != "safe" or unmeasured else flattest
+            raise (Unmeasured if unmeasured else ValueError)(
+                f"a budget of {budget:g} is less than {self.name} can do with these options"
+                f"{' for a model that was not measured' if unmeasured else ''}: their smallest plan takes {least:.4f}. "
+                "A longer segment takes less"
             ) from None
         straight = torch.arange(shape.head_dim).expand(heads, -1)
         chosen, plan = iter(codes), []

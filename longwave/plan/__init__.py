@@ -16,6 +16,7 @@ from longwave.plan.options import (
 )
 from longwave.plan.planner import (
     EIGHT,
+    SAFE_BITS,
     Expected,
     Menu,
     TooSmall,
@@ -39,6 +40,7 @@ __all__ = [
     "NOISE",
     "OWN_TYPE",
     "RECALL",
+    "SAFE_BITS",
     "VALUE_MORE",
     "VALUE_OPTIONS",
     "Expected",

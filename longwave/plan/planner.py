@@ -32,13 +32,13 @@ from longwave.plan.profile import Sensitivity
 EIGHT = 1 / 200  # what 8 bits cost beside 4: the squared error falls by 255, with a margin
 FREE = 1e-9  # nats that a measured 0 counts: a budget of 1 then keeps everything as it is
 
-# Where nothing is measured: KL in nats when all heads of SmolLM2 take an option, the other side exact. From the trials
-# in docs/research.md; K with the same bits for all channels, since nobody knows which ones matter. Nothing but means
-# is left to the first third of the layers alone, and no number there is coarser than 3 bits in K and 2 in V: costs of
-# one model carry over to another only so far.
-USUAL_KEYS = {0: 0.166, 3: 0.0131, 4: 0.0024}  # by bits
-USUAL_VALUES = {0: 0.82, 2: 0.0069, 3: 0.0011, 4: 0.0002}
-FLAT_SHARE = 1 / 3
+# Where nothing is measured: KL in nats when all heads of SmolLM2 take an option, the other side exact, by bits, from
+# the trials in docs/research.md; K with the same bits for all channels, since nobody knows which ones matter. Costs of
+# one model carry over to another only so far: nothing but means is left to the first third of the layers alone, and
+# below so many bits a number such plans fall apart (docs/planner.md).
+USUAL_KEYS = {0: 0.166, 2: 0.046, 3: 0.0131, 4: 0.0024}
+USUAL_VALUES = {0: 0.82, 1: 0.0555, 2: 0.0069, 3: 0.0011, 4: 0.0002}
+FLAT_SHARE, SAFE_BITS = 1 / 3, 1.92
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import longwave
+from longwave.methods.base import CacheShape
 from longwave.plan.profile import Sensitivity
 from tests.conftest import random_profile, shape_of
 
@@ -59,21 +60,30 @@ def test_smallest_plan_is_named(llama):
         options.bind(shape, profile, 0.062)
 
 
-def test_without_a_measurement_a_plan_is_safe_or_refused(llama):
-    """Nothing but means in the first third of the layers at most, 3 bits of K and 2 of V at least elsewhere."""
-    shape, options = shape_of(llama), longwave.Fourier(segment=16)
-    least = options.least_budget(shape)
-    bound = options.bind(shape, None, least)
-    assert 0.6 * least < bound.page_fraction() <= least
-    assert bound.expected is None
-    for position, (k, v) in enumerate(bound.kept):
-        assert bool(k.all()) is bool(v.all()) is (position > 0)
-    assert all(min(bits for bits, _ in code.runs) >= 3 for layer in bound.plan[1:] for code in layer.k)
-    with pytest.raises(ValueError, match=r"not measured \(0\.\d+\): .* fall apart.*measure=False.*larger budget"):
-        options.bind(shape, None, least * 0.99)
-    forced = longwave.Fourier(segment=16, plan="safe")
-    assert forced.bind(shape, random_profile(llama), least).plan[2].k == bound.plan[2].k
-    assert forced.bind(shape, random_profile(llama), least).profile == ""
+def test_without_a_measurement_a_plan_is_safe_or_refused():
+    """Nothing but means in the first third of the layers at most, and 0.12 of 16 bits at least."""
+    shape, options = CacheShape(tuple(range(6)), (), 2, 128, torch.bfloat16), longwave.Fourier()
+    assert options.least_budget(shape) == 0.12
+    for budget in (0.12, 0.15625, 0.25):
+        bound = options.bind(shape, None, budget)
+        assert 0.9 * budget < bound.page_fraction() <= budget
+        assert bound.expected is None
+        for position, layer in enumerate(bound.plan):
+            for key, value in zip(layer.k, layer.v, strict=True):
+                assert position < 2 or (key.kept == value.kept == 128)
+                assert key.kept == 0 or min(bits for bits, _ in key.runs) >= (3 if budget > 0.12 else 2)
+    with pytest.raises(ValueError, match=r"0\.11 .* not measured \(0\.12\): .* fall apart.*measure=False.*larger"):
+        options.bind(shape, None, 0.11)
+    with pytest.raises(ValueError, match=r"0\.001 is less than fourier can do with these options"):
+        options.bind(shape, None, 0.001)
+    assert longwave.Fourier().least_budget(replace(shape, dtype=torch.float32)) == 0.06
+
+
+def test_a_safe_plan_looks_at_no_measurement(llama):
+    forced, shape = longwave.Fourier(segment=16, plan="safe"), shape_of(llama)
+    ours, theirs = (forced.bind(shape, profile, 0.3) for profile in (random_profile(llama), None))
+    assert ours == theirs
+    assert ours.profile == ""
 
 
 def test_bits_compress_no_channel(llama):

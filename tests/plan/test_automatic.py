@@ -144,7 +144,9 @@ def test_nothing_is_measured_where_nothing_asks(llama, tokenizer, home, options)
 
 
 def test_a_safe_plan_is_refused_where_it_would_fall_apart(llama, home):
-    with pytest.raises(ValueError, match=r"0\.07 is less than fourier can do for a model that was not measured"):
+    with pytest.raises(
+        ValueError, match=r"0\.07 is less than fourier can do with these options for a model that was not measured"
+    ):
         longwave.cache(llama, "fourier", **{**OPTIONS, "budget": 0.07}, measure=False)
     with pytest.raises(ValueError, match=r"0\.05 is less than fourier can do with these options: .* takes 0\.0625"):
         longwave.cache(llama, "fourier", **{**OPTIONS, "budget": 0.05}, measure=False)

@@ -5,7 +5,7 @@ from longwave.plan.automatic import Effort
 from tests.cli.calls import SEGMENTS, TEXT, succeeds
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def float32():
     """A CPU without bfloat16, so that the commands load the saved models as they are, on any machine."""
     with pytest.MonkeyPatch.context() as patch:
@@ -20,7 +20,7 @@ def text(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def profile(folder, text, tmp_path_factory):
     path = tmp_path_factory.mktemp("profile") / "tiny.json"
     sizes = ["--tokens", 500, "--windows", 3, "--scored", 64]

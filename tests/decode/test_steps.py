@@ -205,7 +205,7 @@ def test_stop_strings_of_the_model_can_be_turned_off(llama, tokenizer, monkeypat
 
 def test_a_model_that_makes_its_mask_of_the_length_of_the_past():
     torch.manual_seed(0)
-    model = BioGptForCausalLM(BioGptConfig(**SMALL, num_hidden_layers=2)).eval()
+    model = BioGptForCausalLM(BioGptConfig(**{**SMALL, "num_key_value_heads": 4}, num_hidden_layers=2)).eval()
     for parameter in model.parameters():
         parameter.data *= 20 if parameter.ndim == 2 else 1  # or it repeats one token
     (want, theirs), (got, ours) = both(model, MEMORIES["dense"], [0, 5])

@@ -64,8 +64,9 @@ class Fourier(Segmented):
 
     def least_budget(self, shape: CacheShape, profile: Profile | None = None) -> float:
         measured, kind = self._basis(profile)
-        smallest = planner.menu(measured, kind, len(shape.memory_layers), shape.kv_heads, self.page(shape)).spent
-        return max(smallest / self._dense_bytes(shape), self._safe(shape) if kind == "safe" else 0.0)
+        least, floor = ("coarse", self._safe(shape)) if kind == "safe" else (kind, 0.0)
+        smallest = planner.menu(measured, least, len(shape.memory_layers), shape.kv_heads, self.page(shape)).spent
+        return max(smallest / self._dense_bytes(shape), floor)
 
     @staticmethod
     def _safe(shape: CacheShape) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,6 @@ from longwave.ops.spectral.layout import Code
 from longwave.plan.options import (
     KEY_MORE,
     KEY_OPTIONS,
-    OWN_TYPE,
     VALUE_MORE,
     VALUE_OPTIONS,
     Shape,
@@ -34,11 +33,13 @@ FREE = 1e-9  # nats that a measured 0 counts: a budget of 1 then keeps everythin
 
 # Where nothing is measured: KL in nats when all heads of SmolLM2 take an option, the other side exact, by bits, from
 # the trials in docs/research.md; K with the same bits for all channels, since nobody knows which ones matter. Costs of
-# one model carry over to another only so far: nothing but means is left to the first third of the layers alone, and
-# below so many bits a number such plans fall apart (docs/planner.md).
+# one model carry over to another only so far: nothing but means is left to the last third of the layers alone, 2 bits
+# of K and 1 of V to pages whose scales leave no room for more ("coarse"), and below so many bits a number such plans
+# fall apart (docs/planner.md).
 USUAL_KEYS = {0: 0.166, 2: 0.046, 3: 0.0131, 4: 0.0024}
 USUAL_VALUES = {0: 0.82, 1: 0.0555, 2: 0.0069, 3: 0.0011, 4: 0.0002}
 FLAT_SHARE, SAFE_BITS = 1 / 3, 1.92
+UNMEASURED = ("safe", "coarse")
 
 
 @dataclass(frozen=True)
@@ -100,25 +101,29 @@ def units(
     """The heads of one layer.
 
     kind: "measured" takes every head's own costs; "uniform" the mean over all heads; "bits" is measured and leaves out
-    what compresses a channel; "safe" needs no measurement. flat: whether a safe layer may keep nothing but means.
+    what compresses a channel; "safe" and "coarse" need no measurement. flat: whether such a layer may keep nothing but
+    means.
     """
-    if kind == "safe":
-        k, v = ([cost / heads for cost in usual.values()] for usual in (USUAL_KEYS, USUAL_VALUES))
+    if kind in UNMEASURED:
+
+        def side(usual: dict[int, float], code: Callable[[float], Code], coarsest: int) -> list[tuple[Code, float]]:
+            costs = extended([cost / heads for cost in usual.values()])
+            options = zip((*usual, *VALUE_MORE), costs, strict=True)
+            return [(code(o), cost) for o, cost in options if (o or flat) and (o != coarsest or kind == "coarse")]
+
         scales = 32 / shape.segment
-        options = [*(bits + scales if bits else 0.0 for bits in USUAL_KEYS), 8 + scales, OWN_TYPE]
-        keys = [key_code(None, option, shape) for option in options]
-        values = [value_code(option, shape) for option in (*USUAL_VALUES, *VALUE_MORE)]
-        sides = [list(zip(*side, strict=True)) for side in ((keys, extended(k)), (values, extended(v)))]
-        return [joined(*(side if flat else side[1:] for side in sides))] * heads
+        keys = side(USUAL_KEYS, lambda bits: key_code(None, bits + scales if bits else 0.0, shape), 2)
+        values = side(USUAL_VALUES, lambda bits: value_code(bits, shape), 1)
+        return [joined(keys, values)] * heads
     assert measured is not None
     every = [measured.costs(side) for side in "kv"]
     made = []
     for head in range(heads):
         weights = measured.weights(position, head)
         k, v = ((x.mean((0, 1)) if kind == "uniform" else x[position, head]).tolist() for x in every)
-        keys = [key_code(weights, option, shape) for option in (*KEY_OPTIONS, *KEY_MORE)]
-        values = [value_code(option, shape) for option in (*VALUE_OPTIONS, *VALUE_MORE)]
-        unit = joined(list(zip(keys, extended(k), strict=True)), list(zip(values, extended(v), strict=True)))
+        of_k = [key_code(weights, option, shape) for option in (*KEY_OPTIONS, *KEY_MORE)]
+        of_v = [value_code(option, shape) for option in (*VALUE_OPTIONS, *VALUE_MORE)]
+        unit = joined(list(zip(of_k, extended(k), strict=True)), list(zip(of_v, extended(v), strict=True)))
         if kind == "bits":
             whole = [i for i, pair in enumerate(unit.codes) if all(code.kept == shape.dim for code in pair)]
             unit = Unit(
@@ -184,7 +189,7 @@ def choose(units: Sequence[Unit], shape: Shape, limit: float) -> list[tuple[Code
 def menu(measured: Sensitivity | None, kind: str, layers: int, heads: int, shape: Shape) -> Menu:
     """Of a whole model, layer by layer. A size budget asks for the same one dozens of times."""
     every = (
-        units(measured, kind, position, heads, shape, flat=position < int(layers * FLAT_SHARE))
+        units(measured, kind, position, heads, shape, flat=position >= layers - int(layers * FLAT_SHARE))
         for position in range(layers)
     )
     return Menu([unit for layer in every for unit in layer], shape)
@@ -196,9 +201,11 @@ def planned(
     """K's and V's code for every head, layer by layer, in at most `limit` bytes for a segment of all layers, and what
     they are expected to cost, where that was measured."""
     found = menu(measured, kind, layers, heads, shape)
+    if kind == "safe" and found.spent > limit:
+        found = menu(measured, "coarse", layers, heads, shape)
     picks = list(zip(found.units, found.picked(limit), strict=True))
     codes = [unit.codes[i] for unit, i in picks]
-    if measured is None or kind == "safe":
+    if measured is None or kind in UNMEASURED:
         return codes, None
     flat = [_flat(key) and bool(value.states) for key, value in codes]
     return codes, expected(measured, [unit.options[i] for unit, i in picks], flat)

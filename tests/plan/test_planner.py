@@ -410,6 +410,10 @@ def test_safe_units_take_the_usual_costs():
     torch.testing.assert_close(torch.tensor(three[0].costs) * 3, torch.tensor(one[0].costs))
     assert all(len(key.runs) <= 1 for key, _ in one[0].codes)
     assert any(key.kept == 0 for key, _ in one[0].codes)
+    assert not any((2, 64) in key.runs or (1, 64) in value.runs for key, value in one[0].codes)
+    coarse = plan.units(None, "coarse", 0, 1, SHAPE)[0]
+    assert set(one[0].codes) < set(coarse.codes)
+    assert any((2, 64) in key.runs and (1, 64) in value.runs for key, value in coarse.codes)
     deep = plan.units(None, "safe", 0, 1, SHAPE, flat=False)[0]
     assert set(deep.codes) < set(one[0].codes)
     assert all(key.kept == value.kept == 64 for key, value in deep.codes)

@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--every", type=int, default=4)
-    parser.add_argument("--budgets", default="0.25,0.15625,0.12,0.1,0.06", help="of 16-bit numbers")
+    parser.add_argument("--budgets", default="0.25,0.15625,0.14,0.1,0.06", help="of 16-bit numbers")
     parser.add_argument("--context", type=int, default=3000)
     parser.add_argument("--judged", type=int, default=6)
     parser.add_argument("--out", type=Path)

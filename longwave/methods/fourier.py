@@ -6,7 +6,7 @@ rebuilding K and V are ours (docs/fourier.md). The published setting is `fourier
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from longwave.plan.profile import Profile, Sensitivity
 
 DEFAULT_BUDGET = 0.25
 PLANS = ("measured", "uniform", "bits", "safe")
+FINE = 64  # the segment of a plan without a measurement that has 4 bits a number: scales of as few tokens as KIVI's
 STATES, STATE_BITS = 1, 8  # more coefficients earned nothing at any budget (docs/results.md)
 
 
@@ -31,7 +32,7 @@ class Fourier(Segmented):
 
     plan: None takes "measured" where the model is measured and "safe" otherwise, which says so. "uniform" is measured
         and treats all heads alike; "bits" is measured and compresses no channel.
-    segment: tokens compressed together.
+    segment: tokens compressed together; 64 where more are said, nothing is measured and there are 4 bits a number.
     sinks, window: first and last tokens kept dense.
     """
 
@@ -96,6 +97,9 @@ class Fourier(Segmented):
         shape.check_pages()
         budget = DEFAULT_BUDGET if budget is None else budget
         measured, kind = self._basis(profile)
+        fine = FINE if kind == "safe" and 4 <= budget * 8 * shape.dtype.itemsize < 8 * shape.dtype.itemsize else 0
+        if fine and self.segment % fine == 0 and self.segment > fine:
+            return replace(self, segment=fine).bind(shape, profile, budget)
         layers, heads, page = len(shape.memory_layers), shape.kv_heads, self.page(shape)
         limit, flattest = budget * self._dense_bytes(shape), self._flattest(shape)
         if kind == "safe" and flattest <= budget < self._safe(shape):

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,7 +38,7 @@ FREE = 1e-9  # nats that a measured 0 counts: a budget of 1 then keeps everythin
 # fall apart (docs/planner.md).
 USUAL_KEYS = {0: 0.166, 2: 0.046, 3: 0.0131, 4: 0.0024}
 USUAL_VALUES = {0: 0.82, 1: 0.0555, 2: 0.0069, 3: 0.0011, 4: 0.0002}
-FLAT_SHARE, SAFE_BITS = 1 / 3, 1.92
+FLAT_SHARE, SAFE_BITS = 1 / 3, 2.24
 UNMEASURED = ("safe", "coarse")
 
 
@@ -112,7 +112,12 @@ def units(
             return [(code(o), cost) for o, cost in options if (o or flat) and (o != coarsest or kind == "coarse")]
 
         scales = 32 / shape.segment
-        keys = side(USUAL_KEYS, lambda bits: key_code(None, bits + scales if bits else 0.0, shape), 2)
+
+        def key(bits: float) -> Code:
+            code = key_code(None, bits + scales if bits else 0.0, shape)
+            return replace(code, fit=False) if bits >= 4 else code  # the whole range: outliers are not known either
+
+        keys = side(USUAL_KEYS, key, 2)
         values = side(USUAL_VALUES, lambda bits: value_code(bits, shape), 1)
         return [joined(keys, values)] * heads
     assert measured is not None

@@ -61,10 +61,10 @@ def test_smallest_plan_is_named(llama):
 
 
 def test_without_a_measurement_a_plan_is_safe_or_refused():
-    """Nothing but means in the last third of the layers at most, and 0.12 of 16 bits at least."""
+    """Nothing but means in the last third of the layers at most, and 0.14 of 16 bits at least."""
     shape, options = CacheShape(tuple(range(6)), (), 2, 128, torch.bfloat16), longwave.Fourier()
-    assert options.least_budget(shape) == 0.12
-    for budget in (0.12, 0.15625, 0.25):
+    assert options.least_budget(shape) == 0.14
+    for budget in (0.14, 0.15625, 0.25):
         bound = options.bind(shape, None, budget)
         assert 0.9 * budget < bound.page_fraction() <= budget
         assert bound.expected is None
@@ -73,11 +73,11 @@ def test_without_a_measurement_a_plan_is_safe_or_refused():
                 assert position >= 4 or (key.kept == value.kept == 128)
                 assert key.kept == 0 or min(bits for bits, _ in key.runs) >= 3
                 assert value.kept == 0 or min(bits for bits, _ in value.runs) >= 2
-    with pytest.raises(ValueError, match=r"0\.11 .* not measured \(0\.12\): .* fall apart.*measure=False.*larger"):
-        options.bind(shape, None, 0.11)
+    with pytest.raises(ValueError, match=r"0\.13 .* not measured \(0\.14\): .* fall apart.*measure=False.*larger"):
+        options.bind(shape, None, 0.13)
     with pytest.raises(ValueError, match=r"0\.001 is less than fourier can do with these options"):
         options.bind(shape, None, 0.001)
-    assert longwave.Fourier().least_budget(replace(shape, dtype=torch.float32)) == 0.06
+    assert longwave.Fourier().least_budget(replace(shape, dtype=torch.float32)) == 0.07
 
 
 def test_a_safe_plan_looks_at_no_measurement(llama):

@@ -5,6 +5,10 @@ distribution p is KL = 1/2 d'Fd with F = E[g g'], g = grad_o log p(y), y drawn f
 A *probe* draws y_s at every scored token s and takes G = grad_o sum_s sqrt(w_s) log p(y_s), w the weights of the
 scored tokens. Draws at different tokens are independent and g has mean zero, so E[(G.d)^2] = sum_s w_s d'F_s d.
 
+The second order is right for small changes. A large one can turn a token that is as good as certain, where F is nearly
+0: what an option really costs there shows in F of a flatter distribution. So tokens are drawn, and F taken, at a
+temperature above 1, in units of the model's own logits; 1 is the Fisher information itself (docs/planner.md).
+
 This module does not know what pages are made of, nor which plan will come of it.
 """
 
@@ -30,6 +34,7 @@ from longwave.store.pages import PageStore
 
 Progress = Callable[[int, int], None]
 FORMS = ("diag", "full")
+TEMPERATURE = 2.0
 SCALE = 2.0**10  # of gradients in float16, whose smallest numbers are too large for them
 
 
@@ -180,7 +185,15 @@ class Bench:
     options change.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Windows, method: Any, probes: int, first: int = 0):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Windows,
+        method: Any,
+        probes: int,
+        first: int = 0,
+        temperature: float = TEMPERATURE,
+    ):
         ids, context = windows.ids.to(model.device), windows.context
         sinks, window, segment = method.dense_tokens
         count = max(0, context - sinks - window) // segment * segment
@@ -193,8 +206,8 @@ class Bench:
         self.layers: list[Watched] = list(memory.memory_layers())  # type: ignore[arg-type]
         with torch.enable_grad(), _frozen(model):
             logits = model(ids[:, context:-1], **cache_argument(model, memory), use_cache=True).logits
-            logp = logits[(windows.weight > 0).to(logits.device)].float().log_softmax(-1)
-            self.probes = self._draw(logp, windows, probes, first)
+            logp = logits[(windows.weight > 0).to(logits.device)].float().div(temperature).log_softmax(-1)
+            self.probes = [g * temperature for g in self._draw(logp, windows, probes, first)]
         for layer in self.layers:
             layer.out = layer.out.detach()
 
@@ -291,11 +304,12 @@ def measure(
     probes: int = 8,
     form: str = "diag",
     batch: int = 1,
+    temperature: float = TEMPERATURE,
     progress: Progress = lambda done, total: None,
 ) -> Sensitivity:
     """Costs of every option of every head in every one of `windows`, `batch` rows at a time.
 
-    probes: backward passes a window. form: see `costs`.
+    probes: backward passes a window. form: see `costs`. temperature: of what is drawn, see above.
     Raises ValueError where a window is too short for `method` to compress anything.
     """
     if form not in FORMS:
@@ -307,7 +321,7 @@ def measure(
     found: dict[str, list[torch.Tensor]] = {"k": [], "v": []}  # of each batch: [rows, layers, heads, options]
     for start in range(0, len(windows.ids), batch):
         progress(done, total)
-        bench = Bench(model, windows.part(slice(start, start + batch)), method, probes, start)
+        bench = Bench(model, windows.part(slice(start, start + batch)), method, probes, start, temperature)
         done += 1
         if weight is None:  # channels are ordered once, by the first part: plans and costs must agree on it
             weight = torch.stack([bench.key_weight(position, page.segment) for position in range(layers)])
@@ -333,6 +347,7 @@ def measure(
         "scored": windows.weight.shape[1],
         "probes": probes,
         "form": form,
+        "temperature": temperature,
     }
     return Sensitivity(about, torch.cat(found["k"]), torch.cat(found["v"]), windows.recall.clone(), weight)
 

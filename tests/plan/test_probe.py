@@ -107,7 +107,7 @@ def test_a_model_with_sinks_is_measured_with_them():
 def test_gradients_are_those_of_the_plain_model(model):
     """Of the last layer's answer: moved by a hair before the output projection, what is said moves as they tell."""
     windows = make_windows()
-    bench = Bench(model, windows, METHOD, 3)
+    bench = Bench(model, windows, METHOD, 3, temperature=1.0)
     plain = copy.deepcopy(model)
     plain.set_attn_implementation("sdpa")
     for position in (0, 2):
@@ -159,7 +159,7 @@ def small_changes(bench, position, size):
 def test_the_cost_of_a_small_change_is_its_divergence():
     """Against changing one head and running the model: the mean over many probes, positions together."""
     model, windows = make(dtype=torch.float64, scale=6.0), make_windows()
-    ours, theirs = Bench(model, windows, METHOD, 600), perturbation.Bench(model, windows, METHOD)
+    ours, theirs = Bench(model, windows, METHOD, 600, temperature=1.0), perturbation.Bench(model, windows, METHOD)
     changes = list(small_changes(ours, 0, 0.3))
     for (side, middle), dot in zip(changes, ours.dots(0, iter(changes)), strict=True):
         found = costs(dot, "full").mean(0)  # [rows, heads]
@@ -168,6 +168,14 @@ def test_the_cost_of_a_small_change_is_its_divergence():
                 kl = theirs.cost(0, side, head, middle[:, head])
             assert kl.min() > 1e-6
             torch.testing.assert_close(found[:, head].double(), kl.double(), rtol=0.4, atol=0)
+
+
+def test_a_temperature_flattens_what_is_drawn(model):
+    """At 2 a probe is twice the gradient of the flattened log-probability; costs stay in nats of the model's logits."""
+    windows = make_windows()
+    cold, warm = (measure(model, windows, METHOD, 16, temperature=t).costs("v").sum() for t in (1.0, 2.0))
+    assert 0.5 < float(warm / cold) < 20
+    assert float(warm / cold) != pytest.approx(1.0, rel=0.01)
 
 
 def test_positions_alone_miss_what_they_have_in_common(model):

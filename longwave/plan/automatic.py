@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from longwave.models import cache_folder
 from longwave.plan.calibrate import calibrate
 from longwave.plan.fingerprint import digest, fingerprint
+from longwave.plan.probe import NoGradients
 from longwave.plan.profile import Profile
 from longwave.shape import CacheShape, context_limit
 
@@ -85,7 +86,10 @@ def profile_for(
         tokenizer = tokenizer or _tokenizer(model)
         if tokenizer is None:
             return None, "its tokenizer was not found where the model came from: pass tokenizer="
-        return _measured(model, shape, method, tokenizer, effort), ""
+        try:
+            return _measured(model, shape, method, tokenizer, effort), ""
+        except NoGradients as error:
+            return None, str(error)
 
 
 def _measured(model: PreTrainedModel, shape: CacheShape, method: Any, tokenizer: Any, effort: Effort) -> Profile:

@@ -35,7 +35,15 @@ from longwave.store.pages import PageStore
 Progress = Callable[[int, int], None]
 FORMS = ("diag", "full")
 TEMPERATURE = 2.0
+UNREACHED = (
+    "no gradients go through this model's weights here (some kernels of quantised weights have none), so it cannot be "
+    "measured: give the profile of its float form, or measure it on another device"
+)
 SCALE = 2.0**10  # of gradients in float16, whose smallest numbers are too large for them
+
+
+class NoGradients(ValueError):
+    """A model whose probes reach nothing."""
 
 
 class Scores:
@@ -206,6 +214,8 @@ class Bench:
         self.layers: list[Watched] = list(memory.memory_layers())  # type: ignore[arg-type]
         with torch.enable_grad(), _frozen(model):
             logits = model(ids[:, context:-1], **cache_argument(model, memory), use_cache=True).logits
+            if not logits.requires_grad:  # not one layer's answer
+                raise NoGradients(UNREACHED)
             logp = logits[(windows.weight > 0).to(logits.device)].float().div(temperature).log_softmax(-1)
             self.probes = [g * temperature for g in self._draw(logp, windows, probes, first)]
         for layer in self.layers:
@@ -231,7 +241,9 @@ class Bench:
             at = drawn[:, None] * cumulated[:, -1:]
             said = torch.searchsorted(cumulated, at).clamp(max=logp.shape[1] - 1)
             score = (logp.gather(1, said)[:, 0] * weight).sum()
-            grads = torch.autograd.grad(score * scale, outs, retain_graph=True)
+            grads = torch.autograd.grad(score * scale, outs, retain_graph=True, allow_unused=True)
+            if any(g is None for g in grads):
+                raise NoGradients(UNREACHED)
             while scale > 1 and not all(bool(torch.isfinite(g).all()) for g in grads):
                 scale /= 4
                 grads = torch.autograd.grad(score * scale, outs, retain_graph=True)

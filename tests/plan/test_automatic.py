@@ -116,6 +116,15 @@ def test_what_is_not_measured_is_planned_safely_and_says_why(llama, home, capsys
     assert capsys.readouterr().err == ""
 
 
+def test_weights_without_gradients_are_planned_safely(llama, tokenizer, home, monkeypatch):
+    def unreached(*args, **options):
+        raise automatic.NoGradients("no gradients go through")
+
+    monkeypatch.setattr(automatic, "calibrate", unreached)
+    with pytest.warns(UserWarning, match=r"safe rather than good.*\(no gradients go through\)"):
+        longwave.cache(llama, "fourier", tokenizer=tokenizer, **OPTIONS)
+
+
 def test_a_context_too_short_to_measure_says_so(llama, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(automatic, "_folder", lambda: tmp_path)
     with pytest.warns(UserWarning, match="its context of 512 tokens is too short to measure"):

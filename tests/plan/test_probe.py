@@ -252,6 +252,26 @@ def test_windows_too_short_to_compress_are_refused(model):
         measure(model, short, METHOD)
 
 
+class Opaque(torch.nn.Linear):
+    """Weights whose product has no backward pass, as some kernels of quantised weights."""
+
+    def forward(self, x):
+        return super().forward(x.detach()).detach()
+
+
+@pytest.mark.parametrize("which", [slice(None), slice(1, 2)], ids=["all layers", "one layer"])
+def test_weights_without_gradients_say_so(which):
+    model = make()
+    for layer in model.model.layers[which]:
+        for part, name in ((layer.self_attn, "o_proj"), (layer.mlp, "down_proj")):
+            plain = getattr(part, name)
+            opaque = Opaque(plain.in_features, plain.out_features, bias=False)
+            opaque.weight = plain.weight
+            setattr(part, name, opaque)
+    with pytest.raises(probe.NoGradients, match="no gradients go through this model's weights"):
+        measure(model, make_windows(), METHOD, 1)
+
+
 LINEAR = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8, linear_value_head_dim=8)
 HYBRIDS = {
     "gemma3_text": dict(num_hidden_layers=6, sliding_window=32),

@@ -20,6 +20,7 @@ from longwave.frame import MemoryLayer, Pass, assemble, cache_argument
 from longwave.frame.observe import Needs
 from longwave.ops.attention.reference import group_heads
 from longwave.plan.plan import LayerCodes
+from longwave.plan.probe import about_of
 from longwave.plan.profile import Sensitivity
 from longwave.plan.recall import Windows
 from longwave.shape import CacheShape
@@ -152,15 +153,8 @@ def measure(
         costs["k"].append(every[..., : len(planner.KEY_OPTIONS)])
         costs["v"].append(every[..., len(planner.KEY_OPTIONS) :])
     assert weight is not None
-    about = {
-        "k_options": list(planner.KEY_OPTIONS),
-        "v_options": list(planner.VALUE_OPTIONS),
-        "segment": page.segment,
-        "states": page.states,
-        "context": windows.context,
-        "scored": windows.weight.shape[1],
-    }
-    return Sensitivity(about, torch.cat(costs["k"]), torch.cat(costs["v"]), windows.recall.clone(), weight)
+    k, v = torch.cat(costs["k"]), torch.cat(costs["v"])
+    return Sensitivity(about_of(page, windows), k, v, windows.recall.clone(), weight)
 
 
 def _layer_costs(bench: Bench, position: int, weight: torch.Tensor, heads: int, page: planner.Shape) -> torch.Tensor:

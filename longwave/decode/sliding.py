@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from longwave.frame.attention import Handle
+from longwave.decode.layers import LayerInStep
 
 
-class SlidingStep(CacheLayerMixin):
+class SlidingStep(LayerInStep):
     """What the model sees of a sliding layer during a step: the new token takes the column of the one that leaves.
 
     keys, values [batch, kv_heads, window, head_dim] and real bool [batch, window] stay where they are; at int64 [1] is
@@ -34,20 +34,12 @@ class SlidingStep(CacheLayerMixin):
         place = torch.arange(self.window, device=k.device) + (columns - held)
         self.real = (place >= first) & (place < columns)
         self.at = torch.full((1,), held % self.window, device=k.device)
-        self._new: tuple[torch.Tensor, torch.Tensor] | None = None
         layer.keys, layer.values = self.keys, self.values  # what is held is what the cache reports
 
     @property
     def states(self) -> list[torch.Tensor]:
         """All that a step changes."""
         return [self.keys, self.values, self.real, self.at]  # type: ignore[list-item]
-
-    def update(  # type: ignore[override]  # as in MemoryLayer
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Handle, Handle]:
-        self._new = key_states, value_states
-        handle = Handle(self)
-        return handle, handle
 
     def forward(
         self,
@@ -60,8 +52,7 @@ class SlidingStep(CacheLayerMixin):
     ) -> torch.Tensor:
         """q [batch, query_heads, 1, head_dim] -> same shape. The window is the layer's own, whatever the mask says."""
         assert sinks is None  # `supports` has seen to it
-        assert self._new is not None
-        (k, v), self._new = self._new, None
+        k, v = self.take()
         held_k, held_v = self.keys, self.values
         assert held_k is not None
         assert held_v is not None
@@ -81,14 +72,8 @@ class SlidingStep(CacheLayerMixin):
         self.layer.keys, self.layer.values = self.keys[:, :, order], self.values[:, :, order]
         self.layer.cumulative_length += steps
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise AssertionError("a step's layer has its storage already")
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0  # what a row sees is kept here
-
-    def get_seq_length(self) -> int:
-        return 0
 
     def get_max_length(self) -> int:
         return self.window

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from longwave.decode.compiled import Compiled, OpaqueCache, Uncompiled, layers_of
 from longwave.decode.graph import Graph
+from longwave.decode.layers import LayerInStep
 from longwave.decode.sliding import SlidingStep, why_not
 from longwave.frame import LongCache, MemoryLayer, Pass, Step, cache_name
 from longwave.frame.attention import Handle, LogicalLength, StepMask, is_ours, own_arithmetic
@@ -72,21 +72,18 @@ def supports(model: PreTrainedModel, cache: Cache) -> str | None:
     return None
 
 
-class _StepLayer(CacheLayerMixin):
+class _StepLayer(LayerInStep):
     """What the model sees of a memory layer during a step: it writes where the device says and answers from there."""
 
     def __init__(self, layer: MemoryLayer, step: Step):
         super().__init__()
         self.layer, self.step = layer, step
-        self._new: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(  # type: ignore[override]  # as in MemoryLayer
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Handle, Handle]:
         self.layer.check_finite(key_states, value_states)
-        self._new = key_states, value_states
-        handle = Handle(self)
-        return handle, handle
+        return super().update(key_states, value_states)
 
     def forward(
         self,
@@ -102,22 +99,15 @@ class _StepLayer(CacheLayerMixin):
             raise Unsupported(
                 "cannot decode in steps: the model hides tokens by masks of its own. model.generate works"
             )
-        assert self._new is not None
-        (k, v), self._new = self._new, None
+        k, v = self.take()
         rotary = self.layer.progress.rotary
         p = Pass(q, k, v, scaling, module=module, positions=self.step.positions, rotary=rotary, phase="step")
         if self.layer.needs.hidden:
             p.hidden = take_hidden(module)
         return self.layer.run_step(p, self.step)
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise AssertionError("a step's layer has its storage already")
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return LogicalLength(query_length), 0  # what a row sees is counted on the device
-
-    def get_seq_length(self) -> int:
-        return 0  # as get_mask_sizes says: a model that makes a mask of this makes one of the new token
 
     def get_max_length(self) -> int:
         return -1

@@ -350,18 +350,20 @@ def measure(
             found[side].append(torch.stack(held[side], 1))
     progress(total, total)
     assert weight is not None
-    about = {
+    about = {**about_of(page, windows), "probes": probes, "form": form, "temperature": temperature}
+    return Sensitivity(about, torch.cat(found["k"]), torch.cat(found["v"]), windows.recall.clone(), weight)
+
+
+def about_of(page: planner.Shape, windows: Windows) -> dict[str, Any]:
+    """What a measurement is of: `Sensitivity.about`, but for how it was made."""
+    return {
         "k_options": list(planner.KEY_OPTIONS),
         "v_options": list(planner.VALUE_OPTIONS),
         "segment": page.segment,
         "states": page.states,
         "context": windows.context,
         "scored": windows.weight.shape[1],
-        "probes": probes,
-        "form": form,
-        "temperature": temperature,
     }
-    return Sensitivity(about, torch.cat(found["k"]), torch.cat(found["v"]), windows.recall.clone(), weight)
 
 
 def stored(

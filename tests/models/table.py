@@ -3,20 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-VOCABULARY = 97
-BASE = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=512,
-    pad_token_id=0,
-    bos_token_id=None,
-    eos_token_id=None,
-)
+from tests.conftest import SMALL, VOCABULARY
+
+BASE = dict(SMALL, num_hidden_layers=2)
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 WINDOW = dict(layer_types=[SLIDING, FULL], sliding_window=16)
 ROTARY = dict(rope_type="default", rope_theta=10000.0)

@@ -120,6 +120,16 @@ class Source:
         if limit is not None and tokens + new > limit:
             raise ValueError(f"{tokens} tokens of prompt and {new} new ones exceed this model's context of {limit}")
 
+    def cache(self, loaded: Any, method: Any, budget: Any, profile: Any, coming: int, measure: bool) -> Any:
+        """An empty cache on the loaded model. A budget given as a size is spent on the `coming` tokens."""
+        import longwave
+        from longwave.build import sized
+
+        room = coming if sized(budget) else None
+        return longwave.cache(
+            loaded, method, budget, profile, max_tokens=room, measure=measure, tokenizer=self.tokenizer
+        )
+
     def load(self) -> Any:
         """The model."""
         from longwave import models

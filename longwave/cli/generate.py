@@ -78,7 +78,6 @@ def command(
         from transformers import TextStreamer
 
         import longwave
-        from longwave.build import sized
         from longwave.decode.steps import Unsupported
         from longwave.frame import cache_argument
         from longwave.methods import get_method
@@ -94,15 +93,7 @@ def command(
         coming = count + max_new_tokens - 1  # the last new token is not read
         source.check(chosen, budget, coming)
         loaded, tokenizer = source.load(), source.tokenizer
-        memory = longwave.cache(
-            loaded,
-            chosen,
-            budget,
-            measured,
-            max_tokens=coming if sized(budget) else None,
-            measure=measure,
-            tokenizer=tokenizer,
-        )
+        memory = source.cache(loaded, chosen, budget, measured, coming, measure)
         why = why_python(source.device, graph) or longwave.decode.supports(loaded, memory)
         check_loop(why, graph, compiled)
         torch.manual_seed(seed)

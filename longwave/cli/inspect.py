@@ -51,8 +51,6 @@ def command(
     with user_errors():
         if side not in ("k", "v"):
             raise ValueError(f'side is "k" or "v", got {side!r}')
-        import longwave
-        from longwave.build import sized
         from longwave.cli.pictures import kept_by_pair, plot_channel, plot_kept
         from longwave.evals.data import pydoc_haystack
         from longwave.evals.fork import fork, needs_of, prefill
@@ -75,15 +73,7 @@ def command(
         if not 0 <= head < shape.kv_heads:
             raise ValueError(f"layer {layer} has heads 0 to {shape.kv_heads - 1}")
         loaded = source.load()
-        empty = longwave.cache(
-            loaded,
-            chosen,
-            budget,
-            measured,
-            max_tokens=count if sized(budget) else None,
-            measure=measure,
-            tokenizer=source.tokenizer,
-        )
+        empty = source.cache(loaded, chosen, budget, measured, count, measure)
         with waiting(f"reading {count:,} tokens"):
             exact = prefill(loaded, ids, needs=needs_of([empty]))
             held = fork(exact, empty)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import longwave
 from longwave.cli.console import progress
-from longwave.plan.automatic import own_text
+from longwave.plan.automatic import own_texts
 from longwave.plan.calibrate import calibrate
 
 if __name__ == "__main__":
@@ -32,7 +32,7 @@ if __name__ == "__main__":
             profile = calibrate(
                 model,
                 tokenizer,
-                [own_text()],
+                own_texts(),
                 method,
                 tokens=args.tokens if name == "smollm2" else 4096,
                 windows=args.windows if name == "smollm2" else 8,

@@ -2,9 +2,11 @@
 
     python -m benchmarks.sensitivity [--windows 2,4,9] [--probes 1,4,8] [--perturb 3] [--profile FILE ...]
 
-Windows of the text that ships with the package are measured; plans are judged by their KL from the dense model on
-windows of other text (task divergence's). `--perturb N` measures N windows by perturbation.py as well: 75 minutes for
-eight of them on two CPU cores, 171 s for thirty on an H100. Budgets are of 16-bit numbers whatever the model's type.
+Windows of the text that ships with the package (or of `--text` files) are measured; plans are judged by their KL from
+the dense model on windows of other text (task divergence's). Both forms, every number of windows at the last but one
+number of probes, and every number of probes at the last but one number of windows. `--perturb N` measures N windows by
+perturbation.py as well: 75 minutes for eight of them on two CPU cores, 171 s for thirty on an H100. Budgets are of
+16-bit numbers whatever the model's type.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from longwave.evals.loss import score
 from longwave.evals.task import Setting
 from longwave.evals.tasks.divergence import Divergence
 from longwave.plan import probe, recall
-from longwave.plan.automatic import own_text
+from longwave.plan.automatic import own_texts
 from longwave.plan.profile import Profile, Sensitivity
 from longwave.shape import CacheShape
 
@@ -59,14 +61,20 @@ class Judge:
         return float(kl.mean()), float(kl.std() / len(kls) ** 0.5), sum(losses) / len(losses)
 
 
+def now(model):
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @torch.no_grad()
-def every(model, windows, method, probes):
+def every(model, windows, method, probes, temperature):
     """{form: costs [probes, windows, layers, heads, options]} and K's channel weights: every table's parts at once."""
     shape = CacheShape.of(model.config.get_text_config(decoder=True), model.dtype)
     page, weight, found, seconds = method.page(shape), None, {form: [] for form in probe.FORMS}, []
     for row in range(len(windows.ids)):
-        began = time.perf_counter()
-        bench = probe.Bench(model, windows.part(slice(row, row + 1)), method, probes, row)
+        began = now(model)
+        bench = probe.Bench(model, windows.part(slice(row, row + 1)), method, probes, row, temperature)
         layers = range(len(bench.layers))
         if weight is None:
             weight = torch.stack([bench.key_weight(position, page.segment) for position in layers])
@@ -77,7 +85,7 @@ def every(model, windows, method, probes):
                 rows[form].append(torch.stack([probe.costs(dot, form)[:, 0] for dot in dots], -1))
         for form in probe.FORMS:
             found[form].append(torch.stack(rows[form], 1))
-        seconds.append(time.perf_counter() - began)
+        seconds.append(now(model) - began)
         print(f"window {row + 1}: {seconds[-1]:.1f} s", flush=True)
     return {form: torch.stack(parts, 1) for form, parts in found.items()}, weight, seconds
 
@@ -92,6 +100,17 @@ def profile_of(costs, weight, rows):
     }
     k, v = costs.split((len(planner.KEY_OPTIONS), len(planner.VALUE_OPTIONS)), -1)
     return Profile({}, {}, {}, sensitivity=Sensitivity(about, k, v, rows.recall[: len(costs)], weight))
+
+
+def took(model, windows, method, counts):
+    """{probes: seconds a window takes}, the second one's: the first loads what the others find."""
+    found = {}
+    probe.measure(model, windows.part(slice(0, 1)), method, 1)
+    for probes in counts:
+        began = now(model)
+        probe.measure(model, windows.part(slice(1, 2)), method, probes)
+        found[probes] = now(model) - began
+    return found
 
 
 def correlation(ours, theirs):
@@ -113,6 +132,9 @@ def main():
     parser.add_argument("--probes", type=numbers, default=[1, 4, 8])
     parser.add_argument("--tokens", type=int, default=3072)
     parser.add_argument("--scored", type=int, default=256)
+    parser.add_argument("--temperature", type=float, default=probe.TEMPERATURE)
+    parser.add_argument("--text", type=Path, action="append", default=[])
+    parser.add_argument("--forms", type=lambda text: text.split(","), default=list(probe.FORMS))
     parser.add_argument("--perturb", type=int, default=0)
     parser.add_argument("--profile", type=Path, action="append", default=[])
     parser.add_argument("--judged", type=int, default=6, help="unseen windows")
@@ -123,8 +145,11 @@ def main():
     model.to(args.device)
     method = longwave.Fourier()
     most, asked = max(args.windows), max(args.windows) // 3
-    rows = recall.windows(tokenizer, [own_text()], args.tokens - args.scored - 1, args.scored, most - asked, asked)
-    costs, weight, seconds = every(model, rows, method, max(args.probes))
+    texts = [path.read_text() for path in args.text] or own_texts()
+    rows = recall.windows(tokenizer, texts, args.tokens - args.scored - 1, args.scored, most - asked, asked)
+    costs, weight, seconds = every(model, rows, method, max(args.probes), args.temperature)
+    times = took(model, rows, method, args.probes)
+    print("seconds a window by probes", times)
     judge = Judge(model, tokenizer, args.judged, args.context, 256)
     print(f"dense loss {judge.dense():.4f} on {args.judged} windows of {args.context}")
     named = {"no measurement": None}
@@ -135,11 +160,13 @@ def main():
         named[f"perturbed, {args.perturb} windows, {time.perf_counter() - began:.0f} s"] = Profile(
             {}, {}, {}, sensitivity=measured
         )
-    for form in probe.FORMS:
-        for count in args.windows:
-            for probes in args.probes:
-                name = f"{form}, {count} windows, {probes} probes"
-                named[name] = profile_of(costs[form][:probes, :count].mean(0), weight, rows)
+    windows, probes = sorted(args.windows), sorted(args.probes)
+    usual = windows[-2:][0], probes[-2:][0]
+    star = [(count, usual[1]) for count in windows] + [(usual[0], count) for count in probes if count != usual[1]]
+    for form in args.forms:
+        for count, drawn in star:
+            name = f"{form}, {count} windows, {drawn} probes, {count * times[drawn]:.1f} s"
+            named[name] = profile_of(costs[form][:drawn, :count].mean(0), weight, rows)
     share = 2 / model.dtype.itemsize
     found = []
     for name, profile in named.items():
@@ -177,7 +204,13 @@ def main():
     if args.out:
         args.out.write_text(
             json.dumps(
-                {"arguments": vars(args), "dense_loss": judge.dense(), "seconds": seconds, "rows": found},
+                {
+                    "arguments": vars(args),
+                    "dense_loss": judge.dense(),
+                    "seconds": seconds,
+                    "by_probes": times,
+                    "rows": found,
+                },
                 default=str,
                 indent=1,
             )

@@ -25,7 +25,7 @@ from longwave.frame import MemoryLayer, Needs, assemble, cache_argument
 from longwave.ops.attention.reference import group_heads
 from longwave.ops.codes import quantize, rotation
 from longwave.ops.spectral.basis import table
-from longwave.plan.automatic import own_text
+from longwave.plan.automatic import own_texts
 from longwave.plan.recall import windows
 
 SINKS, WINDOW, SEGMENT, CONTEXT, SCORED = 4, 256, 128, 2820, 256
@@ -47,7 +47,7 @@ class Bench:
     """Windows read once, exactly, to be scored again with other K and V."""
 
     def __init__(self, model, tokenizer, prose, recall, seed):
-        self.model, self.windows = model, windows(tokenizer, [own_text()], CONTEXT, SCORED, prose, recall, seed)
+        self.model, self.windows = model, windows(tokenizer, own_texts(), CONTEXT, SCORED, prose, recall, seed)
         self.ids = self.windows.ids.to(model.device)
         self.weight = self.windows.weight.to(model.device)
         self.kv = [layer.materialize() for layer in prefill(model, self.ids[:, :CONTEXT]).memory_layers()]

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicLayer,
-    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
 )
 
@@ -35,8 +34,7 @@ def states_beside(config: PretrainedConfig) -> dict[int, LinearAttentionLayer]:
 
 def holds_states(config: PretrainedConfig) -> bool:
     """Whether some layers hold what no configuration gives the size of: states of linear attention and the like."""
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    return bool(kinds - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer})
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in DynamicCache(config=config).layers)
 
 
 def context_limit(model: PreTrainedModel | PretrainedConfig) -> int | None:
@@ -58,9 +56,13 @@ def check_supported(model: PreTrainedModel) -> PretrainedConfig:
     takes_any = getattr(model, "_supports_default_dynamic_cache", None)  # private, of transformers
     if takes_any is not None and not takes_any():
         _refuse(name, "keeps its past in a cache of its own class")
-    sharing = [mode == "reuse" for mode in getattr(config, "kv_sharing_modes", None) or ()]
-    if any(sharing):
-        _refuse(name, f"shares K and V between layers ({sum(sharing)} of {len(sharing)} have none of their own)")
+    modes = getattr(config, "kv_sharing_modes", None)  # what transformers before 5.20 or so only counts
+    sharing = sum(mode == "reuse" for mode in modes) if modes else getattr(config, "num_kv_shared_layers", 0) or 0
+    if sharing:
+        _refuse(
+            name,
+            f"shares K and V between layers ({sharing} of {config.num_hidden_layers} have none of their own)",
+        )
     others = other_layers(config)
     memory = {index for index, layer in enumerate(others) if layer is None}
     if not memory:

@@ -34,7 +34,7 @@ def command(
     `longwave.cache` measure a model by themselves on text that ships with the package."""
     with user_errors():
         from longwave.methods import METHODS, get_method
-        from longwave.plan.automatic import own_text
+        from longwave.plan.automatic import own_texts
         from longwave.plan.calibrate import calibrate
 
         chosen = get_method(method, **parse_options(option))
@@ -45,7 +45,7 @@ def command(
             raise ValueError(f"there is no folder {out.parent} to write the profile to")
         if out.is_dir():
             raise ValueError(f"{out} is a folder: name the file to write the profile to")
-        texts = [read_text(path, blank=False) for path in text] if text else [own_text()]
+        texts = [read_text(path, blank=False) for path in text] if text else own_texts()[:windows]
         loaded, tokenizer = load_model(model, device, dtype)
         with progress("measuring") as advance:
             profile = calibrate(

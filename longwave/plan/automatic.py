@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,34 +21,50 @@ from longwave.plan.probe import NoGradients
 from longwave.plan.profile import Profile
 from longwave.shape import CacheShape, context_limit
 
+KINDS = (
+    ("prose", "novels"),
+    ("code",),
+    ("report",),
+    ("reference", "manual"),
+    ("dialogue", "data"),
+    ("languages",),
+)
+SMALL = 4 * 2**30  # bytes of weights
 _lock = threading.Lock()  # two threads that ask for one model measure it once
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: windows of so many tokens, the last of them scored by so many probes."""
+    """How much is measured: windows of so many tokens, the last of them scored by so many probes, `batch` at once."""
 
     tokens: int
     windows: int
     scored: int
     probes: int
+    batch: int = 1
 
     @classmethod
     def of(cls, model: PreTrainedModel, method: Any) -> Effort | None:
         """Seconds of work on the model's device; None where its context is too short for a segment to be measured."""
-        made = cls(3072, 9, 256, 8) if model.device.type == "cuda" else cls(1280, 4, 128, 4)
+        cuda = model.device.type == "cuda"
+        small = sum(weight.nbytes for weight in model.parameters()) < SMALL  # its kernels leave a GPU idle
+        made = cls(3072, 9, 256, 8, 3 if small else 1) if cuda else cls(1280, 4, 128, 4)
         sinks, window, segment = method.dense_tokens
         tokens = min(made.tokens, context_limit(model) or made.tokens)
         if tokens < sinks + window + segment + made.scored + 1:
             return None
-        return cls(tokens, made.windows, made.scored, made.probes)
+        return replace(made, tokens=tokens)
 
 
-def own_text() -> str:
-    """The text that ships with the package, 117 kB: prose, a manual, dialogue, data, code, and nine more languages."""
-    folder = resources.files("longwave.plan") / "text"
-    files = sorted((file for file in folder.iterdir() if file.name.endswith(".txt")), key=lambda file: file.name)
-    return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+def own_texts() -> list[str]:
+    """The text that ships with the package by kind, those first that a few windows should see: some 30 kB a kind or
+    more, so that any tokenizer makes a window of it."""
+    package = resources.files("longwave")
+    read = lambda path: path.read_text(encoding="utf-8")  # noqa: E731
+    kinds = [[read(package / "plan" / "text" / f"{name}.txt") for name in names] for names in KINDS]
+    frame = sorted((file for file in (package / "frame").iterdir() if file.name.endswith(".py")), key=lambda x: x.name)
+    kinds[KINDS.index(("code",))] += [read(file) for file in frame]  # long modules of one program
+    return ["\n\n".join(parts) for parts in kinds]
 
 
 def shipped(model: PreTrainedModel, shape: CacheShape, paper: bool = False) -> Profile | None:
@@ -106,12 +122,13 @@ def _measured(model: PreTrainedModel, shape: CacheShape, method: Any, tokenizer:
         profile = calibrate(
             model,
             tokenizer,
-            [own_text()],
+            own_texts()[: effort.windows],
             method,
             tokens=effort.tokens,
             windows=effort.windows,
             scored=effort.scored,
             probes=effort.probes,
+            batch=effort.batch,
             progress=advance,
         )
     try:

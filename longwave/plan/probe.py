@@ -189,7 +189,7 @@ class Bench:
     """Windows read exactly and scored once, with the probes' gradients at every memory layer.
 
     first: number of the first of the windows, which decides what is drawn, so that it does not matter how many are read
-    at once. layers: what each saw. probes: a tensor a layer, float [probes, B, Hq, Q, D]. middle: the tokens that
+    at once. layers: what each saw. probes: a tensor a layer, [probes, B, Hq, Q, D]. middle: the tokens that
     options change.
     """
 
@@ -216,15 +216,20 @@ class Bench:
             logits = model(ids[:, context:-1], **cache_argument(model, memory), use_cache=True).logits
             if not logits.requires_grad:  # not one layer's answer
                 raise NoGradients(UNREACHED)
-            logp = logits[(windows.weight > 0).to(logits.device)].float().div(temperature).log_softmax(-1)
-            self.probes = [g * temperature for g in self._draw(logp, windows, probes, first)]
+            logits = logits[(windows.weight > 0).to(logits.device)]
+            logp = logits.float().div_(temperature).log_softmax(-1)
+            del logits
+            self.probes = self._draw(logp, windows, probes, first, temperature)
         for layer in self.layers:
             layer.out = layer.out.detach()
 
-    def _draw(self, logp: torch.Tensor, windows: Windows, probes: int, first: int) -> list[torch.Tensor]:
+    def _draw(
+        self, logp: torch.Tensor, windows: Windows, probes: int, first: int, temperature: float
+    ) -> list[torch.Tensor]:
         """Gradients of what the model itself would say: the same tokens on every device, up to its rounding.
 
-        logp float [tokens that count, vocabulary].
+        logp float [tokens that count, vocabulary], of logits divided by `temperature`. What 16 bits computed is kept in
+        16 bits, of float32's range.
         """
         counted = windows.weight > 0
         weight = windows.weight[counted].sqrt().to(logp.device)
@@ -233,11 +238,12 @@ class Bench:
             for row, counts in enumerate(counted)
         ]
         uniform = torch.cat(numbers, -1).to(logp.device)
-        cumulated = logp.detach().exp().cumsum(-1)
+        cumulated = logp.detach().exp().cumsum_(-1)
         outs = [layer.out for layer in self.layers]
         scale = SCALE if outs[0].dtype == torch.float16 else 1.0
-        found = []
-        for drawn in uniform:
+        kind = torch.bfloat16 if outs[0].element_size() == 2 else torch.float32
+        found = [torch.empty(probes, *out.shape, dtype=kind, device=out.device) for out in outs]
+        for number, drawn in enumerate(uniform):
             at = drawn[:, None] * cumulated[:, -1:]
             said = torch.searchsorted(cumulated, at).clamp(max=logp.shape[1] - 1)
             score = (logp.gather(1, said)[:, 0] * weight).sum()
@@ -247,8 +253,9 @@ class Bench:
             while scale > 1 and not all(bool(torch.isfinite(g).all()) for g in grads):
                 scale /= 4
                 grads = torch.autograd.grad(score * scale, outs, retain_graph=True)
-            found.append([g.float() / scale for g in grads])
-        return [torch.stack(of_layer) for of_layer in zip(*found, strict=True)]
+            for kept, g in zip(found, grads, strict=True):
+                kept[number] = g.float() * (temperature / scale)
+        return found
 
     def key_weight(self, position: int, segment: int) -> torch.Tensor:
         """A K channel's variance around its segment's mean times the query's mean square: [kv_heads, head_dim]."""

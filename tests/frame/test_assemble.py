@@ -58,7 +58,9 @@ def answer(model, ids, cache, mask=None):
 def test_the_cache_is_not_dropped(fixed, length):
     stock, ids = copy.deepcopy(fixed), tokens(2, length)
     memory = longwave.cache(fixed, "dense")
-    assert torch.equal(answer(fixed, ids, memory), answer(stock, ids, DynamicCache(config=stock.config)))
+    # transformers 5.17 drops stock's own cache at the switch and goes on with one token: read all anew instead
+    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, use_cache=False)
+    assert torch.equal(answer(fixed, ids, memory), stock.generate(ids, **options))
     assert memory.get_seq_length() == length + 7
     pages = longwave.cache(fixed, PAGES)
     answer(fixed, ids, pages)

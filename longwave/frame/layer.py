@@ -32,6 +32,7 @@ class MemoryLayer(Counting):
     """
 
     queries: Queries | None  # of the last tokens, where `needs` says so
+    hints = False  # whether remembered queries only hint at something: then no harm is done where a mask hid tokens
     _sources: list[torch.Tensor]  # what was given to `update` with a gradient to follow, until attention asks
 
     def __init__(self, index: int, needs: Needs | None = None):
@@ -341,7 +342,7 @@ class MemoryLayer(Counting):
                 raise NotImplementedError(
                     "what this model's learned sinks take of attention under a 4D mask is not known: pass a 2D mask"
                 )
-            if self.needs.mass or self.needs.queries:
+            if self.needs.mass or (self.needs.queries and not self.hints):
                 raise NotImplementedError(
                     "this method watches what attention reads, which a 4D attention mask hides from it: pass a 2D mask"
                 )

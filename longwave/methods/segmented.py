@@ -161,6 +161,8 @@ class SegmentedBound(Bound):
 class SegmentedLayer(MemoryLayer):
     """Sinks, window and open segment dense, the middle in the method's store."""
 
+    hints = True
+
     def __init__(self, index: int, bound: SegmentedBound):
         super().__init__(index, bound.needs)
         self.bound, self.planned = bound, bound.shape.dtype
@@ -240,12 +242,15 @@ class SegmentedLayer(MemoryLayer):
         none is remembered; None where no head is merged."""
         if not self.bound.merges or not self.store.layout.merged:
             return None
-        queries = self.queries
-        assert queries is not None
+        assert self.queries is not None
+        wanted, queries = probing(self.window), self.queries
+        if (queries.width, queries.every) != (wanted.queries, wanted.every):
+            queries = queries.last(wanted.queries, wanted.every)
         assert queries.q is not None
         k, _ = self.dense.view()
         number = queries.numbers().to(k.device)
-        seen = number - torch.tensor(self.store.tokens, device=k.device)[:, None]
+        behind = torch.tensor(self.store.tokens, device=k.device) // self.segment * self.bound.span
+        seen = number - behind[:, None]
         lse = attention_mass.log_sum_exp(queries.q, k, self.scaling, seen.clamp(min=0))
         if any(self.store.tokens):
             lse = torch.logaddexp(lse, self._far(queries.q, self.scaling).to(lse.dtype))

@@ -109,6 +109,29 @@ def _softmax(layer, q, later):
     return (scores.softmax(-1) @ v[:, :, : k.shape[2] - later]).reshape(q.shape)
 
 
+@pytest.mark.parametrize("evicting", [longwave.SnapKV, longwave.H2O, longwave.Streaming], ids=lambda cls: cls.name)
+def test_what_an_evicting_method_keeps_is_merged_by_its_own_queries(llama, evicting):
+    """Beside those that a method votes with, and without them its votes are the same."""
+    method = evicting(store=replace(METHOD, sinks=4, window=256), store_budget=0.2, sinks=3, window=20)
+    made = method.bind(shape_of(llama), merging_profile(llama), 0.02)
+    assert made.merges
+    memory = longwave.cache(llama, made)
+    read(llama, memory, tokens(2, 150))
+    for layer in memory.memory_layers():
+        assert layer.store.counts == [(150 - 23) // made.span] * 2
+        assert layer.store.bias(0).abs().max() > 1e-3
+    assert memory.nbytes == made.nbytes(150, 2)
+
+
+def test_an_own_mask_is_no_hindrance(llama, bound):
+    """Two documents in one prompt: remembered queries only weigh tokens, so that what a mask hides does no harm."""
+    memory = longwave.cache(llama, bound)
+    document = torch.arange(90) >= 40
+    mask = (document[:, None] == document) & torch.ones(90, 90, dtype=torch.bool).tril()
+    read(llama, memory, tokens(1, 90), attention_mask=mask[None, None])
+    assert all(layer.store.counts == [4] for layer in memory.memory_layers())
+
+
 def test_it_costs_its_queries_and_says_so(llama, bound):
     memory = longwave.cache(llama, bound)
     read(llama, memory, tokens(2, 90))

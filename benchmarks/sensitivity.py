@@ -26,7 +26,7 @@ from longwave.evals.fork import fork, prefill
 from longwave.evals.loss import score
 from longwave.evals.task import Setting
 from longwave.evals.tasks.divergence import Divergence
-from longwave.methods.segmented import probing
+from longwave.frame.observe import probing
 from longwave.plan import probe, recall
 from longwave.plan.automatic import own_texts
 from longwave.plan.profile import Profile, Sensitivity

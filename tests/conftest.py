@@ -95,7 +95,7 @@ def random_profile(model, seed=0):
         torch.rand(2, *size[:2], len(options), generator=generator).sort(descending=True).values
         for options in (KEY_OPTIONS, VALUE_OPTIONS, BOTH_OPTIONS)
     ]
-    costs[2] *= 0.3  # so some heads are merged
+    costs[2] += 1  # no head is merged: see `merging_profile`
     about = {"k_options": list(KEY_OPTIONS), "v_options": list(VALUE_OPTIONS), "both_options": list(BOTH_OPTIONS)}
     measured = Sensitivity(about, *costs, torch.tensor([False, True]), torch.rand(size, generator=generator))
     return longwave.Profile({}, {}, {}, *errors, measured)

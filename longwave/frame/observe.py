@@ -52,6 +52,14 @@ class Needs:
         return self.queries * (query_heads * head_dim * itemsize + 8)
 
 
+PROBES = 16
+
+
+def probing(window: int) -> Needs:
+    """What merging asks for (ops/merge.py): queries spread evenly over the window."""
+    return Needs(queries=min(PROBES, window), every=max(1, window // PROBES))
+
+
 @dataclass
 class Pass:
     """One forward pass, as one layer sees it.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from longwave.frame import MemoryLayer, Needs, Pass, Step
+from longwave.frame.observe import probing
 from longwave.methods.base import Bound, CacheShape, Method
 from longwave.ops import mass as attention_mass
 from longwave.ops.attention.reference import group_heads, last_attention, query_block, visible_mask
@@ -20,13 +21,7 @@ from longwave.plan.plan import Plan
 from longwave.store.pages import PageStore
 from longwave.store.tokens import capacity
 
-PROBES = 16  # queries of the window that weigh what is merged
 BESIDE = 8  # channels beside K's for a bias: fused kernels want multiples of 8
-
-
-def probing(window: int) -> Needs:
-    """What merging asks of the frame: queries spread over the window."""
-    return Needs(queries=min(PROBES, window), every=max(1, window // PROBES))
 
 
 @dataclass(frozen=True)
@@ -239,14 +234,15 @@ class SegmentedLayer(MemoryLayer):
 
     def _probes(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The remembered queries [B, Hq, P, D], and the log of what their softmax divides by [B, Hq, P], -inf where
-        none is remembered; None where no head is merged."""
+        none is remembered; None where no head is merged, or nothing was ever asked."""
         if not self.bound.merges or not self.store.layout.merged:
             return None
         assert self.queries is not None
         wanted, queries = probing(self.window), self.queries
         if (queries.width, queries.every) != (wanted.queries, wanted.every):
             queries = queries.last(wanted.queries, wanted.every)
-        assert queries.q is not None
+        if queries.q is None:  # written without a pass
+            return None
         k, _ = self.dense.view()
         number = queries.numbers().to(k.device)
         behind = torch.tensor(self.store.tokens, device=k.device) // self.segment * self.bound.span

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from longwave import plan as planner
 from longwave.frame import MemoryLayer, assemble, cache_argument
 from longwave.frame.attention import Handle
-from longwave.methods.segmented import probing
+from longwave.frame.observe import probing
 from longwave.ops import mass
 from longwave.ops.attention.reference import group_heads, query_block
 from longwave.ops.merge import merge

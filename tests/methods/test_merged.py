@@ -7,7 +7,7 @@ import torch
 
 import longwave
 from longwave.frame import observing
-from longwave.methods.segmented import PROBES, probing
+from longwave.frame.observe import PROBES, probing
 from longwave.ops.attention.reference import group_heads
 from longwave.ops.merge import merge
 from longwave.plan.profile import Profile
@@ -22,12 +22,6 @@ def bound(llama):
     made = METHOD.bind(shape_of(llama), merging_profile(llama), 0.2)
     assert all(code.merged for layer in made.plan for code in layer.k)
     return made
-
-
-def test_some_heads_of_a_made_up_plan_are_merged(llama):
-    """So every test of fourier's caches is one of merged segments too."""
-    made = METHOD.bind(shape_of(llama), random_profile(llama), 0.2)
-    assert 0 < sum(code.merged for layer in made.plan for code in layer.k) < 6
 
 
 def test_what_is_stored_is_what_the_definition_says(llama, bound):
@@ -130,6 +124,17 @@ def test_an_own_mask_is_no_hindrance(llama, bound):
     mask = (document[:, None] == document) & torch.ones(90, 90, dtype=torch.bool).tril()
     read(llama, memory, tokens(1, 90), attention_mask=mask[None, None])
     assert all(layer.store.counts == [4] for layer in memory.memory_layers())
+
+
+def test_tokens_that_were_never_asked_about_become_plain_means(llama, bound):
+    layer = bound.layer(0)
+    k, v = torch.randn(2, 1, 2, 90, 8, generator=torch.Generator().manual_seed(0))
+    layer.write(k, v)
+    layer.settle()
+    held, _ = layer.store.materialize()
+    mean = k[:, :, 3 : 3 + 64].unflatten(2, (4, 16)).mean(3).repeat_interleave(16, 2)
+    torch.testing.assert_close(held, mean, rtol=0, atol=0.01 * float(mean.abs().max()))
+    assert not layer.store.bias(0).any()
 
 
 def test_it_costs_its_queries_and_says_so(llama, bound):

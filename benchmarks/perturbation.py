@@ -154,7 +154,8 @@ def measure(
         costs["v"].append(every[..., len(planner.KEY_OPTIONS) :])
     assert weight is not None
     k, v = torch.cat(costs["k"]), torch.cat(costs["v"])
-    return Sensitivity(about_of(page, windows), k, v, windows.recall.clone(), weight)
+    both = k[..., :1].expand(*k.shape[:3], len(planner.BOTH_OPTIONS)).clone()  # not measured: never better than flat
+    return Sensitivity(about_of(page, windows), k, v, both, windows.recall.clone(), weight)
 
 
 def _layer_costs(bench: Bench, position: int, weight: torch.Tensor, heads: int, page: planner.Shape) -> torch.Tensor:

@@ -26,6 +26,7 @@ from longwave.evals.fork import fork, prefill
 from longwave.evals.loss import score
 from longwave.evals.task import Setting
 from longwave.evals.tasks.divergence import Divergence
+from longwave.frame.observe import probing
 from longwave.plan import probe, recall
 from longwave.plan.automatic import own_texts
 from longwave.plan.profile import Profile, Sensitivity
@@ -43,7 +44,7 @@ class Judge:
         self.model, self.read = model, []
         for one in samples:
             ids = torch.tensor([list(one.ids)])
-            memory = prefill(model, ids[:, :context])
+            memory = prefill(model, ids[:, :context], needs=probing(longwave.Fourier().window))
             exact = score(model, fork(memory, longwave.cache(model, "dense")), ids[:, context:])
             self.read.append((memory, ids[:, context:], exact))
 
@@ -95,11 +96,12 @@ def profile_of(costs, weight, rows):
     about = {
         "k_options": list(planner.KEY_OPTIONS),
         "v_options": list(planner.VALUE_OPTIONS),
+        "both_options": list(planner.BOTH_OPTIONS),
         "segment": 128,
         "states": 1,
     }
-    k, v = costs.split((len(planner.KEY_OPTIONS), len(planner.VALUE_OPTIONS)), -1)
-    return Profile({}, {}, {}, sensitivity=Sensitivity(about, k, v, rows.recall[: len(costs)], weight))
+    sides = costs.split(probe.OPTIONS, -1)
+    return Profile({}, {}, {}, sensitivity=Sensitivity(about, *sides, rows.recall[: len(costs)], weight))
 
 
 def took(model, windows, method, counts):

@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 if shutil.which("nvidia-smi") is None:
@@ -27,7 +28,7 @@ from transformers import (
 import longwave
 from longwave.frame import Pass, cache_name
 from longwave.methods.base import CacheShape
-from longwave.plan import KEY_OPTIONS, VALUE_OPTIONS, automatic
+from longwave.plan import BOTH_OPTIONS, KEY_OPTIONS, VALUE_OPTIONS, automatic
 from longwave.plan.profile import Sensitivity
 
 DATA = Path(os.environ.get("LONGWAVE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -92,11 +93,19 @@ def random_profile(model, seed=0):
     errors = [torch.rand(size, generator=generator) for _ in range(2)]
     costs = [
         torch.rand(2, *size[:2], len(options), generator=generator).sort(descending=True).values
-        for options in (KEY_OPTIONS, VALUE_OPTIONS)
+        for options in (KEY_OPTIONS, VALUE_OPTIONS, BOTH_OPTIONS)
     ]
-    about = {"k_options": list(KEY_OPTIONS), "v_options": list(VALUE_OPTIONS)}
+    costs[2] += 1  # no head is merged: see `merging_profile`
+    about = {"k_options": list(KEY_OPTIONS), "v_options": list(VALUE_OPTIONS), "both_options": list(BOTH_OPTIONS)}
     measured = Sensitivity(about, *costs, torch.tensor([False, True]), torch.rand(size, generator=generator))
     return longwave.Profile({}, {}, {}, *errors, measured)
+
+
+def merging_profile(model):
+    """A profile by which every head is merged: nothing else is worth its bytes."""
+    profile = random_profile(model)
+    found = profile.sensitivity
+    return replace(profile, sensitivity=replace(found, k=found.k + 10, v=found.v + 10, both=found.both * 0))
 
 
 def ask(layer, q, scaling, causal=True, k=None, v=None, valid=None):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import longwave
-from tests.conftest import random_profile
+from tests.conftest import merging_profile, random_profile
 from tests.explicit import Explicit
 
 ENDS = dict(sinks=2, window=8)
@@ -56,6 +56,9 @@ LOSSY = {
     ),
     "fourier": lambda model: longwave.cache(
         model, longwave.Fourier(segment=8, **ENDS), budget=0.5, profile=random_profile(model)
+    ),
+    "fourier-merged": lambda model: longwave.cache(
+        model, longwave.Fourier(segment=8, **ENDS), budget=0.3, profile=merging_profile(model)
     ),
     "fourier-paper": lambda model: longwave.cache(
         model, longwave.FourierPaper(keep=0.5, states=4, reserve=16, **ENDS), profile=random_profile(model)

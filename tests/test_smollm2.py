@@ -131,7 +131,7 @@ def test_quality_on_real_text_stays_in_its_band(smollm2, real_text):
     A plan that spends its bytes on the wrong heads, or a code that decodes wrongly, costs several times as much."""
     model, tokenizer = smollm2
     ids = tokenizer(real_text[200_000:215_000], return_tensors="pt", verbose=False).input_ids[:, :2201]
-    dense = prefill(model, ids[:, :2000])
+    dense = prefill(model, ids[:, :2000], needs=longwave.cache(model, "fourier", budget=0.03).method.needs)
     exact = score(model, fork(dense, longwave.cache(model, "dense")), ids[:, 2000:])
     over = {}
     for budget in (0.08, 0.03):

@@ -48,7 +48,7 @@ def run(out: Path, document: Path | None, budgets: list[str], seed: int) -> None
     """Print one table and write report.html, samples.jsonl and demo.json to `out`."""
     from longwave.budget import parse_budget
     from longwave.evals.data import pydoc_haystack
-    from longwave.evals.fork import prefill
+    from longwave.evals.fork import needs_of, prefill
     from longwave.evals.recipe import Recipe, evaluate, make_methods
     from longwave.evals.report import write_report
     from longwave.evals.results import load
@@ -76,7 +76,7 @@ def run(out: Path, document: Path | None, budgets: list[str], seed: int) -> None
         results[name]["ratio"] = scored["bytes"] / scored["dense_bytes"]
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids
     with waiting("speed"):
-        dense = prefill(model, ids[:, :CONTEXT])
+        dense = prefill(model, ids[:, :CONTEXT], needs=needs_of(make(1) for make in makers.values()))
         speed = decode_speed(model, dense, makers, ids[:, CONTEXT : CONTEXT + SPEED_STEPS + 2])
     with waiting("summaries"):
         summaries = {name: summarise(model, tokenizer, ids[:, :1400], make(1)) for name, make in makers.items()}

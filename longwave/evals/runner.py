@@ -207,6 +207,11 @@ def _bytes(report: Report, tokens: Sequence[int]) -> list[dict[str, Any]]:
     ]
 
 
+def _needs(methods: Mapping[str, Make]) -> Needs:
+    """What methods ask of a reading that they share."""
+    return needs_of([memory for memory in (make(1) for make in methods.values()) if can_fork(memory)])
+
+
 def run_text(
     model: Any,
     tokenizer: Any,
@@ -217,7 +222,7 @@ def run_text(
     needs: Needs | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Result rows of samples that share a pass, one list a method. needs: see `Contexts`."""
-    contexts = Contexts(model, samples, padding(tokenizer), question, needs)
+    contexts = Contexts(model, samples, padding(tokenizer), question, needs or _needs(methods))
     for label, make in methods.items():
         rows = []
         for sample, output, cost in answer(model, tokenizer, samples, contexts, make):
@@ -238,7 +243,7 @@ def run_loss(
     """The same for tokens that are scored, not written. Samples of a pass have equal lengths."""
     from longwave.build import cache
 
-    contexts = Contexts(model, samples, padding(tokenizer), needs=needs)
+    contexts = Contexts(model, samples, padding(tokenizer), needs=needs or _needs(methods))
     last = torch.tensor([list(s.ids[s.context :]) for s in samples])
     exact: Scored | None = None
     if task.compares:

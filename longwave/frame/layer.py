@@ -32,6 +32,7 @@ class MemoryLayer(Counting):
     """
 
     queries: Queries | None  # of the last tokens, where `needs` says so
+    hints = False  # whether remembered queries only hint at something: then no harm is done where a mask hid tokens
     _sources: list[torch.Tensor]  # what was given to `update` with a gradient to follow, until attention asks
 
     def __init__(self, index: int, needs: Needs | None = None):
@@ -159,7 +160,7 @@ class MemoryLayer(Counting):
             k, _ = self.dense.tensors()
             attention_mass.add_step(self.dense.columns["mass"], p.q, k, p.scaling, step.seen)
         if self.queries is not None:
-            self.queries.add_step(p.q, step.positions)
+            self.queries.add_step(p.q, step.positions, step.total)
 
     def arrive_step(self, p: Pass, step: Step) -> None:
         """`arrive`, by what the device knows."""
@@ -224,7 +225,7 @@ class MemoryLayer(Counting):
         self._run = [0] * self.batch_size
         self.dense = TokenBuffer(self.batch_size, self.needs.columns())
         if self.needs.queries:
-            self.queries = Queries(self.needs.queries, [0] * self.batch_size)
+            self.queries = Queries(self.needs.queries, self.batch_size, self.needs.every)
         self.is_initialized = True
 
     def update(  # type: ignore[override]  # attention modules pass on whatever this returns
@@ -341,7 +342,7 @@ class MemoryLayer(Counting):
                 raise NotImplementedError(
                     "what this model's learned sinks take of attention under a 4D mask is not known: pass a 2D mask"
                 )
-            if self.needs.mass or self.needs.queries:
+            if self.needs.mass or (self.needs.queries and not self.hints):
                 raise NotImplementedError(
                     "this method watches what attention reads, which a 4D attention mask hides from it: pass a 2D mask"
                 )
@@ -451,8 +452,8 @@ class MemoryLayer(Counting):
         if len(set(source.rows)) > 1:
             valid = torch.arange(k.shape[2], device=k.device) < torch.tensor(source.rows, device=k.device)[:, None]
         missing = [name for name in self.needs.columns() if name not in source.dense.columns and name != "position"]
-        have = source.queries.width if source.queries is not None else 0
-        if missing or have < self.needs.queries:
+        asked = self.needs.queries and not (source.queries is not None and source.queries.covers(self.needs))
+        if missing or asked:
             raise ValueError(
                 "this method needs what the dense cache has not observed while it read "
                 f"({', '.join(missing) or f'{self.needs.queries} queries'}): prefill(model, ids, mask, needs)"
@@ -469,7 +470,7 @@ class MemoryLayer(Counting):
         self.write(p.k, p.v, valid, columns)
         if self.needs.queries:
             assert source.queries is not None
-            self.queries = source.queries.last(self.needs.queries)
+            self.queries = source.queries.last(self.needs.queries, self.needs.every)
         self._fresh, self.scaling = False, source.scaling
         try:
             self.settle()

@@ -5,6 +5,7 @@ A method says what it `Needs`; the frame provides just that, in ordinary passes,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +16,27 @@ import torch
 class Needs:
     """What a method asks of the frame.
 
-    queries: of the last so many tokens of each row, rotated, as they met the keys. mass: the attention that each stored
-    token got so far, a column of the token store. positions: of each stored token, a column too. unrotated: a model
-    whose rotation can be undone (`Pass.rotary`). hidden: the input of the attention module, in `Pass.hidden`.
+    queries: of the last so many tokens of each row, rotated, as they met the keys. every: of those tokens alone whose
+    number in the row, from 1 on, is a multiple of it. mass: the attention that each stored token got so far, a column
+    of the token store. positions: of each stored token, a column too. unrotated: a model whose rotation can be undone
+    (`Pass.rotary`). hidden: the input of the attention module, in `Pass.hidden`.
     """
 
     queries: int = 0
+    every: int = 1
     mass: bool = False
     positions: bool = False
     unrotated: bool = False
     hidden: bool = False
 
     def __or__(self, other: Needs) -> Needs:
+        asked = [needs for needs in (self, other) if needs.queries]
+        every = math.gcd(*(needs.every for needs in asked)) or 1
+        # the newest multiple of the larger step may lie back by a part of it
+        spans = (needs.queries * needs.every + (needs.every - every) for needs in asked)
         return Needs(
-            max(self.queries, other.queries),
+            max((span // every for span in spans), default=0),
+            every,
             self.mass or other.mass,
             self.positions or other.positions,
             self.unrotated or other.unrotated,
@@ -42,6 +50,14 @@ class Needs:
     def nbytes(self, query_heads: int, head_dim: int, itemsize: int) -> int:
         """Bytes a row beside its tokens: the remembered queries and their positions."""
         return self.queries * (query_heads * head_dim * itemsize + 8)
+
+
+PROBES = 16
+
+
+def probing(window: int) -> Needs:
+    """What merging asks for (ops/merge.py): queries spread evenly over the window."""
+    return Needs(queries=min(PROBES, window), every=max(1, window // PROBES))
 
 
 @dataclass
@@ -106,74 +122,100 @@ class Step:
 
 
 class Queries:
-    """The queries of the last tokens of each row: the newest at the right end.
+    """The queries of the last tokens of each row, or of every so many of them: the newest at the right end.
 
-    q [batch, query_heads, width, head_dim]; positions int64 [batch, width]; row b remembers its last counts[b].
+    q [batch, query_heads, width, head_dim]; positions int64 [batch, width]; row b has seen seen[b] tokens and remembers
+    its last counts[b] whose number, from 1 on, is a multiple of `every`.
     """
 
-    def __init__(self, width: int, counts: list[int]):
-        self.width, self.counts = width, counts
+    def __init__(self, width: int, batch: int, every: int = 1):
+        self.width, self.every = width, every
+        self.seen, self.counts = [0] * batch, [0] * batch
         self.q: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         return [x for x in (self.q, self.positions) if x is not None]
 
+    def numbers(self) -> torch.Tensor:
+        """int64 [batch, width]: each one's number in its row, from 1 on; 0 or less where nothing is remembered."""
+        newest = torch.tensor([seen // self.every * self.every for seen in self.seen])
+        numbers = newest[:, None] - self.every * torch.arange(self.width - 1, -1, -1)
+        known = torch.arange(self.width) >= self.width - torch.tensor(self.counts)[:, None]
+        return numbers.where(known, torch.zeros_like(numbers))
+
     def _room(self, q: torch.Tensor) -> None:
         if self.q is None:
             self.q = q.new_zeros(q.shape[0], q.shape[1], self.width, q.shape[3])
             self.positions = torch.zeros(q.shape[0], self.width, dtype=torch.long, device=q.device)
+
+    def _count(self, new: list[int]) -> None:
+        """Rows have seen `new` more tokens."""
+        for row, more in enumerate(new):
+            kept = (self.seen[row] + more) // self.every - self.seen[row] // self.every
+            self.counts[row] = min(self.width, self.counts[row] + kept)
+            self.seen[row] += more
 
     def add(self, q: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Remember q [batch, query_heads, tokens, head_dim] of a pass, padding left out; positions [batch, tokens]."""
         self._room(q)
         assert self.q is not None
         assert self.positions is not None
-        if valid is None:
-            new = min(q.shape[2], self.width)
-            parts = [(slice(None), q[:, :, q.shape[2] - new :], positions[:, q.shape[2] - new :], new)]
+        tokens = q.shape[2]
+        first = [self.every - 1 - seen % self.every for seen in self.seen]
+        parts: list[tuple[slice, torch.Tensor, torch.Tensor]] = []
+        if valid is None and len(set(first)) == 1:
+            kept = (tokens - first[0] - 1) // self.every + 1
+            own = slice(first[0] + max(0, kept - self.width) * self.every, None, self.every)
+            parts.append((slice(None), q[:, :, own], positions[:, own]))
         else:
-            parts = [
-                (slice(b, b + 1), q[b : b + 1, :, own], positions[b : b + 1, own], len(own))
-                for b in range(q.shape[0])
-                for own in [valid[b].nonzero()[:, 0][-self.width :]]
-            ]
+            for b in range(q.shape[0]):
+                real = torch.arange(tokens, device=q.device) if valid is None else valid[b].nonzero()[:, 0]
+                some = real[first[b] :: self.every][-self.width :]
+                parts.append((slice(b, b + 1), q[b : b + 1, :, some], positions[b : b + 1, some]))
+        self._count([tokens] * q.shape[0] if valid is None else valid.sum(-1).tolist())
+        if not any(some.shape[2] for _, some, _ in parts):
+            return
         fresh, where = self.q.clone(), self.positions.clone()  # new storage: made under inference_mode it is read-only
-        for rows, some, at, new in parts:
+        for rows, fresh_q, at in parts:
+            new = fresh_q.shape[2]
             if new:
                 keep = self.width - new
                 fresh[rows, :, :keep], where[rows, :keep] = self.q[rows, :, new:], self.positions[rows, new:]
-                fresh[rows, :, keep:], where[rows, keep:] = some, at
+                fresh[rows, :, keep:], where[rows, keep:] = fresh_q, at
         self.q, self.positions = fresh, where
-        counts = [q.shape[2]] * q.shape[0] if valid is None else valid.sum(-1).tolist()
-        self.counts = [min(self.width, held + new) for held, new in zip(self.counts, counts, strict=True)]
 
     def reserve(self) -> None:
         """Tensors that `add_step` may write to: what was made under inference_mode is read-only outside."""
         if self.q is not None and self.positions is not None:
             self.q, self.positions = self.q.clone(), self.positions.clone()
 
-    def add_step(self, q: torch.Tensor, positions: torch.Tensor) -> None:
-        """`add` of one real token a row, in place: device work alone. `counts` is brought up by `count_steps`."""
+    def add_step(self, q: torch.Tensor, positions: torch.Tensor, total: torch.Tensor) -> None:
+        """`add` of one real token a row, in place: device work alone. total int64 [batch]: tokens of each row before
+        it. `counts` is brought up by `count_steps`."""
         assert self.q is not None
         assert self.positions is not None
+        kept = ((total + 1) % self.every == 0)[:, None, None, None]
         for held, new in ((self.q, q), (self.positions[:, None, :, None], positions[:, None, :, None])):
-            held[:, :, :-1] = held[:, :, 1:].clone()
-            held[:, :, -1:] = new
+            shifted = torch.cat([held[:, :, 1:], new.to(held.dtype)], 2)
+            held.copy_(shifted if self.every == 1 else torch.where(kept, shifted, held))
 
     def count_steps(self, new: int) -> None:
-        self.counts = [min(self.width, held + new) for held in self.counts]
+        self._count([new] * len(self.seen))
 
     def drop_last(self, counts: list[int]) -> None:
         """Forget those of the last counts[b] tokens of row b."""
         for row, count in enumerate(counts):
-            self.counts[row] = max(0, self.counts[row] - count)
-            if count and self.q is not None and self.positions is not None:
-                by = min(count, self.width)
+            by = self.seen[row] // self.every - (self.seen[row] - count) // self.every
+            self.counts[row] = max(0, self.counts[row] - by)
+            self.seen[row] -= count
+            if by and self.q is not None and self.positions is not None:
+                by = min(by, self.width)
                 self.q, self.positions = self.q.clone(), self.positions.clone()
                 self.q[row], self.positions[row] = self.q[row].roll(by, 1), self.positions[row].roll(by, 0)
 
     def select(self, rows: torch.Tensor) -> None:
+        self.seen = [self.seen[row] for row in rows.tolist()]
         self.counts = [self.counts[row] for row in rows.tolist()]
         if self.q is not None and self.positions is not None:
             index = rows.to(self.q.device)
@@ -183,10 +225,25 @@ class Queries:
         if self.q is not None and self.positions is not None:
             self.q, self.positions = self.q.to(device), self.positions.to(device)
 
-    def last(self, width: int) -> Queries:
+    def covers(self, needs: Needs) -> bool:
+        """Whether `last` finds here what `needs` asks for."""
+        return needs.every % self.every == 0 and (needs | Needs(1, self.every)).queries <= self.width
+
+    def last(self, width: int, every: int) -> Queries:
         """A copy that remembers fewer."""
-        made = Queries(width, [min(width, count) for count in self.counts])
-        if self.q is not None and self.positions is not None:
-            made.q = self.q[:, :, self.width - width :].clone()
-            made.positions = self.positions[:, self.width - width :].clone()
+        made = Queries(width, len(self.seen), every)
+        made.seen, step = list(self.seen), every // self.every
+        made.counts = [0] * len(self.seen)
+        if self.q is None or self.positions is None:
+            return made
+        made.q = self.q.new_zeros(*self.q.shape[:2], width, self.q.shape[3])
+        made.positions = self.positions.new_zeros(len(self.seen), width)
+        for row, (seen, count) in enumerate(zip(self.seen, self.counts, strict=True)):
+            newest = self.width - 1 - seen // self.every % step
+            found = min(width, (newest - (self.width - count)) // step + 1) if newest >= self.width - count else 0
+            if found:
+                some = torch.arange(newest - (found - 1) * step, newest + 1, step, device=self.q.device)
+                made.q[row, :, width - found :] = self.q[row, :, some]
+                made.positions[row, width - found :] = self.positions[row, some]
+            made.counts[row] = found
         return made

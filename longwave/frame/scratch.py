@@ -10,9 +10,10 @@ class Scratch:
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
         self.most = 0
 
-    def take(self, like: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two tensors [1, heads, tokens, head_dim] in the dtype and on the device of like [.., heads, .., head_dim]."""
-        heads, dim = like.shape[1], like.shape[3]
+    def take(self, like: torch.Tensor, tokens: int, beside: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two tensors [1, heads, tokens, head_dim + beside] in the dtype and on the device of like
+        [.., heads, .., head_dim]."""
+        heads, dim = like.shape[1], like.shape[3] + beside
         held, needed = self._held, heads * tokens * dim
         if held is None or (held[0].device, held[0].dtype) != (like.device, like.dtype) or held[0].numel() < needed:
             held = self._held = None  # the old one goes before the new one comes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class PagedBound(SegmentedBound):
 
     @property
     def needs(self) -> Needs:
-        return self.method.needs()
+        return self.method.needs() | super().needs
 
     def __str__(self) -> str:
         assert self.inner is not None
@@ -74,6 +74,7 @@ class PagedLayer(SegmentedLayer):
     """Of `span` middle tokens a segment's worth survives, and becomes a page."""
 
     bound: PagedBound
+    hints = False
     _worth: torch.Tensor | None = None  # of the dense tokens, while they settle
 
     def due(self, row: int) -> int:
@@ -81,7 +82,10 @@ class PagedLayer(SegmentedLayer):
 
     def chosen(self, rows: slice, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self._worth is None:
-            self._worth = self.bound.method.score(held_by(self)).float()
+            held, own = held_by(self), self.bound.method.needs()
+            if held.queries is not None and own.queries:  # there may be more, for what is merged
+                held = replace(held, queries=held.queries.last(own.queries, own.every))
+            self._worth = self.bound.method.score(held).float()
         score = self._worth[rows, :, self.sinks : self.sinks + count]
         keep = count // self.bound.span * self.segment
         index = best(score, torch.full((score.shape[0],), keep, device=score.device)) + self.sinks

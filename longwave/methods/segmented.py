@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 
-from longwave.frame import MemoryLayer, Pass, Step
+from longwave.frame import MemoryLayer, Needs, Pass, Step
+from longwave.frame.observe import probing
 from longwave.methods.base import Bound, CacheShape, Method
 from longwave.ops import mass as attention_mass
 from longwave.ops.attention.reference import group_heads, last_attention, query_block, visible_mask
+from longwave.ops.merge import merge
 from longwave.ops.spectral.layout import Layout
 from longwave.plan.plan import Plan
 from longwave.store.pages import PageStore
 from longwave.store.tokens import capacity
+
+BESIDE = 8  # channels beside K's for a bias: fused kernels want multiples of 8
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,15 @@ class SegmentedBound(Bound):
     def dense_tokens(self) -> tuple[int, int, int]:
         """(sinks, window, segment)."""
         return self.method.dense_tokens
+
+    @functools.cached_property
+    def merges(self) -> bool:
+        """Whether segments of some head are merged."""
+        return any(code.merged for layer in self.plan for code in layer.k)
+
+    @property
+    def needs(self) -> Needs:
+        return probing(self.dense_tokens[1]) if self.merges else Needs()
 
     @property
     def warning(self) -> str | None:
@@ -123,6 +136,8 @@ class SegmentedBound(Bound):
         sinks, window, _ = self.dense_tokens
         middle = self.absorbed(tokens)
         scratch = tokens * self.shape.token_bytes if middle else 0
+        if self.merges:
+            scratch += scratch * BESIDE // self.shape.head_dim
         if batch > 1:  # rows may differ: the longest dense part of one is padded beside the longest middle of another
             dense = min(tokens, sinks + window + self.span - 1)
             layers = sum(self._bytes(i, dense, middle) for i in self.shape.memory_layers)
@@ -140,6 +155,8 @@ class SegmentedBound(Bound):
 
 class SegmentedLayer(MemoryLayer):
     """Sinks, window and open segment dense, the middle in the method's store."""
+
+    hints = True
 
     def __init__(self, index: int, bound: SegmentedBound):
         super().__init__(index, bound.needs)
@@ -189,12 +206,51 @@ class SegmentedLayer(MemoryLayer):
         else:
             batches = ((row, slice(row, row + 1), count) for row, count in enumerate(due) if count)
         del k, v
+        probes = self._probes()
         for row, rows, count in batches:
             middle_k, middle_v = self.chosen(rows, count)
             if middle_k.device.type != "cpu":  # on the CPU every token was checked when it was written
                 self._refuse_nan(middle_k, middle_v, None)
-            self.store.append(row, middle_k, middle_v)
+            if probes is None:
+                self.store.append(row, middle_k, middle_v)
+            else:
+                self.store.append(row, *self.merged(middle_k, middle_v, *(x[rows] for x in probes)))
         self.dense.drop(self.sinks, due)
+
+    def merged(
+        self, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor, lse: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """K and V of whole segments [b, H, N * T, D] with the tokens of merged heads as what they become, and their
+        bias [b, H, N]; by remembered queries q [b, Hq, P, D] and their `lse`."""
+        own = torch.tensor(self.store.layout.merged, device=k.device)
+        q, lse = (x.unflatten(1, (k.shape[1], -1))[:, own].flatten(1, 2) for x in (q, lse))
+        keys, values, raised = merge(q, k[:, own], v[:, own], lse, self.scaling, self.segment)
+        k, v = k.clone(), v.clone()
+        for x, means in ((k, keys), (v, values)):
+            x[:, own] = means.to(x.dtype).repeat_interleave(self.segment, 2)
+        bias = raised.new_zeros(*k.shape[:2], raised.shape[2])
+        bias[:, own] = raised
+        return k, v, bias
+
+    def _probes(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The remembered queries [B, Hq, P, D], and the log of what their softmax divides by [B, Hq, P], -inf where
+        none is remembered; None where no head is merged, or nothing was ever asked."""
+        if not self.bound.merges or not self.store.layout.merged:
+            return None
+        assert self.queries is not None
+        wanted, queries = probing(self.window), self.queries
+        if (queries.width, queries.every) != (wanted.queries, wanted.every):
+            queries = queries.last(wanted.queries, wanted.every)
+        if queries.q is None:  # written without a pass
+            return None
+        k, _ = self.dense.view()
+        number = queries.numbers().to(k.device)
+        behind = torch.tensor(self.store.tokens, device=k.device) // self.segment * self.bound.span
+        seen = number - behind[:, None]
+        lse = attention_mass.log_sum_exp(queries.q, k, self.scaling, seen.clamp(min=0))
+        if any(self.store.tokens):
+            lse = torch.logaddexp(lse, self._far(queries.q, self.scaling).to(lse.dtype))
+        return queries.q, lse.masked_fill(number[:, None] <= 0, float("-inf"))
 
     def _check_shape(self, k: torch.Tensor, v: torch.Tensor) -> None:
         shape = self.bound.shape
@@ -239,13 +295,23 @@ class SegmentedLayer(MemoryLayer):
                 continue
             dense, middle = self.dense.lengths[row], self.store.tokens[row]
             first = min(self.sinks, dense) if middle else dense
-            k, v = self.progress.scratch.take(held_k, dense + middle)
+            beside = BESIDE if self.bound.merges and self.store.layout.merged else 0
+            wide_k, wide_v = self.progress.scratch.take(held_k, dense + middle, beside)
+            k, v = wide_k[..., : q.shape[3]], wide_v[..., : q.shape[3]]
             for whole, held in ((k, held_k), (v, held_v)):
                 whole[:, :, :first] = held[row : row + 1, :, :first]
                 whole[:, :, first + middle :] = held[row : row + 1, :, first:dense]
             if middle:
                 self.store.expand(row, k[:, :, first : first + middle], v[:, :, first : first + middle])
-            out[row : row + 1, :, own] = last_attention(q, k, v, p.scaling, p.causal)
+            if beside:  # what is added to scores meets a query's ones, in two parts: 16 bits would round it
+                wide_k[..., k.shape[3] :] = wide_v[..., v.shape[3] :] = 0
+                bias = self.store.bias(row).repeat_interleave(self.segment, -1) / p.scaling
+                high = bias.to(k.dtype)
+                wide_k[:, :, first : first + middle, k.shape[3]] = high
+                wide_k[:, :, first : first + middle, k.shape[3] + 1] = (bias - high).to(k.dtype)
+                q = torch.cat([q, q.new_ones(*q.shape[:3], 2), q.new_zeros(*q.shape[:3], beside - 2)], -1)
+            found = last_attention(q, wide_k, wide_v, p.scaling, p.causal)
+            out[row : row + 1, :, own] = found[..., : p.q.shape[3]]
         return out
 
     def log_sum_exp(self, p: Pass) -> torch.Tensor | None:
@@ -253,16 +319,21 @@ class SegmentedLayer(MemoryLayer):
             return None
         k, _ = self.dense.view()
         near = attention_mass.log_sum_exp(p.q, k, p.scaling, self.visible(p.q.shape[2], p.causal))
-        far = torch.full_like(near, float("-inf"))
-        ends, middle = self._ends(p.q), max(self.store.tokens)
-        step = query_block(self.batch_size * p.q.shape[1], middle)
-        for start in range(0, p.q.shape[2], step):
-            block = p.q[:, :, start : start + step]
-            scores = self.store.scores(group_heads(block.to(near.dtype) * p.scaling, k.shape[1]))
-            if ends is not None:
-                scores = scores.masked_fill(~visible_mask(ends[:, None], middle), float("-inf"))
+        return torch.logaddexp(near, self._far(p.q, p.scaling))
+
+    def _far(self, q: torch.Tensor, scaling: float) -> torch.Tensor:
+        """log of the sum of exp(scores) over pages: [B, Hq, Q] of q [B, Hq, Q, D], in float32 or its float64."""
+        kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+        far = torch.full(q.shape[:3], float("-inf"), dtype=kind, device=q.device)
+        held = torch.tensor(self.store.tokens, device=q.device)
+        step = query_block(self.batch_size * q.shape[1], max(self.store.tokens))
+        for start in range(0, q.shape[2], step):
+            block = q[:, :, start : start + step]
+            scores = self.store.scores(group_heads(block.to(kind) * scaling, self.bound.shape.kv_heads))
+            if set(self.store.tokens) != {scores.shape[-1]}:  # rows differ, or there is room for more
+                scores = scores.masked_fill(~visible_mask(held[:, None], scores.shape[-1]), float("-inf"))
             far[:, :, start : start + step] = scores.logsumexp(-1).reshape(block.shape[:3])
-        return torch.logaddexp(near, far)
+        return far
 
     # steps
 

@@ -1,6 +1,7 @@
 """Plans: the ways to store a head and their bytes, what each costs on a model, and the choice under a budget."""
 
 from longwave.plan.options import (
+    BOTH_OPTIONS,
     KEY_BITS,
     KEY_MORE,
     KEY_OPTIONS,
@@ -9,6 +10,7 @@ from longwave.plan.options import (
     VALUE_MORE,
     VALUE_OPTIONS,
     Shape,
+    both_codes,
     code_bytes,
     key_code,
     key_runs,
@@ -33,6 +35,7 @@ from longwave.plan.planner import (
 from longwave.plan.profile import RECALL
 
 __all__ = [
+    "BOTH_OPTIONS",
     "EIGHT",
     "KEY_BITS",
     "KEY_MORE",
@@ -48,6 +51,7 @@ __all__ = [
     "Shape",
     "TooSmall",
     "Unit",
+    "both_codes",
     "choose",
     "code_bytes",
     "expected",

@@ -7,7 +7,7 @@ import functools
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,8 @@ OWN_TYPE = math.inf  # the option of keeping the model's own numbers
 # K: bits a number on average, scales included. V: bits a number. 0 keeps the states alone.
 KEY_OPTIONS = (0.0, 0.7, 1.0, 1.3, 1.7, 2.2, 2.8, 3.5, 4.25)
 VALUE_OPTIONS = (0, 1, 2, 3, 4)
+# K and V together: "merged" is one weighted mean a segment, and a bias (ops/merge.py)
+BOTH_OPTIONS = ("merged",)
 # these are measured; 8 bits and the model's own numbers come after them
 KEY_MORE, VALUE_MORE = (8.25, OWN_TYPE), (8, OWN_TYPE)
 
@@ -96,6 +98,13 @@ def value_code(option: float, shape: Shape) -> Code:
         return Code(((OWN, shape.dim),), states=0)
     runs = ((int(option), shape.dim),) if option else ()
     return Code(runs, shape.states, axis="token", residual=bool(option), state_bits=shape.state_bits, zero=False)
+
+
+def both_codes(option: str, shape: Shape) -> tuple[Code, Code]:
+    """K's and V's code at an option of both."""
+    assert option == "merged"
+    key, value = key_code(None, 0.0, shape), value_code(0, shape)
+    return replace(key, states=1, merged=True), replace(value, states=1, merged=True)
 
 
 @functools.lru_cache(maxsize=4096)

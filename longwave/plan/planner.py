@@ -17,16 +17,18 @@ import torch
 
 from longwave.ops.spectral.layout import Code
 from longwave.plan.options import (
+    BOTH_OPTIONS,
     KEY_MORE,
     KEY_OPTIONS,
     VALUE_MORE,
     VALUE_OPTIONS,
     Shape,
+    both_codes,
     code_bytes,
     key_code,
     value_code,
 )
-from longwave.plan.profile import Sensitivity
+from longwave.plan.profile import SIDES, Sensitivity
 
 EIGHT = 1 / 200  # what 8 bits cost beside 4: the squared error falls by 255, with a margin
 FREE = 1e-9  # nats that a measured 0 counts: a budget of 1 then keeps everything as it is
@@ -40,11 +42,13 @@ USUAL_KEYS = {0: 0.166, 2: 0.046, 3: 0.0131, 4: 0.0024}
 USUAL_VALUES = {0: 0.82, 1: 0.0555, 2: 0.0069, 3: 0.0011, 4: 0.0002}
 FLAT_SHARE, SAFE_BITS = 1 / 3, 2.24
 UNMEASURED = ("safe", "coarse")
+BOTH = -1  # in place of K's option: the second is one of K and V together
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One head: codes of K and V together, what each pair costs, and which options of K and V it is."""
+    """One head: codes of K and V together, what each pair costs, and which options of K and V it is; of both where the
+    first is `BOTH`."""
 
     codes: tuple[tuple[Code, Code], ...]
     costs: tuple[float, ...]
@@ -81,7 +85,7 @@ def extended(costs: Sequence[float]) -> tuple[float, ...]:
 def _flat(key: Code) -> bool:
     """Whether K is nothing but the mean of each segment: all tokens of a segment then get the same attention, so V's
     means are all that is asked for."""
-    return key.kept == 0 and key.states == 1
+    return key.kept == 0 and key.states == 1 and not key.merged
 
 
 def joined(keys: Sequence[tuple[Code, float]], values: Sequence[tuple[Code, float]]) -> Unit:
@@ -121,14 +125,19 @@ def units(
         values = side(USUAL_VALUES, lambda bits: value_code(bits, shape), 1)
         return [joined(keys, values)] * heads
     assert measured is not None
-    every = [measured.costs(side) for side in "kv"]
+    every = [measured.costs(side) for side in SIDES]
     made = []
     for head in range(heads):
         weights = measured.weights(position, head)
-        k, v = ((x.mean((0, 1)) if kind == "uniform" else x[position, head]).tolist() for x in every)
+        k, v, both = ((x.mean((0, 1)) if kind == "uniform" else x[position, head]).tolist() for x in every)
         of_k = [key_code(weights, option, shape) for option in (*KEY_OPTIONS, *KEY_MORE)]
         of_v = [value_code(option, shape) for option in (*VALUE_OPTIONS, *VALUE_MORE)]
         unit = joined(list(zip(of_k, extended(k), strict=True)), list(zip(of_v, extended(v), strict=True)))
+        unit = Unit(
+            (*(both_codes(option, shape) for option in BOTH_OPTIONS), *unit.codes),
+            (*(max(cost, FREE) for cost in both), *unit.costs),
+            (*((BOTH, i) for i in range(len(BOTH_OPTIONS))), *unit.options),
+        )
         if kind == "bits":
             whole = [i for i, pair in enumerate(unit.codes) if all(code.kept == shape.dim for code in pair)]
             unit = Unit(
@@ -145,6 +154,9 @@ def expected(measured: Sensitivity, chosen: Sequence[tuple[int, int]], flat: Seq
     total = torch.zeros(len(measured.recall))
     heads = measured.key_weight.shape[1]
     for number, ((i, j), alone) in enumerate(zip(chosen, flat, strict=True)):
+        if i == BOTH:
+            total += measured.both[:, number // heads, number % heads, j]
+            continue
         for side, option in (("k", i),) if alone else (("k", i), ("v", j)):
             costs = getattr(measured, side)[:, number // heads, number % heads]
             last = costs.shape[-1]

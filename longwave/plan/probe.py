@@ -24,16 +24,19 @@ from transformers import PreTrainedModel
 from longwave import plan as planner
 from longwave.frame import MemoryLayer, assemble, cache_argument
 from longwave.frame.attention import Handle
-from longwave.frame.observe import Needs
+from longwave.frame.observe import probing
+from longwave.ops import mass
 from longwave.ops.attention.reference import group_heads, query_block
+from longwave.ops.merge import merge
 from longwave.plan.plan import LayerCodes
-from longwave.plan.profile import Sensitivity
+from longwave.plan.profile import SIDES, Sensitivity
 from longwave.plan.recall import Windows
 from longwave.shape import CacheShape
 from longwave.store.pages import PageStore
 
 Progress = Callable[[int, int], None]
 FORMS = ("diag", "full")
+OPTIONS = [len(options) for options in (planner.KEY_OPTIONS, planner.VALUE_OPTIONS, planner.BOTH_OPTIONS)]
 TEMPERATURE = 2.0
 UNREACHED = (
     "no gradients go through this model's weights here (some kernels of quantised weights have none), so it cannot be "
@@ -208,7 +211,8 @@ class Bench:
         if not count:
             raise ValueError(f"a window of {context} tokens is too short for {method.name} to compress anything")
         self.middle = slice(sinks, sinks + count)
-        memory = assemble(model, Watched, Needs(), "dense")
+        needs = probing(window)
+        memory = assemble(model, lambda index: Watched(index, needs), needs, "dense")
         with torch.no_grad():
             model(ids[:, :context], **cache_argument(model, memory), use_cache=True, logits_to_keep=1)
         self.layers: list[Watched] = list(memory.memory_layers())  # type: ignore[arg-type]
@@ -264,10 +268,28 @@ class Bench:
         spread = k.unflatten(2, (-1, segment)).var(3, unbiased=False).mean((0, 2))
         return (spread * group_heads(layer.q, k.shape[1]).float().square().mean((0, 2))).cpu()
 
-    def dots(self, position: int, changed: Iterator[tuple[str, torch.Tensor]]) -> Iterator[torch.Tensor]:
+    def merged(self, position: int, segment: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The middle with every segment merged as a layer would: K and V [B, H, M, D], and the bias [B, H, M /
+        segment]."""
+        layer = self.layers[position]
+        k, v = layer.dense.view()
+        queries = layer.queries
+        assert queries is not None
+        assert queries.q is not None
+        number = queries.numbers().to(k.device)
+        lse = mass.log_sum_exp(queries.q, k, layer.scaling, number)
+        k, v = (x[:, :, self.middle] for x in (k, v))
+        keys, values, bias = merge(queries.q, k, v, lse, layer.scaling, segment)
+        keys, values = (x.to(k.dtype).repeat_interleave(segment, 2) for x in (keys, values))
+        return keys, values, bias
+
+    def dots(
+        self, position: int, changed: Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]
+    ) -> Iterator[torch.Tensor]:
         """G.d of each change, every head alone and all else exact: float [probes, B, H, Q].
 
-        changed: ("k" or "v", that side's middle as an option stores it [B, H, M, D]).
+        changed: K's and V's middle as an option stores it [B, H, M, D], None where it is exact, and what is added to
+        the scores of each of its tokens [B, H, M].
         """
         layer, probes = self.layers[position], self.probes[position]
         k, v = layer.dense.view()
@@ -280,17 +302,25 @@ class Bench:
         held = {}
         if len(blocks) == 1:  # else formed again for every change
             held[0] = self._exact(scores, blocks[0])
-        for side, middle in changed:
-            middle = middle.to(scores.kind)
+        for key, value, bias in changed:
             found = []  # [probes, B, H, block]
+            mixed = values
+            if value is not None:
+                value = value.to(scores.kind)
+                if key is not None:
+                    mixed = torch.cat([values[:, :, :first], value, values[:, :, last:]], 2)
             for number, block in enumerate(blocks):
                 raw, p, x = held[number] if number in held else self._exact(scores, block)
-                if side == "v":
-                    moved = p[..., first:last] @ (middle - values[:, :, first:last])
+                if key is None:
+                    assert value is not None
+                    moved = p[..., first:last] @ (value - values[:, :, first:last])
                 else:
                     other = raw.clone()
-                    other[..., first:last] = (x @ middle.mT).mul_(layer.scaling)
-                    moved = (scores.softmax(other) - p) @ values
+                    other[..., first:last] = (x @ key.to(scores.kind).mT).mul_(layer.scaling)
+                    if bias is not None:
+                        other[..., first:last] += bias.to(scores.kind)[:, :, None]
+                    other = scores.softmax(other)
+                    moved = (other - p) @ values if value is None else other @ mixed - p @ values
                 moved = moved.view(batch, heads, -1, block.stop - block.start, moved.shape[-1])
                 g = probes[:, :, :, block].unflatten(2, (heads, -1))
                 found.append(torch.einsum("pbhgqd,bhgqd->pbhq", g.to(moved.dtype), moved))
@@ -337,28 +367,29 @@ def measure(
     page, layers = method.page(shape), len(shape.memory_layers)
     total, done = parts(shape, windows, batch), 0
     weight: torch.Tensor | None = None
-    found: dict[str, list[torch.Tensor]] = {"k": [], "v": []}  # of each batch: [rows, layers, heads, options]
+    found: dict[str, list[torch.Tensor]] = {side: [] for side in SIDES}  # of each batch: [rows, layers, heads, options]
     for start in range(0, len(windows.ids), batch):
         progress(done, total)
         bench = Bench(model, windows.part(slice(start, start + batch)), method, probes, start, temperature)
         done += 1
         if weight is None:  # channels are ordered once, by the first part: plans and costs must agree on it
             weight = torch.stack([bench.key_weight(position, page.segment) for position in range(layers)])
-        held: dict[str, list[torch.Tensor]] = {"k": [], "v": []}
+        held: dict[str, list[torch.Tensor]] = {side: [] for side in SIDES}
         with torch.no_grad():
             for position in range(layers):
                 progress(done, total)
                 changed = stored(bench, position, weight[position], page)
                 every = torch.stack([costs(dot, form).mean(0) for dot in bench.dots(position, changed)], -1)
-                held["k"].append(every[..., : len(planner.KEY_OPTIONS)])
-                held["v"].append(every[..., len(planner.KEY_OPTIONS) :])
+                for side, part in zip(SIDES, every.split(OPTIONS, -1), strict=True):
+                    held[side].append(part)
                 done += 1
-        for side in "kv":
+        for side in SIDES:
             found[side].append(torch.stack(held[side], 1))
     progress(total, total)
     assert weight is not None
     about = {**about_of(page, windows), "probes": probes, "form": form, "temperature": temperature}
-    return Sensitivity(about, torch.cat(found["k"]), torch.cat(found["v"]), windows.recall.clone(), weight)
+    k, v, both = (torch.cat(found[side]) for side in SIDES)
+    return Sensitivity(about, k, v, both, windows.recall.clone(), weight)
 
 
 def about_of(page: planner.Shape, windows: Windows) -> dict[str, Any]:
@@ -366,6 +397,7 @@ def about_of(page: planner.Shape, windows: Windows) -> dict[str, Any]:
     return {
         "k_options": list(planner.KEY_OPTIONS),
         "v_options": list(planner.VALUE_OPTIONS),
+        "both_options": list(planner.BOTH_OPTIONS),
         "segment": page.segment,
         "states": page.states,
         "context": windows.context,
@@ -375,8 +407,8 @@ def about_of(page: planner.Shape, windows: Windows) -> dict[str, Any]:
 
 def stored(
     bench: Bench, position: int, weight: torch.Tensor, page: planner.Shape
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The middle of one layer as every option of K, then of V, stores it, all heads at once."""
+) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+    """The middle of one layer as every option of K, then of V, then of both stores it, all heads at once: `dots`."""
     k, v = (x[:, :, bench.middle] for x in bench.layers[position].dense.view())
     heads = k.shape[1]
     order = weight.argsort(dim=-1, descending=True, stable=True)
@@ -385,11 +417,16 @@ def stored(
     least = planner.value_code(0, page)
     for option in planner.KEY_OPTIONS:
         codes = tuple(planner.key_code(falling[head], option, page) for head in range(heads))
-        yield "k", _through(LayerCodes(codes, (least,) * heads, order, straight), page, k, v)[0]
+        yield _through(LayerCodes(codes, (least,) * heads, order, straight), page, k, v)[0], None, None
     flat = planner.key_code(None, 0.0, page)
     for option in planner.VALUE_OPTIONS:
         codes = (planner.value_code(option, page),) * heads
-        yield "v", _through(LayerCodes((flat,) * heads, codes, order, straight), page, k, v)[1]
+        yield None, _through(LayerCodes((flat,) * heads, codes, order, straight), page, k, v)[1], None
+    for both in planner.BOTH_OPTIONS:
+        key, value = planner.both_codes(both, page)
+        keys, values, bias = bench.merged(position, page.segment)
+        keys, values = _through(LayerCodes((key,) * heads, (value,) * heads, straight, straight), page, keys, values)
+        yield keys, values, bias.half().float().repeat_interleave(page.segment, 2)
 
 
 def _through(

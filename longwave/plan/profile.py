@@ -17,10 +17,10 @@ import torch
 from transformers import PreTrainedModel
 
 from longwave.plan.fingerprint import fingerprint, same
-from longwave.plan.options import KEY_OPTIONS, VALUE_OPTIONS
+from longwave.plan.options import BOTH_OPTIONS, KEY_OPTIONS, VALUE_OPTIONS
 from longwave.shape import CacheShape
 
-FORMAT, VERSION = "longwave-profile", 3
+FORMAT, VERSION = "longwave-profile", 4
 RECALL = 0.25  # what a nat on recall prompts counts beside a nat on prose
 
 
@@ -28,7 +28,8 @@ RECALL = 0.25  # what a nat on recall prompts counts beside a nat on prose
 class Sensitivity:
     """What storing one head's K or V in fewer bytes costs, all else exact: KL from the dense model in nats, by window.
 
-    k [windows, layers, kv_heads, len(plan.KEY_OPTIONS)] and v [.., len(plan.VALUE_OPTIONS)]: mean over scored tokens.
+    k [windows, layers, kv_heads, len(plan.KEY_OPTIONS)], v [.., len(plan.VALUE_OPTIONS)] and, of K and V together, both
+        [.., len(plan.BOTH_OPTIONS)]: mean over scored tokens.
     recall bool [windows]: windows that ask for facts hidden in them, of which the answers are scored; the rest is text.
     key_weight [layers, kv_heads, head_dim]: a K channel's variance around its segment's mean times the mean square of
         the query there. about: options measured, how pages were cut, scored tokens, how it was measured.
@@ -37,6 +38,7 @@ class Sensitivity:
     about: dict[str, Any]
     k: torch.Tensor
     v: torch.Tensor
+    both: torch.Tensor
     recall: torch.Tensor
     key_weight: torch.Tensor
 
@@ -44,7 +46,7 @@ class Sensitivity:
         for name in SENSITIVITY:
             if not bool(torch.isfinite(getattr(self, name)).all() and (getattr(self, name) >= 0).all()):
                 raise ValueError(f"{name} must be finite and not negative")
-        for side, options in (("k", KEY_OPTIONS), ("v", VALUE_OPTIONS)):
+        for side, options in zip(SIDES, (KEY_OPTIONS, VALUE_OPTIONS, BOTH_OPTIONS), strict=True):
             if self.about.get(f"{side}_options") != list(options):
                 raise ValueError(
                     f"its {side}_options are {self.about.get(f'{side}_options')}, this longwave plans with "
@@ -79,11 +81,12 @@ class Sensitivity:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Sensitivity:
-        k, v, weight = (torch.tensor(data[name], dtype=torch.float32) for name in SENSITIVITY)
-        return cls(data["about"], k, v, torch.tensor(data["recall"], dtype=torch.bool), weight)
+        k, v, both, weight = (torch.tensor(data[name], dtype=torch.float32) for name in SENSITIVITY)
+        return cls(data["about"], k, v, both, torch.tensor(data["recall"], dtype=torch.bool), weight)
 
 
-SENSITIVITY = ("k", "v", "key_weight")
+SIDES = ("k", "v", "both")
+SENSITIVITY = (*SIDES, "key_weight")
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,9 +62,14 @@ class PageStore:
         kind = torch.float64 if dtype == torch.float64 else torch.float32
         return table(self.basis, self.states, self.layout.segment, kind, device)
 
-    def append(self, row: int | None, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Compress tokens [b, H, m * segment, D] of one row (b = 1), or of all rows at once (row is None)."""
+    def append(self, row: int | None, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """Compress tokens [b, H, m * segment, D] of one row (b = 1), or of all rows at once (row is None).
+
+        bias [b, H, m]: of merged heads, all of whose tokens have the segment's merged K and V; None: 0.
+        """
         fresh = self._encode(k, v)
+        if bias is not None:
+            reference.write_bias(self.layout, fresh, bias)
         new = fresh.shape[1]
         if row is None and set(self.counts) == {self.pages.shape[1]}:
             self.pages = torch.cat([self.pages, fresh], dim=1)
@@ -204,8 +209,12 @@ class PageStore:
             reference.expand(self.layout, pages, rows, out_k, out_v)
         self._answer(f"SDPA over what {who} unpacked")
 
+    def bias(self, row: int) -> torch.Tensor:
+        """float32 [1, H, pages]: what is added to the scores of each page of a row."""
+        return reference.read_bias(self.layout, self.pages[row : row + 1, : self.counts[row]])
+
     def materialize(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The K and V that the store stands for: [B, H, M, D] each."""
+        """The K and V that the store stands for: [B, H, M, D] each. What attention adds to scores is `bias`."""
         k, v = reference.decode(self.layout, self.pages, self._table(self.layout.dtype, self.pages.device))
         return k.to(self.layout.dtype), v.to(self.layout.dtype)
 

@@ -21,7 +21,7 @@ import longwave
 from longwave.decode import StaticDecoder, Unsupported, supports
 from longwave.ops.attention.reference import dense_attention, step_attention
 from longwave.store.pages import PageStore
-from tests.conftest import SMALL, into, left_padded, random_profile, tokens
+from tests.conftest import SMALL, into, left_padded, merging_profile, random_profile, tokens
 from tests.explicit import Explicit
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
@@ -46,6 +46,9 @@ def filled(model):
 MEMORIES = {
     "dense": lambda model: longwave.cache(model, "dense"),
     "fourier": fourier,
+    "fourier-merged": lambda model: longwave.cache(
+        model, longwave.Fourier(segment=8, sinks=2, window=8), budget=0.3, profile=merging_profile(model)
+    ),
     "fourier-values": lambda model: longwave.cache(
         model, Explicit(keep=0.5, states=2, segment=8, sinks=2, window=8), profile=random_profile(model)
     ),

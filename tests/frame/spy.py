@@ -20,6 +20,7 @@ class Spy(Method):
     name: ClassVar[str] = "spy"
 
     queries: int = 0
+    every: int = 1
     mass: bool = False
     positions: bool = False
     unrotated: bool = False
@@ -33,7 +34,7 @@ class SpyBound(Bound):
     @property
     def needs(self):
         m = self.method
-        return Needs(m.queries, m.mass, m.positions, m.unrotated, m.hidden)
+        return Needs(m.queries, m.every, m.mass, m.positions, m.unrotated, m.hidden)
 
     def layer(self, index):
         return SpyLayer(index, self.needs)

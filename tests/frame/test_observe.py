@@ -10,6 +10,7 @@ import torch
 import longwave
 from longwave.decode import StaticDecoder
 from longwave.evals.fork import fork, needs_of, prefill
+from longwave.frame.observe import Needs
 from longwave.methods import METHODS
 from tests.conftest import build, into, left_padded, tokens
 from tests.frame.spy import Spy, Truth
@@ -116,15 +117,20 @@ def test_positions_that_a_model_does_not_say(pair):
 
 
 def check_queries(memory, rows, truths, ends, forgot=0):
-    """Row b of the cache remembers the queries of the last tokens before ends[b] of truths[rows[b]]."""
+    """Row b of the cache remembers the queries of the last tokens before ends[b] of truths[rows[b]]: of those whose
+    number from 1 on is a multiple of `every`."""
     for index, layer in enumerate(memory.memory_layers()):
-        queries = layer.queries
+        queries, every = layer.queries, layer.queries.every
+        numbers = queries.numbers()
         for row, (which, end) in enumerate(zip(rows, ends, strict=True)):
-            count = min(WIDTH, end + forgot) - forgot
-            assert queries.counts[row] == count
-            want = truths[which].q[index][:, end - count : end]
-            torch.testing.assert_close(queries.q[row, :, WIDTH - count :], want, rtol=1e-5, atol=1e-5)
-            assert queries.positions[row, WIDTH - count :].tolist() == list(range(end - count, end))
+            count = min(WIDTH, (end + forgot) // every) - (end + forgot) // every + end // every
+            assert queries.counts[row] == max(0, count)
+            own = [number - 1 for number in range(every, end + 1, every)][-count:] if count > 0 else []
+            want = truths[which].q[index][:, own]
+            held = slice(WIDTH - len(own), WIDTH)
+            torch.testing.assert_close(queries.q[row, :, held], want, rtol=1e-5, atol=1e-5)
+            assert queries.positions[row, held].tolist() == own
+            assert numbers[row].tolist() == [0] * (WIDTH - len(own)) + [number + 1 for number in own]
 
 
 def rows_of(ids, pads):
@@ -142,10 +148,15 @@ def ends_at(columns):
     return [columns - pad for pad in PADS]
 
 
+@pytest.fixture(params=[1, 2, 3], ids="every {}".format)
+def every(request):
+    return request.param
+
+
 @pytest.mark.parametrize("sizes", [(20, 1, 1, 5, 1), (7, 7, 6, 8), (1,) * 12, (31,)])
-def test_queries_are_those_of_the_last_tokens(padded, sizes):
+def test_queries_are_those_of_the_last_tokens(padded, sizes, every):
     model, ids, mask, truths = padded
-    memory = longwave.cache(model, "spy", queries=WIDTH)
+    memory = longwave.cache(model, "spy", queries=WIDTH, every=every)
     end = 0
     for size in sizes:
         end += size
@@ -153,18 +164,18 @@ def test_queries_are_those_of_the_last_tokens(padded, sizes):
         check_queries(memory, range(3), truths, [max(0, n) for n in ends_at(end)])
 
 
-def test_queries_of_an_even_batch_and_of_fewer_tokens_than_asked(pair):
+def test_queries_of_an_even_batch_and_of_fewer_tokens_than_asked(pair, every):
     ids = tokens(2, 12)
     truths = [Truth(pair[1], row) for row in ids]
-    memory = longwave.cache(pair[0], "spy", queries=WIDTH)
+    memory = longwave.cache(pair[0], "spy", queries=WIDTH, every=every)
     for end in (2, 3, 4, 9, 12):
         read(pair[0], memory, ids[:, :end])
         check_queries(memory, [0, 1], truths, [end, end])
 
 
-def test_queries_after_rows_move(padded):
+def test_queries_after_rows_move(padded, every):
     model, ids, mask, truths = padded
-    memory = longwave.cache(model, "spy", queries=WIDTH)
+    memory = longwave.cache(model, "spy", queries=WIDTH, every=every)
     read(model, memory, ids[:, :LENGTH], mask)
     twin, order = copy.deepcopy(memory), [2, 0, 0]
     memory.reorder_cache(torch.tensor(order))
@@ -183,11 +194,30 @@ def test_queries_after_rows_move(padded):
     check_queries(twin, [1, 1], truths, [ends_at(LENGTH + 2)[1]] * 2)
 
 
+@pytest.mark.parametrize("step", [2, 3])
+def test_fewer_queries_are_taken_from_more(padded, step):
+    """What a dense cache remembers of every token serves who asks for some of them, as if they had been asked for."""
+    model, ids, mask, _ = padded
+    wanted = Needs(queries=4, every=step)
+    assert (wanted | Needs(queries=2)).every == 1
+    memory = longwave.cache(model, "spy", queries=(wanted | Needs(queries=2)).queries)
+    read(model, memory, ids[:, :LENGTH], mask)
+    direct = longwave.cache(model, "spy", queries=4, every=step)
+    read(model, direct, ids[:, :LENGTH], mask)
+    for ours, theirs in zip(memory.memory_layers(), direct.memory_layers(), strict=True):
+        assert ours.queries.covers(wanted)
+        found = ours.queries.last(4, step)
+        assert found.counts == theirs.queries.counts
+        torch.testing.assert_close(found.q, theirs.queries.q)
+        assert torch.equal(found.numbers(), theirs.queries.numbers())
+        assert not ours.queries.covers(Needs(queries=40))
+
+
 @pytest.mark.parametrize("recording", [False, True])
-def test_queries_after_crop(padded, recording):
+def test_queries_after_crop(padded, recording, every):
     """Those of removed tokens are forgotten; older ones had been forgotten before."""
     model, ids, mask, truths = padded
-    memory = longwave.cache(model, "spy", queries=WIDTH)
+    memory = longwave.cache(model, "spy", queries=WIDTH, every=every)
     read(model, memory, ids[:, :LENGTH], mask)
     if recording:
         memory.activate_past_recording()
@@ -195,8 +225,6 @@ def test_queries_after_crop(padded, recording):
     guess[:, :LENGTH] = ids[:, :LENGTH]
     read(model, memory, guess[:, : LENGTH + 4], mask)
     memory.crop(-4)
-    for layer in memory.memory_layers():  # 4 new ones had pushed as many out
-        assert layer.queries.counts == [min(WIDTH, n + 4) - 4 for n in ends_at(LENGTH)]
     check_queries(memory, range(3), truths, ends_at(LENGTH), forgot=4)
     read(model, memory, ids[:, : LENGTH + 1], mask)
     read(model, memory, ids[:, : LENGTH + 6], mask)

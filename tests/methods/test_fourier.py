@@ -98,7 +98,7 @@ def test_a_head_that_costs_more_gets_more(llama):
     costs = [torch.linspace(1, 0.1, x.shape[-1]).expand_as(x).clone() for x in (found.k, found.v)]
     for x in costs:
         x[:, 1, 0] *= 100
-    measured = Sensitivity(found.about, *costs, found.recall, found.key_weight)
+    measured = Sensitivity(found.about, *costs, found.both + 100, found.recall, found.key_weight)
     bound = longwave.Fourier(segment=16).bind(shape_of(llama), replace(profile, sensitivity=measured), 0.15)
     bits = [
         sum(b * n for code in (layer.k[head], layer.v[head]) for b, n in code.runs)
@@ -111,7 +111,7 @@ def test_a_head_that_costs_more_gets_more(llama):
 def test_everything_is_kept_where_the_budget_allows_it_and_nothing_costs_anything(llama):
     profile = random_profile(llama)
     found = profile.sensitivity
-    free = [torch.zeros_like(x) for x in (found.k, found.v)]
+    free = [torch.zeros_like(x) for x in (found.k, found.v, found.both)]
     measured = Sensitivity(found.about, *free, found.recall, found.key_weight)
     bound = longwave.Fourier(segment=16).bind(shape_of(llama), replace(profile, sensitivity=measured), 1.0)
     assert bound.page_fraction() == 1

@@ -10,7 +10,7 @@ from longwave.frame import storage_bytes
 from longwave.methods.base import CacheShape
 from longwave.ops.spectral.basis import BASES
 from longwave.store import pages
-from tests.conftest import ask, build, into, left_padded, random_profile, tokens
+from tests.conftest import ask, build, into, left_padded, merging_profile, random_profile, tokens
 from tests.explicit import Explicit
 
 H, D = 2, 8
@@ -360,13 +360,15 @@ LOSSY = {
     "segments": Explicit(keep=0.25, states=2, segment=16, sinks=2, window=8),
     "ragged": Explicit(keep=0.25, states=2, segment=16, sinks=2, window=8, quota="layer"),
     "planned": longwave.Fourier(segment=16, sinks=2, window=8),
+    "merged": longwave.Fourier(segment=16, sinks=2, window=8),
     "period": longwave.FourierPaper(states=16, sinks=2, window=8, reserve=16),
 }
 
 
 @pytest.fixture(params=list(LOSSY))
 def lossy(request):
-    return lambda model: longwave.cache(model, LOSSY[request.param], profile=random_profile(model))
+    make = merging_profile if request.param == "merged" else random_profile
+    return lambda model: longwave.cache(model, LOSSY[request.param], profile=make(model))
 
 
 @pytest.mark.parametrize("chunk", [None, 13])

@@ -69,7 +69,8 @@ def test_where_the_pools_differ():
 
 def held_of(k, q, scaling=1.0):
     """k [n, D] and the last queries q [heads of the group, w, D] of one row and KV head."""
-    queries = Queries(q.shape[1], [q.shape[1]])
+    queries = Queries(q.shape[1], 1)
+    queries.counts = [q.shape[1]]
     queries.q = q[None]
     k = k[None, None]
     return Held(k, k, torch.tensor([k.shape[2]]), {}, queries, scaling)

@@ -13,7 +13,18 @@ import longwave
 from longwave import plan
 from longwave.methods.base import CacheShape
 from longwave.ops.spectral.layout import OWN, Code
-from longwave.plan import KEY_BITS, KEY_MORE, KEY_OPTIONS, NOISE, OWN_TYPE, VALUE_MORE, VALUE_OPTIONS, Shape, Unit
+from longwave.plan import (
+    BOTH_OPTIONS,
+    KEY_BITS,
+    KEY_MORE,
+    KEY_OPTIONS,
+    NOISE,
+    OWN_TYPE,
+    VALUE_MORE,
+    VALUE_OPTIONS,
+    Shape,
+    Unit,
+)
 from longwave.plan.profile import Profile, Sensitivity
 
 SHAPE = Shape(segment=128, dim=64, states=1, state_bits=8, dtype=torch.float16)
@@ -32,8 +43,8 @@ def made_up(layers=2, heads=3, dim=64, seed=0):
     def falling(options):
         return torch.rand(4, layers, heads, options, generator=g).sort(-1, descending=True).values
 
-    about = {"k_options": list(KEY_OPTIONS), "v_options": list(VALUE_OPTIONS)}
-    costs = map(falling, (len(KEY_OPTIONS), len(VALUE_OPTIONS)))
+    about = {"k_options": list(KEY_OPTIONS), "v_options": list(VALUE_OPTIONS), "both_options": list(BOTH_OPTIONS)}
+    costs = map(falling, (len(KEY_OPTIONS), len(VALUE_OPTIONS), len(BOTH_OPTIONS)))
     return Sensitivity(about, *costs, torch.tensor([False, True] * 2), torch.rand(layers, heads, dim, generator=g))
 
 
@@ -382,11 +393,13 @@ def test_measured_units_have_the_heads_own_costs():
         found = plan.units(measured, "measured", position, 3, SHAPE)
         assert len(found) == 3
         for head, unit in enumerate(found):
-            assert len(unit.codes) == (len(KEY_OPTIONS) + 2) * (len(VALUE_OPTIONS) + 2)
-            k, v = (
+            assert len(unit.codes) == (len(KEY_OPTIONS) + 2) * (len(VALUE_OPTIONS) + 2) + len(BOTH_OPTIONS)
+            k, v, both = (
                 every[::2, position, head].mean(0) + plan.RECALL * every[1::2, position, head].mean(0)
-                for every in (measured.k, measured.v)
+                for every in (measured.k, measured.v, measured.both)
             )
+            assert unit.costs[: len(BOTH_OPTIONS)] == pytest.approx(both.tolist(), rel=1e-6)
+            assert unit.codes[0] == plan.both_codes("merged", SHAPE)
             weights = measured.key_weight[position, head].sort(descending=True).values.tolist()
             pair = plan.key_code(weights, 2.8, SHAPE), plan.value_code(3, SHAPE)
             expected = k[KEY_OPTIONS.index(2.8)] + v[VALUE_OPTIONS.index(3)]
@@ -400,7 +413,9 @@ def test_uniform_units_all_cost_the_mean():
     found = [unit for position in range(2) for unit in plan.units(measured, "uniform", position, 3, SHAPE)]
     assert len({unit.costs for unit in found}) == 1
     k, v = (measured.costs(side).mean((0, 1)) for side in ("k", "v"))
-    assert found[0].costs[(len(VALUE_OPTIONS) + 2) * 3 + 2] == pytest.approx(float(k[3] + v[2]), rel=1e-6)
+    assert found[0].costs[len(BOTH_OPTIONS) + (len(VALUE_OPTIONS) + 2) * 3 + 2] == pytest.approx(
+        float(k[3] + v[2]), rel=1e-6
+    )
 
 
 def test_safe_units_take_the_usual_costs():

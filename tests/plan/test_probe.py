@@ -1,6 +1,7 @@
 """Probes on small random models whose heads all matter: against autograd, and against doing what they predict."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +9,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import longwave
 from benchmarks import perturbation
+from longwave import plan as planner
+from longwave.evals.fork import fork, prefill
+from longwave.evals.loss import score
 from longwave.ops.attention.reference import dense_attention
-from longwave.plan import KEY_OPTIONS, VALUE_OPTIONS, probe
+from longwave.ops.spectral.layout import OWN, Code
+from longwave.plan import BOTH_OPTIONS, KEY_OPTIONS, VALUE_OPTIONS, probe
+from longwave.plan.plan import LayerCodes
 from longwave.plan.probe import Bench, costs, measure, stored
 from longwave.plan.recall import Windows
 from longwave.shape import CacheShape
-from tests.conftest import SMALL, into, shape_of
+from tests.conftest import SMALL, into, merging_profile, shape_of
 from tests.models.checks import build as build_row
 from tests.models.table import ROWS
 
@@ -93,7 +99,7 @@ def test_a_model_with_sinks_is_measured_with_them():
     (layer,) = bench.layers
     k, v = layer.dense.view()
     flat = torch.zeros_like(v[:, :, bench.middle])
-    (dots,) = bench.dots(0, iter([("v", flat)]))
+    (dots,) = bench.dots(0, iter([(None, flat, None)]))
     keys = torch.cat([k, layer.own[0]], 2).repeat_interleave(2, 1)
     scores = layer.q @ keys.mT * layer.scaling
     hidden = torch.arange(keys.shape[2]) > k.shape[2] + torch.arange(layer.q.shape[2])[:, None]
@@ -161,7 +167,8 @@ def test_the_cost_of_a_small_change_is_its_divergence():
     model, windows = make(dtype=torch.float64, scale=6.0), make_windows()
     ours, theirs = Bench(model, windows, METHOD, 600, temperature=1.0), perturbation.Bench(model, windows, METHOD)
     changes = list(small_changes(ours, 0, 0.3))
-    for (side, middle), dot in zip(changes, ours.dots(0, iter(changes)), strict=True):
+    given = ((middle, None, None) if side == "k" else (None, middle, None) for side, middle in changes)
+    for (side, middle), dot in zip(changes, ours.dots(0, given), strict=True):
         found = costs(dot, "full").mean(0)  # [rows, heads]
         for head in range(2):
             with torch.no_grad():
@@ -198,16 +205,45 @@ def test_costs_of_options_go_with_those_of_perturbation(model, form):
         assert float(torch.corrcoef(both)[0, 1]) > 0.9
 
 
+def test_what_merging_costs_is_what_a_cache_loses_by_it():
+    """Of every head alone, K, V and bias together: measured by probes, and by a cache that merges that head."""
+    model, windows = make(dtype=torch.float64, scale=8.0), make_windows(2)
+    windows = replace(windows, weight=torch.full_like(windows.weight, 1 / SCORED), recall=windows.recall & False)
+    found = measure(model, windows, METHOD, 300, "full", temperature=1.0).both[..., 0]
+    page, order = METHOD.page(shape_of(model)), torch.arange(16).expand(2, -1)
+    merged, whole = planner.both_codes("merged", page), Code(((OWN, 16),), states=0)
+    bound = METHOD.bind(shape_of(model), merging_profile(model), 0.5)
+    memory = prefill(model, windows.ids[:, :CONTEXT], needs=bound.needs)
+    exact = score(model, fork(memory, longwave.cache(model, "dense")), windows.ids[:, CONTEXT:])
+    lost = torch.zeros_like(found)
+    for position in range(3):
+        for head in range(2):
+            plan = [LayerCodes((whole,) * 2, (whole,) * 2, order, order) for _ in range(3)]
+            k, v = ([side if h == head else whole for h in range(2)] for side in merged)
+            plan[position] = LayerCodes(tuple(k), tuple(v), order, order)
+            alone = fork(memory, longwave.cache(model, replace(bound, plan=tuple(plan))))
+            lost[:, position, head] = score(model, alone, windows.ids[:, CONTEXT:]).divergence(exact)[0].mean(-1)
+    assert lost.min() > 1e-6
+    assert torch.corrcoef(torch.stack([found.flatten().log(), lost.flatten().log()]))[0, 1] > 0.9
+    assert 0.7 < float((found / lost).median()) < 1.4
+
+
 def test_options_are_stored_as_pages_store_them(model):
     bench = Bench(model, make_windows(), METHOD, 1)
     page = METHOD.page(shape_of(model))
     weight = bench.key_weight(1, 16)
     made = list(stored(bench, 1, weight, page))
-    assert [side for side, _ in made] == ["k"] * len(KEY_OPTIONS) + ["v"] * len(VALUE_OPTIONS)
+    assert [tuple(x is not None for x in one) for one in made] == [
+        *[(True, False, False)] * len(KEY_OPTIONS),
+        *[(False, True, False)] * len(VALUE_OPTIONS),
+        *[(True, True, True)] * len(BOTH_OPTIONS),
+    ]
     k, v = (x[:, :, bench.middle] for x in bench.layers[1].dense.view())
     mean = k.unflatten(2, (-1, 16)).mean(3, keepdim=True).expand(-1, -1, -1, 16, -1).flatten(2, 3)
-    torch.testing.assert_close(made[0][1], mean, rtol=0, atol=0.02 * float(k.abs().max()))
-    errors = [float((middle - (k if side == "k" else v)).square().mean()) for side, middle in made]
+    torch.testing.assert_close(made[0][0], mean, rtol=0, atol=0.02 * float(k.abs().max()))
+    errors = [
+        float((v - value if key is None else k - key).square().mean()) for key, value, _ in made[: -len(BOTH_OPTIONS)]
+    ]
     assert errors[: len(KEY_OPTIONS)] == sorted(errors[: len(KEY_OPTIONS)], reverse=True)
     assert errors[len(KEY_OPTIONS) :] == sorted(errors[len(KEY_OPTIONS) :], reverse=True)
 

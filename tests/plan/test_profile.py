@@ -102,10 +102,10 @@ def test_json_of_something_else_names_from_published(tmp_path, content):
         longwave.Profile.load(path)
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, "3", None])
+@pytest.mark.parametrize("version", [1, 2, 3, 5, "4", None])
 def test_other_version(file, version):
     change(file, version=version)
-    with pytest.raises(ValueError, match=f"profile version {version}, this longwave reads 3: measure it again"):
+    with pytest.raises(ValueError, match=f"profile version {version}, this longwave reads 4: measure it again"):
         longwave.Profile.load(file)
 
 
@@ -159,7 +159,7 @@ def test_errors_that_are_not_finite(file, measured, bad):
         (lambda found: found["v"].pop(), "v is [1, 3, 2, 5], not [2, 3, 2, 5]"),
         (lambda found: found["recall"].pop(), "k is [2, 3, 2, 9], not [1, 3, 2, 9]"),
         (
-            lambda found: [x.pop() for x in (*found["k"], *found["v"], found["key_weight"])],
+            lambda found: [x.pop() for x in (*found["k"], *found["v"], *found["both"], found["key_weight"])],
             "key_weight is [2, 2, 8], k_error [3, 2, 8]",
         ),
         (lambda found: found["about"].update(v_options=[0, 2]), "its v_options are [0, 2]"),

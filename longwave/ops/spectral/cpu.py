@@ -129,6 +129,8 @@ def _matrices(group: Group, i: int, tokens: int, keys: bool) -> Iterator[list[in
         first = ends(0 if code.residual else code.kept)
         stride = n * held.dtype.itemsize
         yield [product, kinds[held.dtype], *first, states, n, held.at(i), stride, scale, 0, n, 0, 0]
+    if group.bias is not None:
+        yield [kernels.RAISE, kernels.FLOAT16, 0, 0, 1, 1, group.bias.at(i), 2, -1, 0, 1, 0, 0]
     channel = 0
     for (bits, n), values, scales in zip(code.runs, group.values, group.scales, strict=True):
         kind = bits if bits in BITS else kinds[values.dtype]
@@ -145,7 +147,7 @@ def _matrices(group: Group, i: int, tokens: int, keys: bool) -> Iterator[list[in
 
 
 def scores(tables: Tables, pages: torch.Tensor, q: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Unscaled scores [B, H, R, N * T] of q [B, H, R, D] over pages uint8 [B, N, page bytes]; all else float32."""
+    """Scores [B, H, R, N * T] of scaled q [B, H, R, D] over pages uint8 [B, N, page bytes]; all else float32."""
     out = torch.empty(*q.shape[:3], pages.shape[1] * tables.segment)
     _attend(tables, tables.k, True, pages, q, table, out)
     return out

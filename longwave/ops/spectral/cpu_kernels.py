@@ -23,8 +23,8 @@ LANES = 8  # codes unpacked together
 # kinds of numbers; codes are their number of bits
 FLOAT32, FLOAT16, BFLOAT16, INT8 = 100, 101, 102, 103
 # input along the rows and output along the columns, or the other way round; for states, the input along the columns
-# and then through the basis table, or through the table and then along the rows
-BY_ROWS, BY_COLUMNS, THEN_TABLE, TABLE_FIRST = range(4)
+# and then through the basis table, or through the table and then along the rows; or one number for all the output
+BY_ROWS, BY_COLUMNS, THEN_TABLE, TABLE_FIRST, RAISE = range(5)
 # the columns of a table of matrices
 HEAD, PRODUCT, KIND, FROM, TO, LENGTH, WIDTH, DATA, STRIDE, SCALE, ZEROS, SHARED, SOURCE, TARGET = range(14)
 FIELDS = 14
@@ -400,6 +400,13 @@ def attend(task: int, told: int) -> None:
             start = source_at + (matrices[e + SOURCE] * h + head) * r * source_leap + matrices[e + FROM]
             to = target_at + (matrices[e + TARGET] * h + head) * r * target_leap + matrices[e + TO]
             groups = width // shared
+            if product == RAISE:
+                by = _half(carray(_pointer(address + matrices[e + DATA]), (1,), np.uint16)[0])
+                for a in range(r):
+                    o = U(to + a * target_leap)
+                    for i in range(U(t)):
+                        target[o + i] += by
+                continue
             count = length * groups  # scales; as many zeros after them
             coded = matrices[e + SCALE] >= 0
             if coded:
@@ -497,7 +504,7 @@ def expand(task: int, told: int) -> None:
         for smooth in range(2):  # first what is rotated
             for e in range(0, facts[MATRICES] * FIELDS, FIELDS):
                 product, kind = matrices[e + PRODUCT], matrices[e + KIND]
-                if matrices[e + HEAD] != head or (product >= THEN_TABLE) != (smooth == 1):
+                if matrices[e + HEAD] != head or (product >= THEN_TABLE) != (smooth == 1) or product == RAISE:
                     continue
                 length, width, shared = matrices[e + LENGTH], matrices[e + WIDTH], matrices[e + SHARED]
                 channel, coded = matrices[e + FROM] + matrices[e + TO], matrices[e + SCALE] >= 0

@@ -11,10 +11,12 @@ contiguous. Shapes, with h heads in the group:
              [h, 1 or 2, T, n / group]  float16, axis "token"
     states   [h, S, c]             coefficients along time of the channels that have them; int8, 16 bits, or own type
     gains    [h, S]                float16, for int8 states: state = gain * int8
+    bias     [h]                   float16, K's merged heads: what is added to all scores of the segment
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,6 +40,7 @@ class Code:
     state_bits: 8, 16 or `OWN`.
     zero, fit: see `ops.codes.quantize`; on the time axis a zero is always stored.
     group: channels that share a token's scale; 0 means all of the run.
+    merged: the one state is a weighted mean of the segment's tokens, and K's side has a bias (ops/merge.py).
     """
 
     runs: tuple[tuple[int, int], ...] = ()
@@ -48,6 +51,7 @@ class Code:
     zero: bool = True
     fit: bool = True
     group: int = 0
+    merged: bool = False
 
     @property
     def kept(self) -> int:
@@ -61,6 +65,8 @@ class Code:
     def check(self, dim: int, segment: int) -> None:
         if self.kept > dim:
             raise ValueError(f"{self.kept} channels are kept of a head of {dim}")
+        if self.merged and (self.runs or self.states != 1):
+            raise ValueError("a merged head keeps one state of every channel, and nothing else")
         if self.residual and self.runs and (len(self.runs) > 1 or self.kept != dim):
             raise ValueError("residuals are coded for all channels of a head at once")
         for bits, n in self.runs:
@@ -104,6 +110,7 @@ class Group:
     scales: list[Field | None] = field(default_factory=list)
     states: Field | None = None
     gains: Field | None = None
+    bias: Field | None = None
 
 
 class Layout:
@@ -122,11 +129,11 @@ class Layout:
         self.segment, self.dtype = segment, dtype
         self.heads, self.dim = order_k.shape
         self._end = 0
-        self.k = self._side(k, order_k)
-        self.v = self._side(v, order_v)
+        self.k = self._side(k, order_k, True)
+        self.v = self._side(v, order_v, False)
         self.page_bytes = self._end
 
-    def _side(self, codes: Sequence[Code], order: torch.Tensor) -> list[Group]:
+    def _side(self, codes: Sequence[Code], order: torch.Tensor, keys: bool) -> list[Group]:
         groups = []
         for code in dict.fromkeys(codes):
             code.check(self.dim, self.segment)
@@ -151,11 +158,22 @@ class Layout:
                 eight = code.state_bits == 8
                 kind = torch.int8 if eight else self._float(code.state_bits)
                 group.states = self._field((h, code.states, smooth), kind)
-                group.gains = self._field((h, code.states), torch.float16) if eight else None
+                raised = code.merged and keys
+                if eight:  # the bias lies behind the gains, in what fills them up to whole 16 bytes
+                    both = self._field((h * (code.states + raised),), torch.float16)
+                    group.gains = Field(both.offset, (h, code.states), torch.float16)
+                    group.bias = Field(both.offset + group.gains.nbytes, (h,), torch.float16) if raised else None
+                elif raised:
+                    group.bias = self._field((h,), torch.float16)
             elif smooth and not code.residual:
                 raise ValueError("channels that are not kept need at least one state")
             groups.append(group)
         return groups
+
+    @functools.cached_property
+    def merged(self) -> list[int]:
+        """The heads whose segments are merged."""
+        return sorted(head for group in self.k if group.code.merged for head in group.heads.tolist())
 
     @property
     def index_bytes(self) -> int:
@@ -173,5 +191,5 @@ class Layout:
     def fields(self) -> dict[str, list[Field]]:
         """All fields by what they are for: "kept" and "coefficients"."""
         kept = [f for g in (*self.k, *self.v) for f in (*g.values, *g.scales) if f is not None]
-        smooth = [f for g in (*self.k, *self.v) for f in (g.states, g.gains) if f is not None]
+        smooth = [f for g in (*self.k, *self.v) for f in (g.states, g.gains, g.bias) if f is not None]
         return {"kept": kept, "coefficients": smooth}

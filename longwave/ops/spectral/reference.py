@@ -6,6 +6,7 @@ linear in K before the softmax and linear in V after it, so none of it has to be
     compressed        scores += (q C^T) E                       out += (p E^T) C
     codes, axis time  scores += (q * scale) codes + q zero      out += (p codes) * scale + sum(p) zero
     codes, axis token scores += (q codes) * scale + sum(q) zero out += (p * scale) codes + (p zero)
+    merged             scores += b, one number a segment
 Residual codes stand for (X - E^T C) R, R a rotation across channels: q R comes in, and R^T goes out.
 Source: docs/fourier.md; the re-association replaces the per-position synthesis of arXiv 2506.11886.
 
@@ -115,7 +116,7 @@ def _runs(group: Group, pages: torch.Tensor, dtype: torch.dtype) -> Iterator[tup
 
 
 def scores(layout: Layout, pages: torch.Tensor, q: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Unscaled scores [B, H, R, N * T] of q [B, H, R, D] (the table's dtype)."""
+    """Scores [B, H, R, N * T] of q [B, H, R, D], which is scaled already (the table's dtype)."""
     b, _, r, _ = q.shape
     out = q.new_empty(b, layout.heads, r, pages.shape[1] * layout.segment)
     for group in layout.k:
@@ -132,6 +133,8 @@ def _group_scores(group: Group, pages: torch.Tensor, q: torch.Tensor, table: tor
     if group.states is not None:
         smooth = q if code.residual else q[..., code.kept :]
         total += smooth @ _states(group, pages, q.dtype).mT @ table[: code.states]
+    if group.bias is not None:
+        total += group.bias.view(pages).to(q.dtype)[..., None, None]
     for i, start, n, held in _runs(group, pages, q.dtype):
         own = q[..., start : start + n]
         if code.residual:
@@ -150,6 +153,22 @@ def _group_scores(group: Group, pages: torch.Tensor, q: torch.Tensor, table: tor
                 dot = some @ held[..., g * width : (g + 1) * width].mT
                 total += dot * scale[..., None, :, g] + some.sum(-1, keepdim=True) * zero[..., None, :, g]
     return total
+
+
+def write_bias(layout: Layout, pages: torch.Tensor, bias: torch.Tensor) -> None:
+    """Put bias [B, H, N] of merged heads into pages [B, N, page bytes]; that of other heads is left out."""
+    for group in layout.k:
+        if group.bias is not None:
+            group.bias.view(pages).copy_(bias[:, group.heads].mT)
+
+
+def read_bias(layout: Layout, pages: torch.Tensor) -> torch.Tensor:
+    """float32 [B, H, N]: what is added to the scores of each segment of each head."""
+    out = torch.zeros(pages.shape[0], layout.heads, pages.shape[1], device=pages.device)
+    for group in layout.k:
+        if group.bias is not None:
+            out[:, group.heads] = group.bias.view(pages).float().mT
+    return out
 
 
 def mix(layout: Layout, pages: torch.Tensor, p: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -199,7 +218,8 @@ def _group_mix(group: Group, pages: torch.Tensor, p: torch.Tensor, table: torch.
 
 
 def decode(layout: Layout, pages: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K and V that pages stand for, [B, H, N * T, D] each, in the table's dtype."""
+    """The K and V that pages stand for, [B, H, N * T, D] each, in the table's dtype. Attention over them needs
+    `read_bias` too."""
     sides = []
     for groups in (layout.k, layout.v):
         whole = table.new_zeros(*pages.shape[:2], layout.heads, layout.segment, layout.dim)

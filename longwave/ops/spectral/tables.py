@@ -17,8 +17,8 @@ CHUNK = 32  # channels of K's codes taken at once
 # What a page of a head costs to score and to mix, from its codes' widths, in no unit: fitted to layers on an H200.
 SCORE_COST = {8: 330, 4: 200, 3: 290, 2: 172, 1: 175}  # of a chunk
 MIX_COST = {8: 2200, 4: 1375, 3: 1560, 2: 1270, 1: 1200}
-# numbers of a head before its chunks, of a chunk, and of a head of V: see `tables_of`
-K_TABLE, PIECE, VALUE_FIELDS = 13, 4, 11
+# where a head's bias stands, numbers before its chunks, of a chunk, and of a head of V: see `tables_of`
+RAISE, K_TABLE, PIECE, VALUE_FIELDS = 13, 14, 4, 11
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +31,8 @@ class Tables:
     traits: compile-time facts of the layer. K_WIDE, V_WIDE: the most channels of a 16-bit run, rounded up to a power of
         two; ALIGN: a divisor of all 16-bit runs' channels; GROUPS: scales of a token of V; whether there are
         codes of K, codes of V; K_MOST, V_MOST: the most states; K_EIGHT, V_EIGHT: whether they are int8; EVEN: a
-        divisor of the channels that have states and of half the bytes where these start; CODED: whether two launches
-        are needed.
+        divisor of the channels that have states and of half the bytes where these start; RAISED: whether heads have a
+        bias; CODED: whether two launches are needed.
     """
 
     layout: Layout
@@ -89,9 +89,9 @@ def tables_of(layout: Layout) -> Tables:
     """The tables of a layout that `fits`, on its device.
 
     A row of `keys`: states, channels that have them, the first of these, byte of the states and of the gains; channels,
-    byte and first of the run of 16-bit values; how many chunks of 8, 4, 3, 2 and 1 bits; the chunks. A chunk: byte
-    of the codes, byte of the scales, channels of the run, and in one number its channels (8 bits) and its first
-    channel.
+    byte and first of the run of 16-bit values; how many chunks of 8, 4, 3, 2 and 1 bits; byte of the bias (-1: none);
+    the chunks. A chunk: byte of the codes, byte of the scales, channels of the run, and in one number its channels (8
+    bits) and its first channel.
     A row of `values`: the same five; kind of its one run, channels, bytes of the values, scales and zeros (-1: none),
     whether it is turned.
     """
@@ -138,6 +138,7 @@ def tables_of(layout: Layout) -> Tables:
         K_EIGHT=any(g.gains is not None for g in layout.k),
         V_EIGHT=any(g.gains is not None for g in layout.v),
         EVEN=math.gcd(8, *found_at),
+        RAISED=any(g.bias is not None for g in layout.k),
     )
     traits["CODED"] = bool(traits["K_CODES"] or traits["V_CODES"] or not whole)
     found_rows = list(zip(keys.tolist(), values.tolist(), strict=True))
@@ -152,7 +153,7 @@ def tables_of(layout: Layout) -> Tables:
 
 
 def _score_cost(k: list[int], v: list[int]) -> int:
-    chunks = sum(n * SCORE_COST[width] for width, n in zip(WIDTHS, k[8:K_TABLE], strict=True))
+    chunks = sum(n * SCORE_COST[width] for width, n in zip(WIDTHS, k[8:RAISE], strict=True))
     if k[0] <= 1 and not (chunks or k[5] or v[5]):  # all tokens of a page score alike
         return 30
     return 400 + 60 * k[0] + 10 * k[5] + chunks
@@ -180,7 +181,8 @@ def _keys(layout: Layout, group: Group, i: int) -> list[int]:
                 chunks[bits] += [data + j * stride, _at(scales, i) + 2 * j, n, min(CHUNK, n - j) | first + j << 8]
         first += n
     counts = [len(chunks[width]) // PIECE for width in WIDTHS]
-    return [*_smooth(group, i, layout.dim), *values, *counts, *(x for width in WIDTHS for x in chunks[width])]
+    raised = -1 if group.bias is None else group.bias.at(i)
+    return [*_smooth(group, i, layout.dim), *values, *counts, raised, *(x for width in WIDTHS for x in chunks[width])]
 
 
 def _smooth(group: Group, i: int, dim: int) -> list[int]:

@@ -155,7 +155,7 @@ def attend(
             near, ordered, far, mass, tops, dense_part, dense_stat,
             queries, scale, *bytes_of, n, k.shape[2], *score_share, dense_splits,
             tables.keys.shape[1], *strides, EARLY=early, EQUAL=equal[0], T=segment, **shape, **dense, **kinds,
-            **traited("K_WIDE", "ALIGN", "K_CODES", "K_MOST", "V_MOST", "K_EIGHT", "EVEN"),
+            **traited("K_WIDE", "ALIGN", "K_CODES", "K_MOST", "V_MOST", "K_EIGHT", "EVEN", "RAISED"),
         )  # fmt: skip
         if n:
             _mix_kernel[(batch, jobs)](
@@ -172,7 +172,7 @@ def attend(
             near, far, tops, part, stat, dense_part, dense_stat,
             queries, scale, *bytes_of, n, k.shape[2], *mix_share, dense_splits, tables.keys.shape[1], *strides,
             EARLY=early, EQUAL=equal[1], T=segment, BT=step, SETS=sets, STAGES=stages, **shape, **dense, **kinds,
-            **traited("K_WIDE", "V_WIDE", "ALIGN", "K_MOST", "V_MOST", "K_EIGHT", "V_EIGHT", "EVEN"),
+            **traited("K_WIDE", "V_WIDE", "ALIGN", "K_MOST", "V_MOST", "K_EIGHT", "V_EIGHT", "EVEN", "RAISED"),
         )  # fmt: skip
     groups = 0
     if splits > 2 * MERGE:

@@ -35,7 +35,7 @@ def _attend_kernel(
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr,
     BD: tl.constexpr, STRETCH: tl.constexpr, K_WIDE: tl.constexpr, V_WIDE: tl.constexpr, ALIGN: tl.constexpr,
     K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, V_EIGHT: tl.constexpr, EVEN: tl.constexpr,
-    SETS: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
+    RAISED: tl.constexpr, SETS: tl.constexpr, STAGES: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
     EARLY: tl.constexpr, EQUAL: tl.constexpr,
 ):  # fmt: skip
     """Both in one where there are no codes: part and stat as `_mix_kernel` makes them."""
@@ -64,8 +64,8 @@ def _attend_kernel(
         k_states = tl.load(keys)
         if K_MOST > 0:
             _near(
-                near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
-                D, BR, K_MOST, K_EIGHT, EVEN, OWN, DOT,
+                near, base, first_page, end_page, page_bytes, keys, order, q_row, live, scale,
+                T, D, BR, K_MOST, K_EIGHT, EVEN, RAISED, OWN, DOT,
             )  # fmt: skip
         if K_WIDE > 0:
             cell = tl.arange(0, K_WIDE)

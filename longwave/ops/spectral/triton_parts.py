@@ -6,10 +6,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from longwave.ops.spectral import tables
 from longwave.ops.spectral.triton_products import _narrow, _operand, _pairs, _parts
 
 # Probabilities grow by this where they meet V's scales: float16 would lose small ones. Scales beyond 1023 overflow.
 LIFT = tl.constexpr(64.0)
+RAISE = tl.constexpr(tables.RAISE)
 
 
 @triton.jit
@@ -86,11 +88,12 @@ def _states(
 
 @triton.jit
 def _near(
-    near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
-    D: tl.constexpr, BR: tl.constexpr, MOST: tl.constexpr, EIGHT: tl.constexpr, EVEN: tl.constexpr,
-    OWN: tl.constexpr, DOT: tl.constexpr,
+    near, base, first_page, end_page, page_bytes, keys, order, q_row, live, scale,
+    T: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, MOST: tl.constexpr, EIGHT: tl.constexpr, EVEN: tl.constexpr,
+    RAISED: tl.constexpr, OWN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """q times K's states of the pages of a program: float32 [pages, MOST, BR] at `near`."""
+    """q times K's states of the pages of a program: float32 [pages, MOST, BR] at `near`. Where the one state is a
+    merged head's, with its bias: the basis is T ** -0.5 there, and what comes of it is multiplied by `scale`."""
     r, d, i = tl.arange(0, BR), tl.arange(0, D), tl.arange(0, 16)
     states = tl.load(keys)
     if states > 0:
@@ -104,6 +107,12 @@ def _near(
             held = (of < end_page) & (m < states)
             number, gain = _states(base, of, page_bytes, data, gain_at, m, width, held, D, EIGHT, OWN)
             a = _narrow(tl.dot(number.to(DOT), q), BR) * gain[:, None]
+            if RAISED:
+                raised_at = tl.load(keys + RAISE)
+                if raised_at >= 0:
+                    raised = (base + raised_at).to(tl.pointer_type(tl.float16))
+                    b = tl.load(raised + of.to(tl.int64) * (page_bytes // 2), mask=held, other=0.0).to(tl.float32)
+                    a += (b * (1.4426950408889634 * T**0.5 / scale))[:, None]
             tl.store(near + (start + i)[:, None] * BR + r[None, :], a, mask=held[:, None] & (r >= 0)[None, :])
         tl.debug_barrier()
 

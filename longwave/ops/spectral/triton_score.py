@@ -59,8 +59,8 @@ def _score_kernel(
     stride_qb, stride_qh, stride_qq, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, T: tl.constexpr, BR: tl.constexpr,
     BD: tl.constexpr, STRETCH: tl.constexpr, K_WIDE: tl.constexpr, ALIGN: tl.constexpr, K_CODES: tl.constexpr,
-    K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, EVEN: tl.constexpr, OWN: tl.constexpr,
-    DOT: tl.constexpr, EARLY: tl.constexpr, EQUAL: tl.constexpr,
+    K_MOST: tl.constexpr, V_MOST: tl.constexpr, K_EIGHT: tl.constexpr, EVEN: tl.constexpr, RAISED: tl.constexpr,
+    OWN: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr, EQUAL: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of the tokens of some pages, relative to each page's maximum; or all of a stretch of dense tokens.
 
@@ -97,8 +97,8 @@ def _score_kernel(
             tl.debug_barrier()
         if K_MOST > 0:
             _near(
-                near, base, first_page, end_page, page_bytes, keys, order, q_row, live,
-                D, BR, K_MOST, K_EIGHT, EVEN, OWN, DOT,
+                near, base, first_page, end_page, page_bytes, keys, order, q_row, live, scale,
+                T, D, BR, K_MOST, K_EIGHT, EVEN, RAISED, OWN, DOT,
             )  # fmt: skip
         if K_WIDE > 0:
             cell = tl.arange(0, K_WIDE)

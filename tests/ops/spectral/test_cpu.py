@@ -23,6 +23,12 @@ LAYOUTS = {
     "residual, 3 bits, dct": ([Code(((3, 24),), 4, axis="token", residual=True)], 16, 24, torch.float32),
     "residual along time": ([Code(((4, 12),), 1, residual=True, state_bits=8)], 16, 12, torch.float32),
     "states alone": ([Code((), 4, state_bits=8), Code((), 1), Code((), 4, state_bits=16)], 13, 9, torch.float32),
+    "merged": (
+        [Code((), 1, state_bits=8, merged=True), Code(((4, 9),), 0), Code((), 1, merged=True)],
+        16,
+        9,
+        torch.float32,
+    ),
     "values alone, odd": ([Code(((OWN, 9),), 0), Code(((16, 9),), 0)], 13, 9, torch.float32),
     "bfloat16": ([Code(((4, 8), (OWN, 3)), 1), Code((), 4)], 16, 13, torch.bfloat16),
     "float16": ([Code(((2, 8), (16, 3)), 4), Code(((OWN, 13),), 0)], 16, 13, torch.float16),
@@ -50,6 +56,7 @@ def made(name, heads=3, batch=2, pages=(6, 3), seed=0):
     layout = Layout(k, v, order[:heads], order[heads:], segment, dtype)
     x = torch.randn(2, batch, heads, max(pages) * segment, dim, generator=g).add_(0.5).to(dtype)
     held = reference.encode(layout, x[0], x[1], rows(layout))
+    reference.write_bias(layout, held, torch.randn(batch, heads, max(pages), generator=g))
     for row, count in enumerate(pages):
         held[row, count:] = 0
     return layout, held, g

@@ -15,6 +15,7 @@ RESIDUAL = Code(((3, DIM),), 1, axis="token", residual=True, state_bits=8, zero=
 CODES = {
     "raw": ((RAW, Code((), STATES)), (Code(((OWN, DIM),), 0), RAW)),
     "time": ((Code(((8, 3), (3, 4), (2, 1)), 2, state_bits=8),) * 2, (Code(((4, DIM),), 0),) * 2),
+    "merged": ((Code((), 1, state_bits=8, merged=True), RAW), (Code((), 1, state_bits=8, merged=True), RAW)),
     "token": (
         (Code(((4, 8),), 2, axis="token"), Code(((2, DIM),), 0, axis="token", group=8)),
         (RESIDUAL, Code(((1, 8), (16, 2)), 1, axis="token", zero=False)),
@@ -29,7 +30,9 @@ def made(name, basis="dct"):
     layout = Layout(*CODES[name], order[:2], order[2:], T, torch.float64)
     k, v = torch.randn(2, 2, 2, 3 * T, DIM, generator=g, dtype=torch.float64) + 0.5
     rows = table(basis, STATES, T, torch.float64)
-    return layout, k, v, rows, reference.encode(layout, k, v, rows)
+    pages = reference.encode(layout, k, v, rows)
+    reference.write_bias(layout, pages, torch.randn(2, 2, 3, generator=g))
+    return layout, k, v, rows, pages
 
 
 @pytest.mark.parametrize("basis", list(BASES))
@@ -40,7 +43,9 @@ def test_scores_and_mix_equal_rebuilding(name, basis):
     q = torch.randn(2, 2, 5, DIM, generator=g, dtype=torch.float64)
     p = torch.rand(2, 2, 5, 3 * T, generator=g, dtype=torch.float64)
     k, v = reference.decode(layout, pages, rows)
-    torch.testing.assert_close(reference.scores(layout, pages, q, rows), q @ k.mT, rtol=0, atol=1e-10)
+    bias = reference.read_bias(layout, pages).repeat_interleave(T, -1)[:, :, None]
+    assert bool(bias.any()) == bool(layout.merged)
+    torch.testing.assert_close(reference.scores(layout, pages, q, rows), q @ k.mT + bias, rtol=0, atol=1e-10)
     torch.testing.assert_close(reference.mix(layout, pages, p, rows), p @ v, rtol=0, atol=1e-10)
 
 

@@ -22,6 +22,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 V2 = Code(((2, 64),), 1, axis="token", residual=True, state_bits=8, zero=False)
 PLANNED_K = Code(((4, 5), (3, 7), (2, 24), (1, 9)), 1, state_bits=8)
+MERGED = Code((), 1, state_bits=8, merged=True)
 # name -> K's and V's codes by head, segment, channels
 LAYOUTS = {
     "planned": ([PLANNED_K, Code(((8, 33),), 1, state_bits=8)], [V2, Code((), 1, state_bits=8)], 128, 64),
@@ -52,6 +53,19 @@ LAYOUTS = {
     ),
     "some give up everything": ([PLANNED_K, Code((), 1, state_bits=8)], [V2, Code((), 1, state_bits=8)], 128, 64),
     "all give up everything": ([Code((), 1, state_bits=8)], [Code((), 2, state_bits=8)], 64, 64),
+    "merged, and codes": (
+        [MERGED, PLANNED_K, Code((), 1, state_bits=8)],
+        [MERGED, V2, Code((), 1, state_bits=8)],
+        128,
+        64,
+    ),
+    "merged alone": ([MERGED], [MERGED], 64, 64),
+    "merged beside values": (
+        [MERGED, Code(((OWN, 32),), 1, state_bits=8)],
+        [MERGED, Code(((OWN, 32),), 1, state_bits=8)],
+        32,
+        64,
+    ),
     "states alone": ([Code((), 3), Code((), 1)], [Code((), 2)], 32, 64),
     "three bits, segments of 32": ([Code(((3, 64),), 0)], [Code((), 1)], 32, 64),
     "three bits, segments of 64": ([Code(((3, 64),), 0)], [Code((), 1)], 64, 64),
@@ -75,6 +89,7 @@ def made(name, dtype, heads=3, batch=2, pages=(3, 1), seed=0):
     layout = Layout(ks, vs, order[:heads], order[heads:], segment, dtype)
     x = torch.randn(2, batch, heads, max(pages) * segment, dim, generator=g).add_(0.5).to(dtype)
     held = reference.encode(layout, x[0], x[1], table("dct", 4, segment, torch.float32))
+    reference.write_bias(layout, held, 2 * torch.randn(batch, heads, max(pages), generator=g))
     for row, count in enumerate(pages):
         held[row, count:] = 255
     return layout, held, g

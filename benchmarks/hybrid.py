@@ -118,7 +118,7 @@ def train(model, teacher, tokenizer, seconds, seed=0):
             start = draw.randrange(len(text) - TOKENS - 1)
             part = text[start : start + TOKENS + 1].tolist()
             if draw.random() < 0.25:
-                part, _, _ = recall._hide(tokenizer, part, TOKENS - draw.choice((256, 512, 1024)), draw)
+                part, _, _ = recall.hide(tokenizer, part, TOKENS - draw.choice((256, 512, 1024)), draw)
             rows.append(torch.tensor(part[: TOKENS + 1]))
         batch = torch.stack(rows).to(model.device)
         for group in optimizer.param_groups:

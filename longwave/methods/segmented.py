@@ -163,6 +163,8 @@ class SegmentedLayer(MemoryLayer):
         self.bound, self.planned = bound, bound.shape.dtype
         self.position = bound.shape.memory_layers.index(index)
         self.sinks, self.window, self.segment = bound.dense_tokens
+        own = bound.plan[self.position : self.position + 1]  # a period has none
+        self.merges = any(code.merged for layer in own for code in layer.k)
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
@@ -235,7 +237,7 @@ class SegmentedLayer(MemoryLayer):
     def _probes(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The remembered queries [B, Hq, P, D], and the log of what their softmax divides by [B, Hq, P], -inf where
         none is remembered; None where no head is merged, or nothing was ever asked."""
-        if not self.bound.merges or not self.store.layout.merged:
+        if not self.merges:
             return None
         assert self.queries is not None
         wanted, queries = probing(self.window), self.queries
@@ -295,7 +297,7 @@ class SegmentedLayer(MemoryLayer):
                 continue
             dense, middle = self.dense.lengths[row], self.store.tokens[row]
             first = min(self.sinks, dense) if middle else dense
-            beside = BESIDE if self.bound.merges and self.store.layout.merged else 0
+            beside = BESIDE if self.merges else 0
             wide_k, wide_v = self.progress.scratch.take(held_k, dense + middle, beside)
             k, v = wide_k[..., : q.shape[3]], wide_v[..., : q.shape[3]]
             for whole, held in ((k, held_k), (v, held_v)):

@@ -18,6 +18,7 @@ import torch
 from longwave.ops import mass
 from longwave.ops.attention.reference import group_heads
 
+BLOCK = 1 << 22  # numbers that are widened at once
 EVEN = 1e-3  # of the mean weight is added to all
 MOST = 8.0  # of a bias
 
@@ -34,10 +35,17 @@ def merge(
     total = got.sum(-1)
     weight = got + EVEN * got.mean(-1, keepdim=True).clamp(min=torch.finfo(got.dtype).tiny)
     weight = weight / weight.sum(-1, keepdim=True)
-    keys, values = ((weight[..., None, :] @ x.to(weight.dtype).unflatten(2, (-1, segment)))[..., 0, :] for x in (k, v))
+    keys, values = (_means(x.unflatten(2, (-1, segment)), weight) for x in (k, v))
     grouped = group_heads(q.to(weight.dtype), k.shape[1])
     missed = lse.to(weight.dtype).masked_fill(lse == -torch.inf, torch.inf)  # a query that is not there
     score = scaling * grouped @ keys.mT - group_heads(missed[..., None], k.shape[1])  # [B, H, G P, N]
     kept = torch.logsumexp(score, 2) + math.log(segment)
     bias = total.clamp(min=torch.finfo(total.dtype).tiny).log() - kept
     return keys, values, bias.where(kept > -torch.inf, torch.zeros_like(bias)).clamp(-MOST, MOST)
+
+
+def _means(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[B, H, N, D] of x [B, H, N, T, D] by weights [B, H, N, T] of a wider type, some segments at a time."""
+    step = max(1, BLOCK // max(1, x[:, :, :1].numel()))
+    parts = zip(x.split(step, 2), weight.split(step, 2), strict=True)
+    return torch.cat([(w[..., None, :] @ some.to(w.dtype))[..., 0, :] for some, w in parts], 2)

@@ -60,11 +60,14 @@ def own_texts() -> list[str]:
     """The text that ships with the package by kind, those first that a few windows should see: some 30 kB a kind or
     more, so that any tokenizer makes a window of it."""
     package = resources.files("longwave")
-    read = lambda path: path.read_text(encoding="utf-8")  # noqa: E731
-    kinds = [[read(package / "plan" / "text" / f"{name}.txt") for name in names] for names in KINDS]
-    frame = sorted((file for file in (package / "frame").iterdir() if file.name.endswith(".py")), key=lambda x: x.name)
-    kinds[KINDS.index(("code",))] += [read(file) for file in frame]  # long modules of one program
-    return ["\n\n".join(parts) for parts in kinds]
+
+    def kind(names: tuple[str, ...]) -> str:
+        files = [package / "plan" / "text" / f"{name}.txt" for name in names]
+        if "code" in names:  # long modules of one program
+            files += sorted((x for x in (package / "frame").iterdir() if x.name.endswith(".py")), key=lambda x: x.name)
+        return "\n\n".join(file.read_text(encoding="utf-8") for file in files)
+
+    return [kind(names) for names in KINDS]
 
 
 def shipped(model: PreTrainedModel, shape: CacheShape, paper: bool = False) -> Profile | None:

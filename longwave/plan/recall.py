@@ -71,7 +71,7 @@ def windows(
         ids, place, of = encoded[text], taken[:number].count((hides, text)), taken.count((hides, text))
         start = (len(ids) - need) * (2 * place + 1) // (2 * of)
         part = ids[start : start + need]
-        rows.append(_hide(tokenizer, part, context, draw) if hides else (part, [1.0] * scored, False))
+        rows.append(hide(tokenizer, part, context, draw) if hides else (part, [1.0] * scored, False))
     weight = torch.tensor([row[1] for row in rows])
     return Windows(
         torch.tensor([row[0] for row in rows]),
@@ -87,7 +87,7 @@ def _alternate(prose: int, recall: int) -> list[bool]:
     return [hides for _, hides in sorted(marks)]
 
 
-def _hide(
+def hide(
     tokenizer: PreTrainedTokenizerBase, text: list[int], context: int, draw: random.Random
 ) -> tuple[list[int], list[float], bool]:
     """A stretch of text with facts written into its first `context` tokens, and questions and answers after it."""

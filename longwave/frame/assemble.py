@@ -21,7 +21,7 @@ def assemble(model: PreTrainedModel, layer: Callable[[int], MemoryLayer], needs:
     """layer: from a model's layer index to an empty memory layer. method: what decided that, for reports."""
     config = check_supported(model)
     others, states = other_layers(config), states_beside(config)
-    rotary = Rotary.of(model) if needs.unrotated else None  # before anything is selected: it may refuse
+    rotary = _rotary(model, needs)  # before anything is selected: it may refuse
     indices = tuple(index for index, other in enumerate(others) if other is None)
     watch = Watch(model, indices) if needs.hidden else None
     layers = [layer(index) if other is None else other for index, other in enumerate(others)]
@@ -33,6 +33,17 @@ def assemble(model: PreTrainedModel, layer: Callable[[int], MemoryLayer], needs:
     for memory in built.memory_layers():
         memory.planned = stored_dtype(model.dtype, model.device.type)
     return built
+
+
+def _rotary(model: PreTrainedModel, needs: Needs) -> Rotary | None:
+    if not (needs.unrotated or needs.shifts):
+        return None
+    try:
+        return Rotary.of(model)
+    except NotImplementedError:
+        if needs.unrotated:
+            raise
+        return None
 
 
 def _switch(config: Any) -> int | None:

@@ -19,7 +19,8 @@ class Needs:
     queries: of the last so many tokens of each row, rotated, as they met the keys. every: of those tokens alone whose
     number in the row, from 1 on, is a multiple of it. mass: the attention that each stored token got so far, a column
     of the token store. positions: of each stored token, a column too. unrotated: a model whose rotation can be undone
-    (`Pass.rotary`). hidden: the input of the attention module, in `Pass.hidden`.
+    (`Pass.rotary`). hidden: the input of the attention module, in `Pass.hidden`. shifts: `Queries.later`, which turns
+    queries where the model's rotation can be undone.
     """
 
     queries: int = 0
@@ -28,6 +29,7 @@ class Needs:
     positions: bool = False
     unrotated: bool = False
     hidden: bool = False
+    shifts: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         asked = [needs for needs in (self, other) if needs.queries]
@@ -41,6 +43,7 @@ class Needs:
             self.positions or other.positions,
             self.unrotated or other.unrotated,
             self.hidden or other.hidden,
+            self.shifts or other.shifts,
         )
 
     def columns(self) -> dict[str, torch.dtype]:
@@ -53,11 +56,13 @@ class Needs:
 
 
 PROBES = 16
+LATER = 2048  # tokens, how far queries are turned at most
+GOLDEN = (5**0.5 - 1) / 2  # multiples of it modulo 1 are spread evenly, wherever they start
 
 
 def probing(window: int) -> Needs:
-    """What merging asks for (ops/merge.py): queries spread evenly over the window."""
-    return Needs(queries=min(PROBES, window), every=max(1, window // PROBES))
+    """What merging asks for (ops/merge.py): queries spread evenly over the window, and asked again later."""
+    return Needs(queries=min(PROBES, window), every=max(1, window // PROBES), shifts=True)
 
 
 @dataclass
@@ -143,6 +148,25 @@ class Queries:
         numbers = newest[:, None] - self.every * torch.arange(self.width - 1, -1, -1)
         known = torch.arange(self.width) >= self.width - torch.tensor(self.counts)[:, None]
         return numbers.where(known, torch.zeros_like(numbers))
+
+    def later(self, rotary: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The queries of layer `index` as models of later ones: q [batch, query_heads, width, head_dim], and int64
+        [batch, width] how many tokens of its row each one sees, 0 or less where nothing is remembered.
+
+        A query close by is no model of a later one: each is turned by up to `LATER` tokens, by its number in the row,
+        so that the order of calls cannot matter, and sees all that its row has seen. Without a `rotary` (rotary.py)
+        they stay as they are.
+        """
+        assert self.q is not None
+        assert self.positions is not None
+        number = self.numbers().to(self.q.device)
+        if rotary is None:
+            return self.q, number
+        module = next((module for module in rotary.turns if module.layer_idx == index), None)
+        by = ((number.double() * GOLDEN).frac() * LATER).long().clamp(min=0)
+        seen = torch.tensor(self.seen, device=number.device)[:, None].expand_as(number)
+        turned = rotary.shift(module, self.q, self.positions, self.positions + by)
+        return turned, seen.where(number > 0, torch.zeros_like(number))
 
     def _room(self, q: torch.Tensor) -> None:
         if self.q is None:

@@ -235,8 +235,8 @@ class SegmentedLayer(MemoryLayer):
         return k, v, bias
 
     def _probes(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The remembered queries [B, Hq, P, D], and the log of what their softmax divides by [B, Hq, P], -inf where
-        none is remembered; None where no head is merged, or nothing was ever asked."""
+        """The remembered queries as later ones [B, Hq, P, D], and the log of what their softmax divides by [B, Hq, P],
+        -inf where none is remembered; None where no head is merged, or nothing was ever asked."""
         if not self.merges:
             return None
         assert self.queries is not None
@@ -246,13 +246,12 @@ class SegmentedLayer(MemoryLayer):
         if queries.q is None:  # written without a pass
             return None
         k, _ = self.dense.view()
-        number = queries.numbers().to(k.device)
+        q, sees = queries.later(self.progress.rotary, self.index)
         behind = torch.tensor(self.store.tokens, device=k.device) // self.segment * self.bound.span
-        seen = number - behind[:, None]
-        lse = attention_mass.log_sum_exp(queries.q, k, self.scaling, seen.clamp(min=0))
+        lse = attention_mass.log_sum_exp(q, k, self.scaling, (sees - behind[:, None]).clamp(min=0))
         if any(self.store.tokens):
-            lse = torch.logaddexp(lse, self._far(queries.q, self.scaling).to(lse.dtype))
-        return queries.q, lse.masked_fill(number[:, None] <= 0, float("-inf"))
+            lse = torch.logaddexp(lse, self._far(q, self.scaling).to(lse.dtype))
+        return q, lse.masked_fill(sees[:, None] <= 0, float("-inf"))
 
     def _check_shape(self, k: torch.Tensor, v: torch.Tensor) -> None:
         shape = self.bound.shape

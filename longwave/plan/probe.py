@@ -275,11 +275,10 @@ class Bench:
         k, v = layer.dense.view()
         queries = layer.queries
         assert queries is not None
-        assert queries.q is not None
-        number = queries.numbers().to(k.device)
-        lse = mass.log_sum_exp(queries.q, k, layer.scaling, number)
+        q, sees = queries.later(layer.progress.rotary, layer.index)
+        lse = mass.log_sum_exp(q, k, layer.scaling, sees)
         k, v = (x[:, :, self.middle] for x in (k, v))
-        keys, values, bias = merge(queries.q, k, v, lse, layer.scaling, segment)
+        keys, values, bias = merge(q, k, v, lse, layer.scaling, segment)
         keys, values = (x.to(k.dtype).repeat_interleave(segment, 2) for x in (keys, values))
         return keys, values, bias
 

@@ -64,6 +64,11 @@ class Sensitivity:
             torch.zeros(every.shape[1:]),
         )
 
+    def spread(self, side: str) -> torch.Tensor:
+        """Standard deviation over windows of every option's cost, 0 of one window: [layers, kv_heads, options]."""
+        every = getattr(self, side)
+        return every.std(0) if len(every) > 1 else torch.zeros(every.shape[1:])
+
     def order(self, position: int) -> torch.Tensor:
         """K's channels of memory layer number `position` by falling weight: int64 [kv_heads, head_dim]."""
         return self.key_weight[position].argsort(dim=-1, descending=True, stable=True)

@@ -7,10 +7,11 @@ import torch
 
 import longwave
 from longwave.frame import observing
-from longwave.frame.observe import PROBES, probing
+from longwave.frame.observe import GOLDEN, LATER, PROBES, probing
 from longwave.ops.attention.reference import group_heads
 from longwave.ops.merge import merge
 from longwave.plan.profile import Profile
+from longwave.rotary import Rotary
 from tests.conftest import left_padded, merging_profile, random_profile, shape_of, tokens
 from tests.reading import read
 
@@ -29,15 +30,18 @@ def test_what_is_stored_is_what_the_definition_says(llama, bound):
     memory, dense = longwave.cache(llama, bound), observing(llama, probing(20))
     read(llama, memory, ids)
     read(llama, dense, ids)
+    rotary = Rotary.of(llama)
+    turns = {module.layer_idx: module for module in rotary.turns}
     for layer, exact in zip(memory.memory_layers(), dense.memory_layers(), strict=True):
         k, v = exact.materialize()
         numbers = exact.queries.numbers()
         assert numbers[0].tolist() == list(range(90 - PROBES + 1, 91))  # a window of 20: every one of its last 16
-        scores = layer.scaling * group_heads(exact.queries.q, 2) @ k.mT
-        hidden = torch.arange(90) >= numbers[0].repeat(2)[:, None]
-        lse = scores.masked_fill(hidden, -torch.inf).logsumexp(-1).unflatten(2, (2, -1)).flatten(1, 2)
+        later = numbers - 1 + (numbers * GOLDEN % 1 * LATER).long()  # each asked again further on, of all that was seen
+        plain = rotary.unrotate(turns[layer.index], exact.queries.q, numbers - 1)
+        q = rotary.rotate(turns[layer.index], plain, later)
+        lse = (layer.scaling * group_heads(q, 2) @ k.mT).logsumexp(-1).unflatten(2, (2, -1)).flatten(1, 2)
         middle = slice(3, 3 + 64)
-        keys, values, bias = merge(exact.queries.q, k[:, :, middle], v[:, :, middle], lse, layer.scaling, 16)
+        keys, values, bias = merge(q, k[:, :, middle], v[:, :, middle], lse, layer.scaling, 16)
         held_k, held_v = layer.store.materialize()
         for held, means in ((held_k, keys), (held_v, values)):
             near = 0.01 * float(means.abs().max())  # eight bits

@@ -30,8 +30,15 @@ from longwave.cli.console import show_json, stderr, user_errors, waiting
 
 
 def command(
+    ctx: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="The prompt, or a question about --file.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Text to read before the prompt.")] = None,
+    save_prefix: Annotated[
+        Path | None, typer.Option(help="Keep what was read of --file here, for --prefix: the cache, exactly as it is.")
+    ] = None,
+    prefix: Annotated[
+        Path | None, typer.Option(help="A text that --save-prefix kept, instead of --file: it is not read again.")
+    ] = None,
     model: Model = "smollm2",
     method: MethodName = "fourier",
     budget: Budget = None,
@@ -62,6 +69,7 @@ def command(
 ) -> None:
     """Answer a prompt, with a report of the bytes held and of the time taken."""
     with user_errors():
+        check_prefix(ctx, prompt, file, save_prefix, prefix)
         parts = [read_text(file, blank=False)] if file else []
         parts += [prompt] if prompt and prompt.strip() else []
         if not parts:
@@ -198,3 +206,21 @@ def show_pace(pace: dict[str, Any]) -> str:
     if "peak_memory" in pace:
         parts.append(f"peak memory {pace['peak_memory']:,} bytes")
     return ", ".join(parts)
+
+
+def check_prefix(
+    ctx: Any, prompt: str | None, file: Path | None, save_prefix: Path | None, prefix: Path | None
+) -> None:
+    """Raise ValueError for options that do not go together."""
+    if save_prefix is not None and file is None:
+        raise ValueError("--save-prefix keeps the text of --file: give one")
+    if prefix is None:
+        return
+    if file is not None:
+        raise ValueError("--prefix stands for the text of --file: give one of the two")
+    if not (prompt and prompt.strip()):
+        raise ValueError("a PROMPT goes with --prefix: what is asked about its text")
+    for name in ("method", "budget", "profile", "option", "chat"):
+        if ctx.get_parameter_source(name).name != "DEFAULT":
+            said = "--chat/--no-chat" if name == "chat" else f"--{name}"
+            raise ValueError(f"{said} was decided when the prefix was saved, and {prefix} has it: leave it out")

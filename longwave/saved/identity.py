@@ -54,8 +54,7 @@ def check_identity(model: PreTrainedModel, shape: CacheShape, theirs: dict[str, 
     ours = identity(model, shape)
     differs = ""
     if ours["config"] != theirs["config"]:
-        both = ours["config"].keys() | theirs["config"].keys()
-        odd = next(name for name in sorted(both) if ours["config"].get(name) != theirs["config"].get(name))
+        odd = next(name for name in _CONFIG if ours["config"].get(name) != theirs["config"].get(name))
         differs = f"its {odd} was {theirs['config'].get(odd)}, and this one's is {ours['config'].get(odd)}"
     elif ours["shape"] != theirs["shape"]:
         differs = f"its cache was {theirs['shape']}, and here it is {ours['shape']}: load the model in the same type"

@@ -107,6 +107,8 @@ def _ask_again(model: PreTrainedModel, needs: Needs, prompt: Prompt) -> list[Que
     columns = prompt.mask.shape[1]
     new = min(columns, (needs.queries + 1) * needs.every)
     rows = prompt.mask[:, : columns - new].sum(-1).tolist()
+    if not any(rows):
+        new = columns
     for position, layer in enumerate(_filling(model, dense, prompt)):
         if not any(rows):
             continue

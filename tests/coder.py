@@ -19,7 +19,9 @@ class Raw:
         assert ids.shape == (k.shape[1],)
         self.asked = (*getattr(self, "asked", ()), (start, ids.tolist(), max_bytes))
         shape = torch.tensor(k.shape, dtype=torch.int32)
-        return b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in (shape, *(y.to(self.dtype) for y in (k, v))))
+        return b"".join(
+            x.contiguous().view(torch.uint8).numpy().tobytes() for x in (shape, *(y.to(self.dtype) for y in (k, v)))
+        )
 
     def decode(self, blob, k, v, *, layers=None, start=None):
         self.calls.append((start, tuple(layers)))

@@ -27,6 +27,7 @@ from longwave.cli.common import (
     parse_options,
 )
 from longwave.cli.console import show_json, stderr, user_errors, waiting
+from longwave.cli.prefix import as_input, check_prefix, is_chat, prefix_ids, prompt_ids, read_prefix
 
 
 def command(
@@ -90,18 +91,33 @@ def command(
         from longwave.frame import cache_argument
         from longwave.methods import get_method
         from longwave.plan.profile import Profile
+        from longwave.saved import look
 
         chosen = get_method(method, **parse_options(option))
         measured = Profile.load(profile) if profile is not None else None
         source = Source(model, device, dtype)
         check_loop(why_python(source.device, graph), graph, compiled)
-        encoded = encode(source.tokenizer, "\n\n".join(parts), chat).to(source.device)
-        count = encoded["input_ids"].shape[1]
+        held = 0  # tokens of the prompt that a saved prefix has
+        if prefix is not None:
+            held = (kept := look(prefix)).tokens
+            encoded = as_input(prompt_ids(source.tokenizer, parts[-1], is_chat(kept)))
+        elif save_prefix is not None:
+            first = prefix_ids(source.tokenizer, parts[0], chat)
+            encoded = as_input(first, prompt_ids(source.tokenizer, parts[1], chat))
+        else:
+            encoded = encode(source.tokenizer, "\n\n".join(parts), chat)
+        count = held + encoded["input_ids"].shape[1]
         source.check_length(count, max_new_tokens)
         coming = count + max_new_tokens - 1  # the last new token is not read
-        source.check(chosen, budget, coming)
+        if prefix is None:
+            source.check(chosen, budget, coming)
         loaded, tokenizer = source.load(), source.tokenizer
-        memory = source.cache(loaded, chosen, budget, measured, coming, measure)
+        if prefix is not None:
+            memory, before = longwave.restore(loaded, prefix)
+            encoded = as_input(before, encoded["input_ids"])
+        else:
+            memory = source.cache(loaded, chosen, budget, measured, coming, measure)
+        encoded = {name: x.to(source.device) for name, x in encoded.items()}
         why = why_python(source.device, graph) or longwave.decode.supports(loaded, memory)
         check_loop(why, graph, compiled)
         torch.manual_seed(seed)
@@ -112,7 +128,10 @@ def command(
         given: dict[str, Any] = cache_argument(loaded, memory)
         loop = loaded.generate if why else partial(longwave.generate, loaded, compile=compiled)
         try:
-            with waiting(f"reading {count:,} tokens") as done:
+            with waiting(f"reading {count - held:,} tokens") as done:
+                if save_prefix is not None:
+                    read_prefix(loaded, memory, first, prefill_chunk)
+                    longwave.save(memory, first, save_prefix, exact=True, about={"chat": chat})
                 out = loop(
                     **encoded,
                     **given,
@@ -206,21 +225,3 @@ def show_pace(pace: dict[str, Any]) -> str:
     if "peak_memory" in pace:
         parts.append(f"peak memory {pace['peak_memory']:,} bytes")
     return ", ".join(parts)
-
-
-def check_prefix(
-    ctx: Any, prompt: str | None, file: Path | None, save_prefix: Path | None, prefix: Path | None
-) -> None:
-    """Raise ValueError for options that do not go together."""
-    if save_prefix is not None and file is None:
-        raise ValueError("--save-prefix keeps the text of --file: give one")
-    if prefix is None:
-        return
-    if file is not None:
-        raise ValueError("--prefix stands for the text of --file: give one of the two")
-    if not (prompt and prompt.strip()):
-        raise ValueError("a PROMPT goes with --prefix: what is asked about its text")
-    for name in ("method", "budget", "profile", "option", "chat"):
-        if ctx.get_parameter_source(name).name != "DEFAULT":
-            said = "--chat/--no-chat" if name == "chat" else f"--{name}"
-            raise ValueError(f"{said} was decided when the prefix was saved, and {prefix} has it: leave it out")

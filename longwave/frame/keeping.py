@@ -54,7 +54,9 @@ class Keeping(Counting):
         self.scaling, self._beyond, self._unsettled = state["scaling"], state["beyond"], state["unsettled"]
         self._came = None if state["came"] is None else (state["came"][0], state["came"][1])
         self.record_past = state["record_past"]
-        demand(bool(self.rows) and 0 <= max(self.rows) <= self.columns, f"{self.rows} of {self.columns} tokens are seen")
+        demand(
+            bool(self.rows) and 0 <= max(self.rows) <= self.columns, f"{self.rows} of {self.columns} tokens are seen"
+        )
         demand(len(self._run) == self.batch_size, f"{len(self._run)} runs of {self.batch_size} rows")
         self.dense = TokenBuffer(self.batch_size, self.needs.columns())
         self.dense.load_state(within("dense", state))
@@ -72,5 +74,7 @@ class Keeping(Counting):
         """ValueError where dense tokens are not of so many heads and channels, in the type that was planned."""
         shape = self._shape
         if shape is not None:
-            demand(shape[:3] == (kv_heads, head_dim, head_dim), f"K and V are of (heads, channels, channels) {shape[:3]}")
+            demand(
+                shape[:3] == (kv_heads, head_dim, head_dim), f"K and V are of (heads, channels, channels) {shape[:3]}"
+            )
             demand(self.planned in (None, self.dtype) and self.dense.k.dtype == self.dtype, f"K is {self.dtype}")  # type: ignore[union-attr]

@@ -227,7 +227,13 @@ class Queries:
     def state(self) -> State:
         """Everything remembered, not copied."""
         tensors = {} if self.q is None else {"q": self.q, "positions": self.positions}
-        return {"width": self.width, "every": self.every, "seen": list(self.seen), "counts": list(self.counts), **tensors}
+        return {
+            "width": self.width,
+            "every": self.every,
+            "seen": list(self.seen),
+            "counts": list(self.counts),
+            **tensors,
+        }
 
     @classmethod
     def of_state(cls, state: Mapping[str, Any]) -> Queries:

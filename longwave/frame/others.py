@@ -36,7 +36,9 @@ def _put(made: State, name: str, value: Any, kind: str) -> None:
         for i, item in enumerate(value):
             _put(made, f"{name}.{i}", item, kind)
     else:
-        raise NotImplementedError(f"{kind} keeps {name}, a {type(value).__name__}, which cannot be put away and taken back")
+        raise NotImplementedError(
+            f"{kind} keeps {name}, a {type(value).__name__}, which cannot be put away and taken back"
+        )
 
 
 def load_own_state(layer: Any, state: Mapping[str, Any], device: torch.device | None) -> None:

@@ -49,7 +49,9 @@ def pack(bound: Bound) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             return {"again": met[id(value)]}
         cls = type(value)
         if not (is_dataclass(value) and (isinstance(value, (Bound, Method)) or _VALUES.get(cls.__name__) is cls)):
-            raise NotImplementedError(f"{bound} decides by a {cls.__name__}, which cannot be saved: save K and V with size=")
+            raise NotImplementedError(
+                f"{bound} decides by a {cls.__name__}, which cannot be saved: save K and V with size="
+            )
         own = {field.name: packed(getattr(value, field.name)) for field in fields(value) if field.init}
         met[id(value)] = len(met)
         return {"class": cls.__name__ if cls.__name__ in _VALUES else _name(cls), "fields": own}

@@ -54,7 +54,9 @@ def whole(cache: LongCache) -> None:
     for layer in cache.memory_layers():
         store = getattr(layer, "store", None)
         if layer.held() != layer.rows:
-            raise ValueError(f"{cache.method} has dropped tokens, whose K and V are not to be had: save with exact=True")
+            raise ValueError(
+                f"{cache.method} has dropped tokens, whose K and V are not to be had: save with exact=True"
+            )
         if getattr(layer, "slots", False):
             raise ValueError(f"{cache.method} turns keys to their place in the cache: save with exact=True")
         if store is not None and getattr(getattr(store, "layout", None), "merged", None) and any(store.tokens):

@@ -115,7 +115,9 @@ class Reader:
         self.index = header
         if header.keys() != self.digests.keys():
             odd = sorted(header.keys() ^ self.digests.keys())
-            raise SavedCacheError(f"{path} is damaged: its header and its list of tensors differ in {', '.join(odd[:4])}")
+            raise SavedCacheError(
+                f"{path} is damaged: its header and its list of tensors differ in {', '.join(odd[:4])}"
+            )
         self._check_places()
 
     def _parse(self, raw: bytes) -> dict[str, Any]:
@@ -137,7 +139,9 @@ class Reader:
                 "read the text again and save it with this one"
             )
         text = about.get("facts")
-        if not isinstance(text, str) or _digest("facts", "JSON", [], text.encode("utf-8", "replace")) != about.get("digest"):
+        if not isinstance(text, str) or _digest("facts", "JSON", [], text.encode("utf-8", "replace")) != about.get(
+            "digest"
+        ):
             raise SavedCacheError(f"{self.path} is damaged: what it says of itself does not fit its checksum")
         return text
 

@@ -39,14 +39,20 @@ def identity(model: PreTrainedModel, shape: CacheShape) -> dict[str, Any]:
     """What a file says of its model."""
     config = model.config.get_text_config(decoder=True)
     said = {name: getattr(config, name, None) for name in _CONFIG}
-    return json.loads(json.dumps({
-        "name": getattr(model.config, "_name_or_path", "") or type(model).__name__,
-        "class": type(model).__name__,
-        "config": {name: value for name, value in said.items() if isinstance(value, (int, float, str, list, dict))},
-        "shape": repr(shape),
-        "weights": weights(model),
-        "projections": fingerprint(model, shape.memory_layers),
-    }))  # as a file gives it back
+    return json.loads(
+        json.dumps(
+            {
+                "name": getattr(model.config, "_name_or_path", "") or type(model).__name__,
+                "class": type(model).__name__,
+                "config": {
+                    name: value for name, value in said.items() if isinstance(value, (int, float, str, list, dict))
+                },
+                "shape": repr(shape),
+                "weights": weights(model),
+                "projections": fingerprint(model, shape.memory_layers),
+            }
+        )
+    )  # as a file gives it back
 
 
 def check_identity(model: PreTrainedModel, shape: CacheShape, theirs: dict[str, Any], path: Any) -> None:

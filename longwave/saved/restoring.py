@@ -56,9 +56,7 @@ def restore(
         facts = reader.facts
         check_identity(model, shape, facts["model"], path)
         tensors = reader.tensors()
-    states = [
-        {**state, **within(f"layers.{index}", tensors)} for index, state in enumerate(facts["layers"])
-    ]
+    states = [{**state, **within(f"layers.{index}", tensors)} for index, state in enumerate(facts["layers"])]
     ids = tensors["ids"].to(model.device)
     with _model_as_it_was(model):
         if facts["kind"] == "exact":
@@ -124,9 +122,7 @@ def _prompt_of(cache: LongCache, ids: torch.Tensor, states: list[State], path: P
     )
 
 
-def _coded_prompt(
-    coded: Coded, facts: Mapping[str, Any], ids: torch.Tensor, states: list[State], path: Path
-) -> Prompt:
+def _coded_prompt(coded: Coded, facts: Mapping[str, Any], ids: torch.Tensor, states: list[State], path: Path) -> Prompt:
     columns = facts["tokens"]
     mask = torch.arange(columns) >= columns - torch.tensor(coded.rows)[:, None]
     memory = [state for state in states if "scaling" in state]  # transformers' own layers have none

@@ -117,7 +117,12 @@ def _check(cache: LongCache) -> int:
 
 def _check_ids(cache: LongCache, ids: torch.Tensor, columns: int) -> torch.Tensor:
     rows = len(next(cache.memory_layers()).rows)
-    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim not in (1, 2):
+    if (
+        not isinstance(ids, torch.Tensor)
+        or ids.is_floating_point()
+        or ids.dtype == torch.bool
+        or ids.ndim not in (1, 2)
+    ):
         raise ValueError("ids are a tensor of whole numbers [batch, columns]: what the model was given")
     ids = ids.detach().reshape(-1, ids.shape[-1]).long().cpu()
     if ids.shape[0] != rows or ids.shape[1] < columns:
@@ -131,9 +136,7 @@ def _check_ids(cache: LongCache, ids: torch.Tensor, columns: int) -> torch.Tenso
 def _beside(state: State) -> State:
     """Of a memory layer's state what is no K or V, nor follows from the method: counts, queries, a recurrent state."""
     counts = ("columns", "rows", "run", "scaling", "came", "beyond")
-    return {
-        name: value for name, value in state.items() if name in counts or name.startswith(("queries.", "beside."))
-    }
+    return {name: value for name, value in state.items() if name in counts or name.startswith(("queries.", "beside."))}
 
 
 def _room(

@@ -126,5 +126,7 @@ def _ask_again(model: PreTrainedModel, needs: Needs, prompt: Prompt) -> list[Que
     more = {"attention_mask": prompt.mask.long().to(model.device)} if not bool(prompt.mask.all()) else {}
     device = model.device
     ids = prompt.ids[:, columns - new : columns].to(device)
-    model(ids, **cache_argument(model, dense), use_cache=True, logits_to_keep=1, position_ids=position.to(device), **more)
+    model(
+        ids, **cache_argument(model, dense), use_cache=True, logits_to_keep=1, position_ids=position.to(device), **more
+    )
     return [layer.queries for layer in dense.memory_layers()]

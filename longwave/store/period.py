@@ -145,7 +145,6 @@ class Row:
         copy.k, copy.v = [group.clone() for group in self.k], [group.clone() for group in self.v]
         return copy
 
-
     def state(self) -> State:
         made: State = {"period": self.period, "length": self.length, "groups": [len(self.k), len(self.v)]}
         for name in "kv":

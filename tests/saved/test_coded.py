@@ -170,7 +170,9 @@ def test_pages_are_coded_as_what_they_stand_for(made, text, path):
     model = made["llama"]
     for memory in (
         longwave.cache(model, longwave.Kivi(bits=4, group=8, **ENDS)),
-        longwave.cache(model, longwave.FourierPaper(keep=0.5, states=4, reserve=16, **ENDS), profile=random_profile(model)),
+        longwave.cache(
+            model, longwave.FourierPaper(keep=0.5, states=4, reserve=16, **ENDS), profile=random_profile(model)
+        ),
     ):
         read(model, memory, text[0][:, : LENGTH - 3], text[1])
         read(model, memory, text[0][:, :LENGTH], text[1])

@@ -155,7 +155,10 @@ def test_ten_thousand_damaged_files(model, kind, whole, tmp_path):
 def test_a_damaged_piece_names_its_tokens(model, whole, kind, tmp_path):
     _, _, places = parts(whole[0])
     said = {
-        "exact": {"layers.1.store.pages": r"layer 1 \(store.pages\), of tokens 0 to 171", "plan.0": "plan of its method"},
+        "exact": {
+            "layers.1.store.pages": r"layer 1 \(store.pages\), of tokens 0 to 171",
+            "plan.0": "plan of its method",
+        },
         "coded": {"rows.0.segments.1": "tokens 20 to 35 of row 0", "rows.0.v": r"first and last tokens of row 0 \(V\)"},
     }
     for name, words in {**said[kind], "ids": "the token ids"}.items():

@@ -78,7 +78,7 @@ def test_rows_move_and_the_past_goes_back(made, make, path):
         held.reorder_cache(torch.tensor([1, 0]))
     check_state(state_of(twin), state_of(memory))
     ids = ids[[1, 0]]
-    assert torch.equal(read(model, twin, ids[:, :62 + 3]), read(model, memory, ids[:, :62 + 3]))
+    assert torch.equal(read(model, twin, ids[:, : 62 + 3]), read(model, memory, ids[:, : 62 + 3]))
 
 
 def test_a_size_still_bounds_it(made, path):

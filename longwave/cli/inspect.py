@@ -50,8 +50,9 @@ def command(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """What a cache holds: bytes by part, kept channels by layer and rotary pair, one channel and its spectrum. Or, given a
-    saved cache, what that file holds."""
+    """What a cache holds: bytes by part, kept channels by layer and rotary pair, one channel and its spectrum.
+
+    Given a saved cache, what that file holds."""
     with user_errors():
         if saved is not None:
             show_saved(saved, as_json)

@@ -17,8 +17,8 @@ class Report:
 
     tokens: seen; held: in the longest row of the layer that holds most. parts: bytes by what they are for. scratch:
     bytes that a pass took at most for the time that it ran. answers: what attends over what is stored, kernel or plain
-    torch, and why (empty before it did). host: of nbytes, those in host memory, where the model is elsewhere or the cache
-    is parked. Of a cache that holds nothing there is none: ValueError.
+    torch, and why (empty before it did). host: of nbytes, those in host memory, where the model is elsewhere or the
+    cache is parked. Of a cache that holds nothing there is none: ValueError.
     """
 
     method: str

@@ -178,11 +178,11 @@ class Reader:
         first, last = entry["data_offsets"]
         raw = torch.empty(last - first, dtype=torch.uint8)
         self._file.seek(self._start + first)
-        data = memoryview(raw.numpy())
+        data = raw.numpy().data
         read = self._file.readinto(data) if last > first else 0  # type: ignore[attr-defined]
         if read != last - first or _digest(name, entry["dtype"], entry["shape"], data) != self.digests[name]:
             raise SavedCacheError(
-                f"{self.path} is damaged in {self.what(name)}: its checksum does not fit. Read the text again, and save it"
+                f"{self.path} is damaged in {self.what(name)}: its checksum does not fit. Read the text again"
             )
         dtype = TYPES[entry["dtype"]]
         return raw.view(dtype).reshape(entry["shape"]) if last > first else torch.empty(entry["shape"], dtype=dtype)

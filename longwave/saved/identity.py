@@ -23,7 +23,7 @@ _CONFIG = (
 
 @torch.no_grad()
 def weights(model: PreTrainedModel) -> str:
-    """Hex digest of a sample of every weight by name, the same in float32 as in bfloat16: what is sampled is rounded."""
+    """Hex digest of a sample of every weight by name, in float32 as in bfloat16: what is sampled is rounded."""
     found = hashlib.blake2b(digest_size=16)
     for name, x in sorted(model.named_parameters()):
         flat = x.detach().reshape(-1)

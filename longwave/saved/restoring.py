@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from longwave import build
-from longwave.frame import LongCache, MemoryLayer, assemble, stored_dtype
+from longwave.frame import LongCache, assemble, stored_dtype
 from longwave.frame.observe import Queries
 from longwave.frame.parked import give_states
 from longwave.methods import Bound, Method

@@ -43,7 +43,7 @@ def save(
     coder: what codes, `longwave.codec`'s own where none is given. model: the one that the cache was built on, where the
         cache does not know it (after unpickling). about: what else to keep, of JSON.
 
-    A parked cache can be saved. The file is a text in clear to whoever has the model, and is readable by its owner only.
+    A parked cache can be saved. The file is a text in clear to whoever has the model; its owner alone may read it.
     Raises ValueError for what cannot be saved so, OSError for what the disk refuses; an old file at `path` stays then.
     """
     if exact == (size is not None):
@@ -156,7 +156,7 @@ def _room(
     rest = sum(x.nbytes for x in tensors.values()) + 2 * len(json.dumps(facts)) + ENTRY * (len(tensors) + len(todo) + 4)
     if most < rest + middle:  # less than a byte a token of all layers is nobody's code
         raise ValueError(
-            f"{human(most)} is too little: what stays exact takes {human(rest)}, and {middle:,} tokens are coded; give a "
-            f"size of {human(rest + 64 * middle)} or so at least"
+            f"{human(most)} is too little: what stays exact takes {human(rest)}, and {middle:,} tokens are coded; give "
+            f"{human(rest + 64 * middle)} or so at least"
         )
     return most - rest

@@ -101,8 +101,8 @@ def _ask_again(model: PreTrainedModel, needs: Needs, prompt: Prompt) -> list[Que
     dense = observing(model, Needs(queries=needs.queries, every=needs.every))
     if any(not isinstance(layer, MemoryLayer) or isinstance(layer, Beside) for layer in dense.layers):
         raise ValueError(
-            f"the method needs queries of the last tokens, {prompt.path} has none, and this model's sliding or recurrent "
-            "layers do not go back to where they could be asked again: save from a cache of that method, or read again"
+            f"the method needs queries of the last tokens, {prompt.path} has none, and this model's sliding or "
+            "recurrent layers do not go back to where they could be asked again: save from a cache of that method, or read again"
         )
     columns = prompt.mask.shape[1]
     new = min(columns, (needs.queries + 1) * needs.every)
@@ -122,11 +122,11 @@ def _ask_again(model: PreTrainedModel, needs: Needs, prompt: Prompt) -> list[Que
         layer._run = list(rows)
         if layer.queries is not None:
             layer.queries.seen = list(rows)
-    position = (prompt.mask.cumsum(-1) - 1).clamp(min=0)[:, columns - new :]
+    positions = (prompt.mask.cumsum(-1) - 1).clamp(min=0)[:, columns - new :]
     more = {"attention_mask": prompt.mask.long().to(model.device)} if not bool(prompt.mask.all()) else {}
     device = model.device
     ids = prompt.ids[:, columns - new : columns].to(device)
     model(
-        ids, **cache_argument(model, dense), use_cache=True, logits_to_keep=1, position_ids=position.to(device), **more
+        ids, **cache_argument(model, dense), use_cache=True, logits_to_keep=1, position_ids=positions.to(device), **more
     )
     return [layer.queries for layer in dense.memory_layers()]

@@ -236,9 +236,9 @@ class PageStore:
         """Take over what `state` gave, on the device where it lies. ValueError for pages of another layout."""
         pages, counts = state["pages"], list(state["counts"])
         shape = [len(self.counts), self.layout.page_bytes]
-        fits = pages.ndim == 3 and [pages.shape[0], pages.shape[2]] == shape and pages.dtype == torch.uint8
+        fits = pages.ndim == 3 and shape == [pages.shape[0], pages.shape[2]] and pages.dtype == torch.uint8
         demand(fits, f"pages are {list(pages.shape)} of {pages.dtype}, not [{shape[0]}, .., {shape[1]}] of uint8")
-        demand(len(counts) == shape[0] and 0 <= min(counts) and max(counts) <= pages.shape[1], f"counts are {counts}")
+        demand(len(counts) == shape[0] and min(counts) >= 0 and max(counts) <= pages.shape[1], f"counts are {counts}")
         self.pages, self.counts = pages, counts
         self.move(pages.device)
 

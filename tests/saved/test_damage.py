@@ -134,8 +134,7 @@ def check(model, kind, whole, path, count, seed):
         try:
             got, ids = restore(model, path, kind)
         except longwave.SavedCacheError as error:
-            assert str(path) in str(error)
-            refused += 1
+            refused += str(path) in str(error)
             continue
         assert torch.equal(ids, tokens(1, LENGTH))
         for ours, theirs in zip(got.memory_layers(), want, strict=True):
@@ -217,7 +216,7 @@ def test_a_method_that_is_not_known_here(model, tmp_path, monkeypatch):
 
     path = write(model, tmp_path / "a", "exact")
     monkeypatch.setattr(binding, "_below", lambda cls: iter(()))
-    with pytest.raises(longwave.SavedCacheError, match="longwave.methods.fourier.FourierBound is not known here"):
+    with pytest.raises(longwave.SavedCacheError, match=r"longwave\.methods\.fourier\.FourierBound is not known here"):
         longwave.restore(model, path)
 
 

@@ -102,7 +102,8 @@ def _ask_again(model: PreTrainedModel, needs: Needs, prompt: Prompt) -> list[Que
     if any(not isinstance(layer, MemoryLayer) or isinstance(layer, Beside) for layer in dense.layers):
         raise ValueError(
             f"the method needs queries of the last tokens, {prompt.path} has none, and this model's sliding or "
-            "recurrent layers do not go back to where they could be asked again: save from a cache of that method, or read again"
+            "recurrent layers do not go back to where they could be asked again: save from a cache of "
+            "that method, or read again"
         )
     columns = prompt.mask.shape[1]
     new = min(columns, (needs.queries + 1) * needs.every)

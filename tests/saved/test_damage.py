@@ -124,13 +124,14 @@ def damages(whole, seed):
 
 
 def check(model, kind, whole, path, count, seed):
-    """Refused, or the very same cache."""
-    refused = 0
+    """Refused, or the very same cache; the share of files refused among those that differ from the good one at all."""
+    refused = differing = 0
     good = path.with_name("good")
     good.write_bytes(whole[0])
     want = [layer.materialize() for layer in restore(model, good, kind)[0].memory_layers()]
     for _, raw in zip(range(count), damages(whole, seed), strict=False):
         path.write_bytes(raw)
+        differing += raw != whole[0]  # tensors that change places may be alike
         try:
             got, ids = restore(model, path, kind)
         except longwave.SavedCacheError as error:
@@ -139,16 +140,17 @@ def check(model, kind, whole, path, count, seed):
         assert torch.equal(ids, tokens(1, LENGTH))
         for ours, theirs in zip(got.memory_layers(), want, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(ours.materialize(), theirs, strict=True))
-    return refused
+    assert differing > 0.9 * count
+    return refused / differing
 
 
 def test_damaged_files(model, kind, whole, tmp_path):
-    assert check(model, kind, whole, tmp_path / "bad", 200, 1) > 190
+    assert check(model, kind, whole, tmp_path / "bad", 400, 1) > 0.99
 
 
 @pytest.mark.slow
 def test_ten_thousand_damaged_files(model, kind, whole, tmp_path):
-    assert check(model, kind, whole, tmp_path / "bad", 5000, 2) > 4800
+    assert check(model, kind, whole, tmp_path / "bad", 5000, 2) > 0.99
 
 
 def test_a_damaged_piece_names_its_tokens(model, whole, kind, tmp_path):

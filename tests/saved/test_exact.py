@@ -5,7 +5,9 @@ import torch
 
 import longwave
 from longwave.frame import storage_bytes
+from tests.coder import Raw
 from tests.conftest import build, into, left_padded, random_profile, tokens
+from tests.evals.hybrids import hybrid
 from tests.matrix import IDENTITY, LOSSY
 from tests.reading import check_state, read, read_in, state_of
 
@@ -174,3 +176,19 @@ def test_a_decoder_that_holds_it(made, path):
         with pytest.raises(RuntimeError, match="a decoder holds this cache"):
             memory.park()
     assert not path.exists()
+
+
+@pytest.mark.parametrize("kind", ["falcon_h1", "lfm2", "granitemoehybrid"])
+@pytest.mark.parametrize("name", ["kivi", "h2o"])
+def test_layers_of_other_kinds(kind, name, path):
+    """Exactly, there and back from host memory, and coded; Falcon-H1's states lie beside its attention."""
+    model, make = hybrid(kind), METHODS[name]
+    ids, mask = left_padded(2, 70, [0, 13])
+    memory, plain = make(model), longwave.cache(model, "dense")
+    for held, options in ((memory, {"exact": True}), (plain, {"size": "9MB", "coder": Raw()})):
+        read(model, held, ids[:, :60], mask)
+        longwave.save(held, ids[:, :60], path, **options)
+        twin, _ = longwave.restore(model, path, coder=options.get("coder"))
+        twin.park()
+        twin.wake()
+        assert torch.equal(read(model, twin, ids, mask), read(model, held, ids, mask))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from longwave.models import load
     from longwave.plan.profile import Profile
+    from longwave.saved import SavedCacheError, restore, save
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,9 @@ _HOMES = {
     "MemoryLayer": "longwave.frame",
     "load": "longwave.models",
     "Profile": "longwave.plan.profile",
+    "SavedCacheError": "longwave.saved",
+    "restore": "longwave.saved",
+    "save": "longwave.saved",
     **dict.fromkeys(
         (
             "Bound", "Dense", "Evicting", "Fourier", "FourierPaper", "H2O", "Kivi", "Method", "Quest", "Segmented",
@@ -62,6 +66,7 @@ __all__ = [
     "Method",
     "Profile",
     "Quest",
+    "SavedCacheError",
     "Segmented",
     "Selecting",
     "SnapKV",
@@ -72,6 +77,8 @@ __all__ = [
     "generate",
     "load",
     "register",
+    "restore",
+    "save",
 ]
 
 

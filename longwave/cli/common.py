@@ -153,11 +153,20 @@ def encode(tokenizer: Any, text: str, chat: bool) -> Any:
     """A user's turn as token ids, in the chat template where one is wanted and there."""
     if not (chat and tokenizer.chat_template):
         return tokenizer(text, return_tensors="pt", verbose=False)
+    return _template(tokenizer, text, return_tensors="pt", return_dict=True)
+
+
+def filled_in(tokenizer: Any, text: str) -> str:
+    """A user's turn in the chat template, as text."""
+    return _template(tokenizer, text, tokenize=False)
+
+
+def _template(tokenizer: Any, text: str, **options: Any) -> Any:
     from jinja2 import TemplateError
 
     turn = [{"role": "user", "content": text}]
     try:
-        return tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        return tokenizer.apply_chat_template(turn, add_generation_prompt=True, **options)
     except TemplateError as error:
         raise ValueError(f"this tokenizer's chat template fails ({error}): pass --no-chat") from None
 

@@ -27,11 +27,19 @@ from longwave.cli.common import (
     parse_options,
 )
 from longwave.cli.console import show_json, stderr, user_errors, waiting
+from longwave.cli.prefix import as_input, check_prefix, is_chat, prefix_ids, prompt_ids, read_prefix
 
 
 def command(
+    ctx: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="The prompt, or a question about --file.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Text to read before the prompt.")] = None,
+    save_prefix: Annotated[
+        Path | None, typer.Option(help="Keep what was read of --file here, for --prefix: the cache, exactly as it is.")
+    ] = None,
+    prefix: Annotated[
+        Path | None, typer.Option(help="A text that --save-prefix kept, instead of --file: it is not read again.")
+    ] = None,
     model: Model = "smollm2",
     method: MethodName = "fourier",
     budget: Budget = None,
@@ -62,6 +70,7 @@ def command(
 ) -> None:
     """Answer a prompt, with a report of the bytes held and of the time taken."""
     with user_errors():
+        check_prefix(ctx, prompt, file, save_prefix, prefix)
         parts = [read_text(file, blank=False)] if file else []
         parts += [prompt] if prompt and prompt.strip() else []
         if not parts:
@@ -82,18 +91,33 @@ def command(
         from longwave.frame import cache_argument
         from longwave.methods import get_method
         from longwave.plan.profile import Profile
+        from longwave.saved import look
 
         chosen = get_method(method, **parse_options(option))
         measured = Profile.load(profile) if profile is not None else None
         source = Source(model, device, dtype)
         check_loop(why_python(source.device, graph), graph, compiled)
-        encoded = encode(source.tokenizer, "\n\n".join(parts), chat).to(source.device)
-        count = encoded["input_ids"].shape[1]
+        held = 0  # tokens of the prompt that a saved prefix has
+        if prefix is not None:
+            held = (kept := look(prefix)).tokens
+            encoded = as_input(prompt_ids(source.tokenizer, parts[-1], is_chat(kept)))
+        elif save_prefix is not None:
+            first = prefix_ids(source.tokenizer, parts[0], chat)
+            encoded = as_input(first, prompt_ids(source.tokenizer, parts[1], chat))
+        else:
+            encoded = encode(source.tokenizer, "\n\n".join(parts), chat)
+        count = held + encoded["input_ids"].shape[1]
         source.check_length(count, max_new_tokens)
         coming = count + max_new_tokens - 1  # the last new token is not read
-        source.check(chosen, budget, coming)
+        if prefix is None:
+            source.check(chosen, budget, coming)
         loaded, tokenizer = source.load(), source.tokenizer
-        memory = source.cache(loaded, chosen, budget, measured, coming, measure)
+        if prefix is not None:
+            memory, before = longwave.restore(loaded, prefix)
+            encoded = as_input(before, encoded["input_ids"])
+        else:
+            memory = source.cache(loaded, chosen, budget, measured, coming, measure)
+        encoded = {name: x.to(source.device) for name, x in encoded.items()}
         why = why_python(source.device, graph) or longwave.decode.supports(loaded, memory)
         check_loop(why, graph, compiled)
         torch.manual_seed(seed)
@@ -104,7 +128,10 @@ def command(
         given: dict[str, Any] = cache_argument(loaded, memory)
         loop = loaded.generate if why else partial(longwave.generate, loaded, compile=compiled)
         try:
-            with waiting(f"reading {count:,} tokens") as done:
+            with waiting(f"reading {count - held:,} tokens") as done:
+                if save_prefix is not None:
+                    read_prefix(loaded, memory, first, prefill_chunk)
+                    longwave.save(memory, first, save_prefix, exact=True, about={"chat": chat})
                 out = loop(
                     **encoded,
                     **given,

@@ -1,4 +1,4 @@
-"""longwave inspect: what a cache holds, in bytes, kept channels and pictures."""
+"""longwave inspect: what a cache holds, in bytes, kept channels and pictures; or what a saved file holds."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ from longwave.cli.console import show_json, show_table, user_errors, waiting
 
 
 def command(
+    saved: Annotated[
+        Path | None, typer.Argument(help="A saved cache: what this file holds, every byte of it checked.")
+    ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Text to read; Python's help topics otherwise.")
     ] = None,
@@ -47,8 +50,13 @@ def command(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """What a cache holds: bytes by part, kept channels by layer and rotary pair, one channel and its spectrum."""
+    """What a cache holds: bytes by part, kept channels by layer and rotary pair, one channel and its spectrum.
+
+    Given a saved cache, what that file holds."""
     with user_errors():
+        if saved is not None:
+            show_saved(saved, as_json)
+            return
         if side not in ("k", "v"):
             raise ValueError(f'side is "k" or "v", got {side!r}')
         from longwave.cli.pictures import kept_by_pair, plot_channel, plot_kept
@@ -117,6 +125,32 @@ def command(
                 rows.append([entry["layer"], f"{entry['k']:.2f}", *quarters, f"{entry['v']:.2f}"])
             show_table("share of channels kept", ["layer", "K", "K fast pairs", "..", "..", "K slow pairs", "V"], rows)
             print(f"{out / 'kept.png'}\n{out / 'channel.png'}")
+
+
+def show_saved(path: Path, as_json: bool) -> None:
+    """What a saved cache holds."""
+    from longwave.saved import look
+
+    found = look(path)
+    if as_json:
+        show_json(found.as_dict())
+        return
+    how = "exactly, as its method holds it" if found.kind == "exact" else f"K and V coded in {found.segments} segments"
+    rows = ", ".join(f"{n:,}" for n in found.rows)
+    show_table(
+        "saved cache",
+        ["what", "value"],
+        [
+            ("model", found.model),
+            ("method", found.method),
+            ("saved", how),
+            ("tokens", f"{found.tokens:,}" if found.rows == [found.tokens] else f"{found.tokens:,} (rows of {rows})"),
+            ("bytes", f"{found.nbytes:,}"),
+            ("bytes of a dense cache", f"{found.dense_nbytes:,}"),
+            ("ratio", f"{found.ratio:.3f}"),
+            ("format", found.version),
+        ],
+    )
 
 
 def _quarters(values: list[float]) -> Any:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from longwave.frame.attention import stored_dtype, use_longwave_attention
 from longwave.frame.beside import with_state
-from longwave.frame.cache import LongCache
+from longwave.frame.cache import LongCache, Origin
 from longwave.frame.hidden import Watch
 from longwave.frame.layer import MemoryLayer
 from longwave.frame.observe import Needs
@@ -28,6 +28,7 @@ def assemble(model: PreTrainedModel, layer: Callable[[int], MemoryLayer], needs:
     layers = [with_state(made, states[index]) if index in states else made for index, made in enumerate(layers)]
     use_longwave_attention(model)
     built = LongCache(layers, method, rotary, watch)
+    built.origin = Origin(model)
     built.drops = getattr(config, "original_max_position_embeddings", None) or 0
     built._progress.switch = _switch(config)
     for memory in built.memory_layers():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,25 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from longwave.frame.attention import uncompiled
 from longwave.frame.counting import storage_bytes
 from longwave.frame.layer import MemoryLayer
+from longwave.frame.parked import exchange, to_host
 from longwave.frame.progress import Progress
 from longwave.frame.report import OTHERS, Report, tensors_in
+
+
+class Origin:
+    """The model that a cache was built on, as long as it lives. A pickle does not know it."""
+
+    def __init__(self, model: Any = None):
+        self._model = None if model is None else weakref.ref(model)
+
+    def __call__(self) -> Any:
+        return None if self._model is None else self._model()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Origin, ()
+
+    def __deepcopy__(self, memo: object) -> Origin:
+        return self
 
 
 class LongCache(Cache):
@@ -26,6 +44,8 @@ class LongCache(Cache):
     layers: list[Any]
     sized: Any = None  # what `longwave.build.expect` needs to plan it again, where its budget is a size
     drops: int = 0  # see __bool__
+    origin: Origin = Origin()
+    _homes: dict[tuple[int, str], torch.device] | None = None  # of a parked cache: where each tensor came from
 
     def __bool__(self) -> bool:
         """False where the model would drop the cache: Phi-3's family does if it is true, the text passes `drops` tokens
@@ -51,6 +71,7 @@ class LongCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Hand new tokens to a layer. transformers' own layers keep a view of all they returned: cut it to size."""
+        self._progress.check_here()
         try:
             next(self.memory_layers()).check_dtype(value_states)  # before a sliding layer takes them
             returned = super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -69,6 +90,7 @@ class LongCache(Cache):
     def reset(self) -> None:
         """Forget everything; the next use may have another batch size."""
         self._progress.reached, self._progress.broken, self._progress.lent = None, False, None
+        self._progress.parked, self._homes = False, None
         for index, unused in enumerate(self._unused):
             if unused is None:
                 self.layers[index].reset()
@@ -127,6 +149,45 @@ class LongCache(Cache):
         self._progress.check()
         return super().get_mask_sizes(query_length, layer_idx)
 
+    def mask(self) -> torch.Tensor:
+        """Which columns hold a real token: bool [batch, columns], on the host, padding first.
+
+        ValueError where a row has padding between its tokens: which columns those were is not known any more.
+        """
+        first = next(self.memory_layers())
+        if not first.is_initialized:
+            raise ValueError("no token was read into this cache")
+        if not first.unbroken:
+            raise ValueError("a row has padding between its tokens, and which columns those were is not known any more")
+        return torch.arange(first.columns) >= first.columns - torch.tensor(first.rows)[:, None]
+
+    def park(self) -> None:
+        """Move all that is held to host memory, pinned where it comes from a GPU, until `wake`.
+
+        A parked cache takes no pass; it can be reported on, saved, copied, woken and reset. Both copies are held while
+        it moves. If anything fails, memory included, the cache is as it was. Parked already: nothing happens.
+        """
+        if self._progress.parked:
+            return
+        self._progress.check()
+        self._progress.check_lent()
+        homes: dict[tuple[int, str], torch.device] = {}
+
+        def out(index: int, name: str, x: torch.Tensor) -> torch.Tensor:
+            homes[index, name] = x.device
+            return to_host(x)
+
+        exchange(self.layers, out)
+        self._homes, self._progress.parked = homes, True
+
+    def wake(self) -> None:
+        """Move everything back to where it lay before `park`, bit for bit. If anything fails it stays parked."""
+        homes = self._homes
+        if not self._progress.parked or homes is None:
+            return
+        exchange(self.layers, lambda index, name, x: x.to(homes[index, name], non_blocking=True))
+        self._homes, self._progress.parked = None, False
+
     def memory_layers(self) -> Iterator[MemoryLayer]:
         return (layer for layer in self.layers if isinstance(layer, MemoryLayer))
 
@@ -143,6 +204,7 @@ class LongCache(Cache):
     def report(self) -> Report:
         """Tokens seen, bytes held by part, bytes a dense cache would hold, and their ratio."""
         parts: dict[str, int] = {}
+        host = storage_bytes([x for layer in self.layers for x in self._away(layer)])
         dense, batch, held, answers = 0, 0, 0, []
         for layer in self.layers:
             if isinstance(layer, MemoryLayer):
@@ -168,5 +230,15 @@ class LongCache(Cache):
             dense_nbytes=dense,
             parts=parts,
             scratch=scratch.most,
+            host=host,
             answers=tuple(answers),
         )
+
+    def _away(self, layer: Any) -> list[torch.Tensor]:
+        """What a layer holds in host memory that does not belong there, or that is parked there."""
+        home = getattr(layer, "device", None)
+        if not self._progress.parked and (home is None or home.type == "cpu"):
+            return []
+        memory = isinstance(layer, MemoryLayer)
+        held = [x for part in layer.parts().values() for x in part] if memory else list(tensors_in(layer))
+        return [x for x in held if x.device.type == "cpu"]

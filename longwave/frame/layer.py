@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from longwave.frame.attention import Handle, StepMask, own_arithmetic
-from longwave.frame.counting import Counting
 from longwave.frame.gradients import bar_gradients
 from longwave.frame.hidden import take_hidden
+from longwave.frame.keeping import Keeping
 from longwave.frame.observe import Needs, Pass, Queries, Step
 from longwave.frame.progress import Progress
 from longwave.ops import mass as attention_mass
@@ -23,7 +23,7 @@ from longwave.ops.attention.reference import causal_attention, dense_attention, 
 from longwave.store.tokens import TokenBuffer
 
 
-class MemoryLayer(Counting):
+class MemoryLayer(Keeping):
     """One attention layer's memory. The base class keeps every token dense; methods override `settle` and more.
 
     `dense` holds tokens row by row without padding. `rows[b]` counts the real tokens that row b has *seen*;
@@ -195,6 +195,11 @@ class MemoryLayer(Counting):
             raise ValueError("nothing is stored yet")
         k, v = self.dense.view()
         return k.clone(), v.clone()
+
+    def span(self, row: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`materialize` of a row's tokens start to stop alone: [kv_heads, stop - start, head_dim] each."""
+        k, v = self.dense.view()
+        return k[row, :, start:stop], v[row, :, start:stop]
 
     def parts(self) -> dict[str, list[torch.Tensor]]:
         """Every tensor held, by what it is for."""
@@ -447,10 +452,6 @@ class MemoryLayer(Counting):
             self._adopt(source)
 
     def _adopt(self, source: MemoryLayer) -> None:
-        k, v = source.materialize()
-        valid = None
-        if len(set(source.rows)) > 1:
-            valid = torch.arange(k.shape[2], device=k.device) < torch.tensor(source.rows, device=k.device)[:, None]
         missing = [name for name in self.needs.columns() if name not in source.dense.columns and name != "position"]
         asked = self.needs.queries and not (source.queries is not None and source.queries.covers(self.needs))
         if missing or asked:
@@ -459,19 +460,38 @@ class MemoryLayer(Counting):
                 f"({', '.join(missing) or f'{self.needs.queries} queries'}): prefill(model, ids, mask, needs)"
             )
         columns = {name: source.dense.column(name) for name in self.needs.columns() if name in source.dense.columns}
+        self.take(*source.materialize(), source.rows, source.scaling, columns, source.queries)
+
+    def take(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        rows: list[int],
+        scaling: float,
+        columns: Mapping[str, torch.Tensor],
+        queries: Queries | None,
+    ) -> None:
+        """Hold a prompt whose K and V [batch, kv_heads, tokens, head_dim], rotated, are known, as if it had been read.
+
+        Row b has the first rows[b] tokens. columns: what is known of them, [batch, kv_heads, tokens]; without
+        "position" they are counted in the row. queries: that cover what this layer needs, None where it needs none.
+        """
+        valid = None
+        if len(set(rows)) > 1:
+            valid = torch.arange(k.shape[2], device=k.device) < torch.tensor(rows, device=k.device)[:, None]
         if not self.is_initialized:
             self.lazy_initialization(k, v)
         positions = columns["position"][:, 0].long() if "position" in columns else self.positions_of(k, valid, None)
-        p = Pass(k[:, :0], k, v, source.scaling, valid=valid, positions=positions, phase="prompt")
+        p = Pass(k[:, :0], k, v, scaling, valid=valid, positions=positions, phase="prompt")
         p.rotary = self.progress.rotary
         if p.rotary is not None:  # keys come rotated, and may have to lie otherwise
             p.module = next((module for module in p.rotary.turns if module.layer_idx == self.index), None)
         self.arrive(p)
         self.write(p.k, p.v, valid, columns)
         if self.needs.queries:
-            assert source.queries is not None
-            self.queries = source.queries.last(self.needs.queries, self.needs.every)
-        self._fresh, self.scaling = False, source.scaling
+            assert queries is not None
+            self.queries = queries.last(self.needs.queries, self.needs.every)
+        self._fresh, self.scaling = False, scaling
         try:
             self.settle()
         except BaseException:

@@ -6,10 +6,13 @@ A method says what it `Needs`; the frame provides just that, in ordinary passes,
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from longwave.store.state import State, demand
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,31 @@ class Queries:
         if self.q is not None and self.positions is not None:
             index = rows.to(self.q.device)
             self.q, self.positions = self.q.index_select(0, index), self.positions.index_select(0, index)
+
+    def state(self) -> State:
+        """Everything remembered, not copied."""
+        tensors = {} if self.q is None else {"q": self.q, "positions": self.positions}
+        return {
+            "width": self.width,
+            "every": self.every,
+            "seen": list(self.seen),
+            "counts": list(self.counts),
+            **tensors,
+        }
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> Queries:
+        """What `state` was given of. ValueError where it does not fit together."""
+        seen, counts = list(state["seen"]), list(state["counts"])
+        made = cls(state["width"], len(seen), state["every"])
+        made.seen, made.counts = seen, counts
+        made.q, made.positions = state.get("q"), state.get("positions")
+        demand((made.q is None) == (made.positions is None), "queries come with positions")
+        if made.q is not None and made.positions is not None:
+            shape = [len(seen), made.width]
+            fits = [made.q.shape[0], made.q.shape[2]] == shape == list(made.positions.shape)
+            demand(fits and len(counts) == len(seen), f"queries are {list(made.q.shape)} for {len(seen)} rows")
+        return made
 
     def move(self, device: torch.device | str) -> None:
         if self.q is not None and self.positions is not None:

@@ -17,6 +17,7 @@ class Progress:
     last_memory: int = 0
     reached: int | None = None  # the last layer given tokens in this pass
     broken: bool = False
+    parked: bool = False  # what the layers hold lies in host memory until `LongCache.wake`
     lent: object | None = None  # of the decoder that holds the layers' storage and counts for them
     rotary: Any = None  # of the model, where a method needs it (rotary.py)
     switch: int | None = None  # tokens beyond which the model rotates all of them otherwise (longrope)
@@ -24,18 +25,27 @@ class Progress:
     scratch: Scratch = field(default_factory=Scratch)  # what one layer's pass may take at a time
 
     def check(self) -> None:
+        self.check_here()
         if self.broken or self.reached not in (None, self.last):
             raise ValueError(
                 "the last forward pass failed half-way and layers hold different tokens: call cache.reset()"
             )
 
+    def check_here(self) -> None:
+        if self.parked:
+            raise RuntimeError("this cache is parked in host memory: call cache.wake() first")
+
     def check_lent(self) -> None:
+        self.check_here()
+        self._check_counted()
+
+    def _check_counted(self) -> None:
         if self.lent is not None:
             raise RuntimeError("a decoder holds this cache: call the decoder's finish(), or cache.reset()")
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles of the cache: what a decoder holds is not counted yet."""
-        self.check_lent()
+        self._check_counted()
         return vars(self)
 
     def refused(self, index: int) -> None:

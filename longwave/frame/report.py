@@ -17,7 +17,8 @@ class Report:
 
     tokens: seen; held: in the longest row of the layer that holds most. parts: bytes by what they are for. scratch:
     bytes that a pass took at most for the time that it ran. answers: what attends over what is stored, kernel or plain
-    torch, and why (empty before it did). Of a cache that holds nothing there is none: ValueError.
+    torch, and why (empty before it did). host: of nbytes, those in host memory, where the model is elsewhere or the
+    cache is parked. Of a cache that holds nothing there is none: ValueError.
     """
 
     method: str
@@ -28,6 +29,7 @@ class Report:
     dense_nbytes: int
     parts: dict[str, int]
     scratch: int = 0
+    host: int = 0
     answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -62,11 +64,12 @@ class Report:
             f"; {self.memory_ratio:.3f} without the other layers, which hold {self.others:,} bytes in a dense cache too"
         )
         scratch = f"; a pass took {self.scratch:,} more" if self.scratch else ""
+        host = f"; {self.host:,} of the bytes in host memory" if self.host else ""
         answers = f"; answered by {', '.join(self.answers)}" if self.answers else ""
         return (
             f"ratio {self.ratio:.3f}: {self.nbytes:,} bytes held, {self.dense_nbytes:,} in a dense cache; "
             f"{self.method}, {self.tokens:,} tokens{held} x {self.batch} rows [{parts}]"
-            f"{others if self.others else ''}{scratch}{answers}"
+            f"{others if self.others else ''}{scratch}{host}{answers}"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from longwave.methods.evicting_pages import PagedBound
 from longwave.methods.held import Held, evictable, held_by, survivors
 from longwave.methods.segmented import Segmented
 from longwave.plan.profile import Profile
+from longwave.store.state import State, demand
 from longwave.store.tokens import capacity
 
 DEFAULT_BUDGET = 0.25
@@ -198,6 +199,16 @@ class EvictingLayer(MemoryLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self._arrived, self._evicted = [0] * self.batch_size, [0] * self.batch_size
+
+    def state(self) -> State:
+        made = super().state()
+        return made and {**made, "arrived": list(self._arrived), "evicted": list(self._evicted)}
+
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        super().load_state(state, device)
+        if state:
+            self._arrived, self._evicted = list(state["arrived"]), list(state["evicted"])
+            demand(len(self._arrived) == len(self._evicted) == self.batch_size, "rows differ in number")
 
     def patience(self) -> int:
         return self.bound.method.window if self.max_tokens is None else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from longwave.ops.merge import merge
 from longwave.ops.spectral.layout import Layout
 from longwave.plan.plan import Plan
 from longwave.store.pages import PageStore
+from longwave.store.state import State, under, within
 from longwave.store.tokens import capacity
 
 BESIDE = 8  # channels beside K's for a bias: fused kernels want multiples of 8
@@ -400,6 +401,30 @@ class SegmentedLayer(MemoryLayer):
                 whole[row, :, first + count : held + count] = dense[row, :, first:held]
             sides.append(whole)
         return sides[0], sides[1]
+
+    def span(self, row: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.store is None or not self.store.tokens[row]:
+            return super().span(row, start, stop)
+        first, middle = min(self.sinks, self.dense.lengths[row]), self.store.tokens[row]
+        parts = [super().span(row, start, min(stop, first))] if start < first else []
+        inside = max(start - first, 0), min(stop - first, middle)
+        parts += [self.store.span(row, *inside)] if inside[0] < inside[1] else []
+        if stop > first + middle:
+            parts.append(super().span(row, max(start - middle, first), stop - middle))
+        k, v = zip(*parts, strict=True)
+        return torch.cat(k, 1), torch.cat(v, 1)
+
+    def state(self) -> State:
+        made = super().state()
+        return made if self.store is None else made | under("store", self.store.state())
+
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        super().load_state(state, device)
+        kept = within("store", state)
+        if kept:
+            store = self.bound.new_store(self.position, self.batch_size, device)
+            store.load_state(kept)
+            self.store = store
 
     def parts(self) -> dict[str, list[torch.Tensor]]:
         if self.store is None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,6 +19,7 @@ from longwave.frame import MemoryLayer, Pass, Step
 from longwave.methods.base import Bound, CacheShape, Method
 from longwave.ops.attention.reference import group_heads, subset_attention, subset_log_sum_exp
 from longwave.plan.profile import Profile
+from longwave.store.state import State, demand
 from longwave.store.tokens import capacity, writable
 
 
@@ -186,6 +188,23 @@ class SelectingLayer(MemoryLayer):
             for known, length in zip(self._known, self.dense.lengths, strict=True)
         ]
         self._summarise(self._known, self.summary.device)
+
+    def state(self) -> State:
+        made = super().state()
+        known = {} if self.summary is None else {"summary": self.summary}
+        return made and {**made, **known, "known": list(self._known)}
+
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        super().load_state(state, device)
+        if state:
+            if self.method.host:
+                self.dense.move("cpu")
+            self.summary, self._known = state.get("summary"), list(state["known"])
+            if self.summary is not None and self.dense.k is not None:
+                shape = [*self.dense.k.shape[:2], self.method.summaries, self.dense.k.shape[3]]
+                found = [*self.summary.shape[:2], *self.summary.shape[3:]]
+                demand(found == shape and self.summary.dtype == self.dtype, f"summaries are {list(self.summary.shape)}")
+                demand(len(self._known) == self.batch_size, f"{len(self._known)} rows of {self.batch_size} are known")
 
     # attention
 

@@ -5,7 +5,7 @@ A page is made once from dense values and never touched again, so the order in w
 
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from longwave.ops.kernels import choice, on_device, wants_triton
 from longwave.ops.spectral import cpu, reference
 from longwave.ops.spectral.basis import table
 from longwave.ops.spectral.layout import Layout
+from longwave.store.state import State, demand
 from longwave.store.tokens import writable
 
 _LOGGED: set[str] = set()  # what answers is said once a process
@@ -217,6 +218,29 @@ class PageStore:
         """The K and V that the store stands for: [B, H, M, D] each. What attention adds to scores is `bias`."""
         k, v = reference.decode(self.layout, self.pages, self._table(self.layout.dtype, self.pages.device))
         return k.to(self.layout.dtype), v.to(self.layout.dtype)
+
+    def span(self, row: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`materialize` of a row's middle tokens start to stop: [H, stop - start, D] each."""
+        size = self.layout.segment
+        first = start // size
+        pages = self.pages[row : row + 1, first : -(-stop // size)]
+        k, v = reference.decode(self.layout, pages, self._table(self.layout.dtype, pages.device))
+        own = slice(start - first * size, stop - first * size)
+        return k[0, :, own].to(self.layout.dtype), v[0, :, own].to(self.layout.dtype)
+
+    def state(self) -> State:
+        """Everything held, not copied. What names the channels follows from the layout."""
+        return {"pages": self.pages, "counts": list(self.counts)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave, on the device where it lies. ValueError for pages of another layout."""
+        pages, counts = state["pages"], list(state["counts"])
+        shape = [len(self.counts), self.layout.page_bytes]
+        fits = pages.ndim == 3 and shape == [pages.shape[0], pages.shape[2]] and pages.dtype == torch.uint8
+        demand(fits, f"pages are {list(pages.shape)} of {pages.dtype}, not [{shape[0]}, .., {shape[1]}] of uint8")
+        demand(len(counts) == shape[0] and min(counts) >= 0 and max(counts) <= pages.shape[1], f"counts are {counts}")
+        self.pages, self.counts = pages, counts
+        self.move(pages.device)
 
     def index(self) -> Iterator[torch.Tensor]:
         for group in (*self.layout.k, *self.layout.v):

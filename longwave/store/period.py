@@ -6,12 +6,14 @@ that join later; a full period is fitted again with a longer one instead of wrap
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from longwave.ops.spectral.basis import smooth_ge
 from longwave.store.channels import ChannelSplit
+from longwave.store.state import State, demand, under, within
 
 FLUSH = 64  # tokens that join at once: the gain is computed anew each time
 
@@ -93,6 +95,16 @@ class PeriodGroup:
         for field in self.FIELDS:
             setattr(self, field, getattr(self, field).to(device))
 
+    def state(self) -> State:
+        return {field: getattr(self, field) for field in self.FIELDS}
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> "PeriodGroup":
+        made = object.__new__(cls)
+        demand(set(state) == set(cls.FIELDS), f"a group of channels comes with {sorted(state)}")
+        vars(made).update(state, dtype=state["coef"].dtype)
+        return made
+
     def clone(self) -> "PeriodGroup":
         copy = object.__new__(PeriodGroup)
         copy.dtype = self.dtype
@@ -132,6 +144,23 @@ class Row:
         copy.period, copy.length = self.period, self.length
         copy.k, copy.v = [group.clone() for group in self.k], [group.clone() for group in self.v]
         return copy
+
+    def state(self) -> State:
+        made: State = {"period": self.period, "length": self.length, "groups": [len(self.k), len(self.v)]}
+        for name in "kv":
+            for i, group in enumerate(getattr(self, name)):
+                made |= under(f"{name}.{i}", group.state())
+        return made
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Any]) -> "Row":
+        made = cls()
+        made.period, made.length = state["period"], state["length"]
+        for name, count in zip("kv", state["groups"], strict=True):
+            groups = [PeriodGroup.of_state(within(f"{name}.{i}", state)) for i in range(count)]
+            demand(all(g.kept.shape[1] == made.length for g in groups), f"{made.length} tokens, and others are kept")
+            setattr(made, name, groups)
+        return made
 
 
 class PeriodStore:
@@ -259,6 +288,35 @@ class PeriodStore:
     def index(self) -> Iterator[torch.Tensor]:
         yield from self.split_k.tensors()
         yield from self.split_v.tensors()
+
+    def span(self, row: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`materialize` of a row's middle tokens start to stop: [H, stop - start, D] each."""
+        own = self.rows[row]
+        sides = []
+        for groups, split in ((own.k, self.split_k), (own.v, self.split_v)):
+            parts = [(g.kept[None], g.channels(own.period, own.length)[None]) for g in groups]
+            sides.append(split.join(parts)[0, :, start:stop])
+        return sides[0], sides[1]
+
+    def state(self) -> State:
+        """Everything held, not copied. Which channels are kept follows from the splits."""
+        made: State = {}
+        for i, row in enumerate(self.rows):
+            made |= under(f"rows.{i}", row.state())
+        return made
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave, on the device where it lies. ValueError where it does not fit together."""
+        rows = [Row.of_state(within(f"rows.{i}", state)) for i in range(len(self.rows))]
+        for row in rows:
+            for groups, split in ((row.k, self.split_k), (row.v, self.split_v)):
+                fits = len(groups) == (len(split.groups) if row.length else 0)
+                demand(fits, f"a row of {row.length} tokens has {len(groups)} groups of channels")
+        self.rows = rows
+        for group in (group for row in rows for group in row.groups()):
+            self.split_k.move(group.kept.device)
+            self.split_v.move(group.kept.device)
+            break
 
     def parts(self) -> dict[str, list[torch.Tensor]]:
         groups = [group for row in self.rows for group in row.groups()]

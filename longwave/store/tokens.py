@@ -6,10 +6,12 @@ attention.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 
 from longwave.ops.write.reference import write_step
+from longwave.store.state import State, demand
 
 BLOCK = 64  # tokens; capacity is always the longest row rounded up to this
 
@@ -239,6 +241,28 @@ class TokenBuffer:
         if self.k is not None and self.v is not None:
             yield self.k
             yield self.v
+
+    def state(self) -> State:
+        """Everything held, not copied: "k", "v" and the columns by name, as they are, and "lengths"."""
+        return {**self._items(), "lengths": list(self.lengths)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` gave. ValueError where it does not fit together, or what is declared here."""
+        lengths = list(state["lengths"])
+        names = ("k", "v", *self.declared) if len(state) > 1 else ()
+        demand(set(state) == {*names, "lengths"}, f"tokens come with {sorted(state)}, not with {sorted(names)}")
+        items: dict[str, torch.Tensor] = {name: state[name] for name in names}
+        demand(len(lengths) == len(self.lengths) and min(lengths) >= 0, f"lengths are {lengths}")
+        for name, x in items.items():
+            like = items["k"].shape[:3]
+            demand(x.shape[:3] == like and like[0] == len(lengths), f"{name} is {list(x.shape)}, K {list(like)}")
+            demand(x.ndim == (4 if name in ("k", "v") else 3), f"{name} is {list(x.shape)}")
+            demand(x.dtype == self.declared.get(name, items["k"].dtype), f"{name} is {x.dtype}")
+            demand(max(lengths) <= like[2], f"{max(lengths)} tokens in room for {like[2]}")
+        demand(bool(items) or not any(lengths), f"lengths are {lengths}, and there are no tokens")
+        if items:
+            self._set(items)
+        self.lengths, self.owned = lengths, True
 
     def move(self, device: torch.device | str) -> None:
         if self.k is not None:

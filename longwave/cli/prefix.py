@@ -1,0 +1,82 @@
+"""What `longwave generate --save-prefix` and `--prefix` share: a text that is read once, and prompts that follow it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longwave.cli.common import filled_in
+
+_PLACE = "\u2402text\u2402"  # stands where the text goes while a chat template is filled in
+
+
+def around(tokenizer: Any, prompt: str | None, chat: bool) -> tuple[str, str]:
+    """What stands before a text and behind it where both make one turn, the prompt behind."""
+    turn = _PLACE + (f"\n\n{prompt}" if prompt else "")
+    if not (chat and tokenizer.chat_template):
+        return "", turn.removeprefix(_PLACE)
+    filled = filled_in(tokenizer, turn)
+    before, place, after = filled.partition(_PLACE)
+    if not place:
+        raise ValueError("this tokenizer's chat template does not leave the text as it is: pass --no-chat")
+    return before, after
+
+
+def ids_of(tokenizer: Any, text: str, first: bool) -> Any:
+    """Token ids int64 [1, n]. first: whether the text begins the input, and what models put there comes with it."""
+    return tokenizer(text, return_tensors="pt", verbose=False, add_special_tokens=first).input_ids
+
+
+def prefix_ids(tokenizer: Any, text: str, chat: bool) -> Any:
+    """Of a text that prompts will follow: all that comes before the prompt."""
+    before, _ = around(tokenizer, None, chat)
+    return ids_of(tokenizer, before + text, first=not before)
+
+
+def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    """Of a prompt that follows such a text."""
+    return ids_of(tokenizer, around(tokenizer, prompt, chat)[1], first=False)
+
+
+def as_input(*parts: Any) -> dict[str, Any]:
+    """What a model is given of ids [1, n] that follow each other."""
+    import torch
+
+    ids = torch.cat([part.cpu() for part in parts], 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def read_prefix(model: Any, cache: Any, ids: Any, chunk: int | None) -> None:
+    """Give ids to an empty cache, in passes of `chunk` tokens where that is given."""
+    import torch
+
+    from longwave.frame import cache_argument
+
+    with torch.no_grad():
+        for part in ids.to(model.device).split(chunk or ids.shape[1], 1):
+            model(part, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
+
+
+def is_chat(kept: Any) -> bool:
+    """Whether a saved text lies in a chat template. kept: what `longwave.saved.look` found of its file."""
+    if not isinstance(kept.about.get("chat"), bool):
+        raise ValueError(f"{kept.path} was not saved by `longwave generate --save-prefix`: restore it in Python")
+    return kept.about["chat"]
+
+
+def check_prefix(
+    ctx: Any, prompt: str | None, file: Path | None, save_prefix: Path | None, prefix: Path | None
+) -> None:
+    """Raise ValueError for options that do not go together."""
+    if save_prefix is not None and file is None:
+        raise ValueError("--save-prefix keeps the text of --file: give one")
+    if (prefix or save_prefix) and not (prompt and prompt.strip()):
+        raise ValueError("a PROMPT goes with --prefix and --save-prefix: what is asked about their text")
+    if prefix is None:
+        return
+    if file is not None:
+        raise ValueError("--prefix stands for the text of --file: give one of the two")
+    for name in ("method", "budget", "profile", "option", "chat"):
+        if ctx.get_parameter_source(name).name != "DEFAULT":
+            said = "--chat/--no-chat" if name == "chat" else f"--{name}"
+            raise ValueError(f"{said} was decided when the prefix was saved, and {prefix} has it: leave it out")

@@ -1,0 +1,163 @@
+"""K and V of whole rows as blobs of a coder, between exact first and last tokens; and back, some layers at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from longwave.budget import human
+from longwave.frame import LongCache, MemoryLayer
+from longwave.saved.container import SavedCacheError
+
+SINKS, WINDOW = 4, 128  # first and last tokens of a row that stay as they are
+
+
+class Coder(Protocol):
+    """What codes segments: `longwave.codec.SegmentCodec`, or anything like it. Immutable, for one model.
+
+    tokens: of a segment at most. fingerprint: of all that a blob's meaning depends on. A coder may have `group`, the
+    memory layers that it decodes best together; without it that is one.
+    """
+
+    tokens: int
+    fingerprint: bytes
+
+    def bound(self, n: int, max_bytes: int | None = None) -> int:
+        """A hard upper bound of a segment of n tokens."""
+        ...
+
+    def encode(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        ids: torch.Tensor | None = None,
+        start: int | None = None,
+        out: Any = None,
+        max_bytes: int | None = None,
+    ) -> Any:
+        """The blob of k, v [layers, n, kv_heads, head_dim], rotated, whose first token is the row's number `start`;
+        ids int64 [n]. Without `out` its bytes."""
+        ...
+
+    def decode(
+        self, blob: Any, k: torch.Tensor, v: torch.Tensor, *, layers: range | None = None, start: int | None = None
+    ) -> None:
+        """Write K and V of some memory layers, by their number among those, into k, v as above, of any strides."""
+        ...
+
+
+def whole(cache: LongCache) -> None:
+    """ValueError where a cache cannot give K and V of every token back."""
+    for layer in cache.memory_layers():
+        store = getattr(layer, "store", None)
+        if layer.held() != layer.rows:
+            raise ValueError(
+                f"{cache.method} has dropped tokens, whose K and V are not to be had: save with exact=True"
+            )
+        if getattr(layer, "slots", False):
+            raise ValueError(f"{cache.method} turns keys to their place in the cache: save with exact=True")
+        if store is not None and getattr(getattr(store, "layout", None), "merged", None) and any(store.tokens):
+            raise ValueError(f"{cache.method} has merged tokens, which K and V alone do not say: save with exact=True")
+
+
+def segments(rows: Sequence[int], tokens: int) -> Iterator[tuple[int, int, int, int]]:
+    """(row, number, start, stop) of each coded segment of rows of so many tokens; the last of a row may be short."""
+    for row, seen in enumerate(rows):
+        for number, start in enumerate(range(SINKS, seen - WINDOW, tokens)):
+            yield row, number, start, min(start + tokens, seen - WINDOW)
+
+
+def ends(cache: LongCache) -> dict[str, torch.Tensor]:
+    """The exact tokens of each row: "rows.ROW.k" and "rows.ROW.v" [layers, kv_heads, n, head_dim], on the host."""
+    layers, made = list(cache.memory_layers()), {}
+    for row, seen in enumerate(layers[0].rows):
+        parts = [(0, seen)] if seen <= SINKS + WINDOW else [(0, SINKS), (seen - WINDOW, seen)]
+        sides: list[list[torch.Tensor]] = [[], []]
+        for layer in layers:
+            spans = [layer.span(row, *part) for part in parts]
+            for side, found in zip(sides, zip(*spans, strict=True), strict=True):
+                side.append(torch.cat(found, 1).cpu())
+        made[f"rows.{row}.k"], made[f"rows.{row}.v"] = (torch.stack(side) for side in sides)
+    return made
+
+
+def encode(cache: LongCache, ids: torch.Tensor, coder: Coder, room: int) -> dict[str, torch.Tensor]:
+    """Every segment as "rows.ROW.segments.NUMBER" uint8 [bytes], together in `room` bytes at most.
+
+    ids int64 [batch, columns]. A segment takes up to twice its share, as long as half of theirs is left to those after
+    it. ValueError where the coder takes more than it is given.
+    """
+    layers, mask = list(cache.memory_layers()), cache.mask()
+    todo = list(segments(layers[0].rows, coder.tokens))
+    left, made = sum(stop - start for *_, start, stop in todo), {}
+    share = room / max(1, left)
+    for row, number, start, stop in todo:
+        n = stop - start
+        most = int(max(room * n / left, min(2 * share * n, room - share * (left - n) / 2)))
+        k, v = _gathered(layers, row, start, stop)
+        blob = coder.encode(k, v, ids=ids[row][mask[row]][start:stop], start=start, max_bytes=most)
+        if len(blob) > most:
+            raise ValueError(
+                f"the codec takes {len(blob):,} bytes for tokens {start} to {stop - 1} of row {row}, which may have "
+                f"{most:,} ({human(room)} are left for {left:,} tokens): give a larger size"
+            )
+        made[f"rows.{row}.segments.{number}"] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+        room, left = room - len(blob), left - n
+    return made
+
+
+def _gathered(layers: list[MemoryLayer], row: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [layers, n, kv_heads, head_dim] of some tokens, on the layers' device, or the host where they differ."""
+    spans = [layer.span(row, start, stop) for layer in layers]
+    where = {k.device for k, _ in spans}
+    device = where.pop() if len(where) == 1 else torch.device("cpu")
+    k, v = (torch.stack([x.to(device).transpose(0, 1) for x in side]) for side in zip(*spans, strict=True))
+    return k, v
+
+
+class Coded:
+    """Coded rows of a file. rows: tokens of each."""
+
+    def __init__(self, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], coder: Coder, path: Any):
+        if facts["coder"] != coder.fingerprint.hex():
+            raise SavedCacheError(f"{path} was coded by another codec, or one fitted otherwise, than the one given")
+        self.rows: list[int] = list(facts["rows"])
+        self._tensors, self._coder, self._path = tensors, coder, path
+        self._span = max(1, getattr(coder, "group", 1))
+        self._held: tuple[range, torch.Tensor, torch.Tensor] | None = None
+
+    def layer(self, position: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [batch, kv_heads, longest, head_dim] of memory layer number `position`, zeros behind a row's end.
+
+        Holds what the coder decodes together, until a layer of others is asked for.
+        """
+        if self._held is None or position not in self._held[0]:
+            self._held = None
+            first = position // self._span * self._span
+            self._held = self._decode(range(first, min(first + self._span, len(self._tensors["rows.0.k"]))), device)
+        own, k, v = self._held
+        if self._span == 1:
+            self._held = None
+        return k[position - own[0]].to(device), v[position - own[0]].to(device)
+
+    def _decode(self, own: range, device: torch.device) -> tuple[range, torch.Tensor, torch.Tensor]:
+        like = self._tensors["rows.0.k"]
+        shape = (len(own), len(self.rows), like.shape[1], max(self.rows), like.shape[3])
+        made = torch.zeros(shape, dtype=like.dtype, device=device), torch.zeros(shape, dtype=like.dtype, device=device)
+        for side, x in zip("kv", made, strict=True):
+            for row, seen in enumerate(self.rows):
+                kept = self._tensors[f"rows.{row}.{side}"][own[0] : own[-1] + 1].to(device)
+                first = seen if seen <= SINKS + WINDOW else SINKS
+                x[:, row, :, :first] = kept[:, :, :first]
+                x[:, row, :, seen - (kept.shape[2] - first) : seen] = kept[:, :, first:]
+        for row, number, start, stop in segments(self.rows, self._coder.tokens):
+            blob = self._tensors[f"rows.{row}.segments.{number}"].numpy().tobytes()
+            views = (x[:, row, :, start:stop].transpose(1, 2) for x in made)
+            try:
+                self._coder.decode(blob, *views, layers=own, start=start)
+            except ValueError as error:
+                raise SavedCacheError(f"{self._path}: tokens {start} to {stop - 1} of row {row}: {error}") from error
+        return own, *made

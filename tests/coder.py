@@ -1,0 +1,34 @@
+"""A coder for tests: a segment's numbers as they are, in 16 bits or in the 32 of the tests' models; nothing else."""
+
+import torch
+
+
+class Raw:
+    """`longwave.saved.Coder` without a loss where numbers fit `dtype`. calls: (start, layers) of each decoding."""
+
+    def __init__(self, dtype=torch.float32, tokens=16, group=1, name=b"raw"):
+        self.dtype, self.tokens, self.group, self.calls = dtype, tokens, group, []
+        self.fingerprint = name + str(dtype).encode()
+
+    def bound(self, n, max_bytes=None):
+        return n * 1 << 16
+
+    def encode(self, k, v, *, ids=None, start=None, out=None, max_bytes=None):
+        assert out is None
+        assert k.shape == v.shape
+        assert ids.shape == (k.shape[1],)
+        self.asked = (*getattr(self, "asked", ()), (start, ids.tolist(), max_bytes))
+        shape = torch.tensor(k.shape, dtype=torch.int32)
+        return b"".join(
+            x.contiguous().view(torch.uint8).numpy().tobytes() for x in (shape, *(y.to(self.dtype) for y in (k, v)))
+        )
+
+    def decode(self, blob, k, v, *, layers=None, start=None):
+        self.calls.append((start, tuple(layers)))
+        raw = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+        shape = raw[:16].view(torch.int32).tolist()
+        both = raw[16:].view(self.dtype).view(2, *shape)
+        if shape[1:] != list(k.shape[1:]):
+            raise ValueError(f"the segment has {shape[1]} tokens, not {k.shape[1]}")
+        for x, y in zip((k, v), both, strict=True):
+            x.copy_(y[layers.start : layers.stop])

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 RIDGE = 1e-3
-WIDTH = 512  # directions of the embedding at most
+WIDTH = 512  # directions to which an embedding more than twice as wide is reduced
 ROWS = 8192  # of the vocabulary at once
 
 
 @torch.no_grad()
 def embedding(model: Any, width: int = WIDTH) -> Tensor:
-    """float16 [vocabulary, r] on the CPU: rows of mean square 1, turned to their r <= `width` principal directions.
+    """float16 [vocabulary, r] on the CPU: rows of mean square 1, in `width` principal directions where they are wide.
 
     float16 is what a codec keeps; predictors are made of the rounded numbers, so nothing is lost by it.
     """
@@ -29,7 +29,7 @@ def embedding(model: Any, width: int = WIDTH) -> Tensor:
     ids = torch.arange(module.weight.shape[0], device=device)
     rows = torch.cat([module(part).float() for part in ids.split(ROWS)])
     rows = rows / rows.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-20)
-    if rows.shape[1] > width:
+    if rows.shape[1] > 2 * width:
         moment = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=device)
         for part in rows.split(ROWS):
             moment += part.double().mT @ part.double()

@@ -1,7 +1,8 @@
 """One coded segment as bytes: a header that can be read without the codec, and a part for each group of layers.
 
-    magic 4 | version u8, flags u8, type u8, bits of an id u8 | tokens u16, raw tokens u8, groups u8 | step i16, 2 unused |
-    start i64 | fingerprint 8 | length u32 | checksum 8 | ids, packed | raw K and V | bytes of each part u32 | parts
+    magic 4 | version u8, flags u8, type u8, bits of an id u8 | tokens u16, raw tokens u8, groups u8 | step i16 |
+    2 unused | start i64 | fingerprint 8 | length u32 | checksum 8 | ids, packed | raw K and V |
+    bytes of each part u32 | parts
 
 All little-endian. The checksum is BLAKE2b-64 of everything but itself. Whatever is wrong with a blob is a CodecError.
 """
@@ -91,7 +92,9 @@ def pack(
     tail += head + np.array([len(part) for part in parts], "<u4").tobytes() + b"".join(parts)
     length = SIZE + len(tail)
     if length > LONGEST:
-        raise ValueError(f"a segment of {length} bytes is too long for its format, at most {LONGEST}: code fewer layers")
+        raise ValueError(
+            f"a segment of {length} bytes is too long for its format, at most {LONGEST}: code fewer layers"
+        )
     fixed = FIXED.pack(
         MAGIC, VERSION, flags, code_of(dtype), bits, tokens, raw, len(parts), step or 0, 0, start, fingerprint, length
     )
@@ -114,14 +117,18 @@ def parse(blob: bytes | memoryview) -> tuple[Header, memoryview]:
     if magic != MAGIC:
         raise CodecError(f"this is no coded segment: it starts with {bytes(magic)!r}, not {MAGIC!r}")
     if version != VERSION:
-        raise CodecError(f"this segment is of format {version}, this longwave reads {VERSION}: use the one that wrote it")
+        raise CodecError(
+            f"this segment is of format {version}, this longwave reads {VERSION}: use the one that wrote it"
+        )
     if length != len(data):
         raise CodecError(f"this segment should have {length} bytes and has {len(data)}: was the file cut?")
     checksum = bytes(data[FIXED.size : SIZE])
     found = hashlib.blake2b(data[: FIXED.size], digest_size=CHECK)
     found.update(data[SIZE:])
     if found.digest() != checksum:
-        raise CodecError(f"this segment (by its header, tokens {start} to {start + tokens - 1}) is damaged: bad checksum")
+        raise CodecError(
+            f"this segment (by its header, tokens {start} to {start + tokens - 1}) is damaged: bad checksum"
+        )
     ids, end = None, SIZE
     if flags & IDS:
         end = SIZE + -(-tokens * bits // 8)
@@ -150,3 +157,8 @@ def split(rest: memoryview, head: int, groups: int) -> tuple[memoryview, list[me
         parts.append(rest[at : at + size])
         at += size
     return rest[:head], parts
+
+
+def raw_bytes(k: torch.Tensor, v: torch.Tensor, kind: torch.dtype) -> bytes:
+    """K and V one after the other, in the type that they are stored raw in."""
+    return torch.stack([k, v]).to("cpu", kind).contiguous().view(torch.uint8).numpy().tobytes()

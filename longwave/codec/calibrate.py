@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def grouped(layers: int, width: int, channels: int) -> tuple[tuple[int, int], ..
     """Layers in as few groups of equal size (but for one layer) as hold at most `channels` channels; one at least."""
     count = -(-layers // max(1, channels // width))
     ends = [layers * i // count for i in range(count + 1)]
-    return tuple(zip(ends, ends[1:], strict=False))
+    return tuple(pairwise(ends))
 
 
 def opened(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> Tensor:
@@ -151,7 +152,16 @@ def calibrate(
         "fingerprint": fingerprint(model, shape.memory_layers),
     }
     return Calibration(
-        shape, groups, rotation, table, find.places(model, rotation, limit), moments, fisher.weights(), apart, named, about
+        shape,
+        groups,
+        rotation,
+        table,
+        find.places(model, rotation, limit),
+        moments,
+        fisher.weights(),
+        apart,
+        named,
+        about,
     )
 
 
@@ -166,7 +176,7 @@ def _stacked(memory: Any) -> tuple[Tensor, Tensor]:
 def _windows(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], effort: Effort, seed: int
 ) -> tuple[recall.Windows, list[Tensor], Effort]:
-    """Windows of the texts' beginnings, a third with hidden facts; their ends' tokens; and the effort that they allow."""
+    """Windows of the texts' beginnings, a third with hidden facts; their ends' tokens; the effort that they allow."""
     if not texts or not any(text.strip() for text in texts):
         raise ValueError("there is no text to fit a codec on")
 
@@ -193,7 +203,7 @@ def _windows(
             ends.append(opened(tokenizer, ids[None, : RAW + whole * TOKENS].clone())[0])
     if sum((len(ids) - RAW) // TOKENS for ids in ends) < 2:
         raise ValueError(
-            f"the last fifth of the text has less than two segments of {TOKENS} tokens, which the sizes are found on: give "
-            "longer text"
+            f"the last fifth of the text has less than two segments of {TOKENS} tokens, which the sizes are found on: "
+            "give longer text"
         )
     return replace(rows, ids=opened(tokenizer, rows.ids)), ends, effort

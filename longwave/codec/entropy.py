@@ -1,10 +1,10 @@
-"""Whole numbers to bytes: interleaved range asymmetric numeral systems (rANS, Duda, arXiv 1311.2540) with static tables.
+"""Whole numbers to bytes: interleaved range asymmetric numeral systems (rANS, Duda, arXiv 1311.2540), static tables.
 
 A number's *context* says how large such numbers are: the mean absolute size of its component and band over the step, in
 quarters of an octave. A context's table gives the numbers -127..127 their frequencies, in 2^-14; what is rarer, or
 larger, is the escape and follows apart. LANES states take turns on one string of 16-bit words, so that a machine may
-run them side by side. Layout: uint32 words, uint32 escapes, LANES uint32 states, words, escapes (int16 where all fit, else
-int32).
+run them side by side. Layout: uint32 words, uint32 escapes, LANES uint32 states, words, escapes (int16 where all
+fit, else int32).
 
 `encode_words` and `decode_words` are the reference, a row of lanes at a time in numpy; entropy_numba.py does the same
 one number at a time, compiled.
@@ -104,7 +104,9 @@ def encode(q: NDArray[np.int32], contexts: NDArray[np.uint8], tables: Tables, co
     return b"".join((head, words.astype("<u2").tobytes(), escapes))
 
 
-def decode(data: bytes | memoryview, contexts: NDArray[np.uint8], tables: Tables, compiled: bool = True) -> NDArray[np.int32]:
+def decode(
+    data: bytes | memoryview, contexts: NDArray[np.uint8], tables: Tables, compiled: bool = True
+) -> NDArray[np.int32]:
     """The numbers int32 [N] that `encode` was given in these contexts. Broken where it was not."""
     if not len(contexts):
         if len(data):

@@ -1,4 +1,4 @@
-"""A fitted codec, its dial from size to step, and its file: safetensors with what it is of as JSON beside the numbers."""
+"""A fitted codec, its dial from size to step, and its file: safetensors, and what it is of as JSON beside them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Codec:
     def at(
         self, size: float, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> SegmentCodec:
-        """The codec whose segments take `size` of their K and V in 16 bits, on average over text like the calibration's.
+        """The codec whose segments take `size` of their K and V in 16 bits, on average over text like its own.
 
         device, dtype: where and in what it computes. ValueError for a size outside `sizes`.
         """
@@ -68,8 +68,8 @@ class Codec:
         theirs = (len(shape.memory_layers), shape.kv_heads, shape.head_dim)
         if ours != theirs:
             raise ValueError(
-                f"the codec is of {name or 'another model'}, {'x'.join(map(str, ours))} layers x heads x channels; this "
-                f"model has {'x'.join(map(str, theirs))}"
+                f"the codec is of {name or 'another model'}, {'x'.join(map(str, ours))} layers x heads x channels; "
+                f"this model has {'x'.join(map(str, theirs))}"
             )
         if not same(fingerprint(model, shape.memory_layers), self.model.get("fingerprint", {})):
             raise ValueError(
@@ -108,8 +108,8 @@ class Codec:
                     raise CodecError(f"{path} is not a longwave codec")
                 if metadata.get("version") != str(VERSION):
                     raise CodecError(
-                        f"{path} is a codec of version {metadata.get('version')}, this longwave reads {VERSION}: fit it "
-                        "again"
+                        f"{path} is a codec of version {metadata.get('version')}, this longwave reads {VERSION}: fit "
+                        "it again"
                     )
                 said = json.loads(metadata["codec"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no dict

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from longwave.codec.rotation import Rotation
 from longwave.frame import cache_argument
@@ -69,22 +70,11 @@ class _Stored(Exception):
     """K and V of the first layer."""
 
 
-class _Tap:
+class _Tap(DynamicCache):
     """An empty cache that ends a forward pass at what its first layer stores."""
 
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)
-
-    def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        return query_length, 0
-
-    is_compileable = False
-
-    def update(self, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
-        raise _Stored(k, v)
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+        raise _Stored(key_states, value_states)
 
 
 @torch.no_grad()
@@ -98,7 +88,7 @@ def places(model: Any, rotation: Rotation, limit: int) -> Places | None:
     for start in range(0, vocabulary, BATCH):
         ids = torch.arange(start, min(start + BATCH, vocabulary), device=model.device)[:, None]
         try:
-            model(ids, **cache_argument(model, _Tap()), use_cache=True, position_ids=torch.zeros_like(ids))  # type: ignore[arg-type]
+            model(ids, **cache_argument(model, _Tap(config=config)), use_cache=True, position_ids=torch.zeros_like(ids))
         except _Stored as stored:
             k, v = (x[:, :, 0].float().cpu() for x in stored.args)  # [rows, H, D]
             sides[0].append(first.unrotate(k[None], torch.zeros(len(k), dtype=torch.long))[0].flatten(1))

@@ -75,7 +75,8 @@ def build(
     for side, variances in zip(sides, spectra, strict=True):
         some = [int((v / level**2 >= (step_of(least) / 3) ** 2).sum()) for v in variances]
         bases = tuple(
-            replace(basis, axes=basis.axes[:, : max(1, m)].contiguous()) for basis, m in zip(side.bases, some, strict=True)
+            replace(basis, axes=basis.axes[:, : max(1, m)].contiguous())
+            for basis, m in zip(side.bases, some, strict=True)
         )
         cut.append(replace(side, weight=(side.weight / level.cpu()).float(), bases=bases))
     shape = read.shape
@@ -171,10 +172,10 @@ def _scaled(fitted: Fitted, segments: list[Apart]) -> Fitted:
                     sums[number, g] = new if old is None else (old[0] + new[0], old[1] + new[1])
         for (number, g), (absolute, square) in sums.items():
             found[number][g][kind] = Scales.of(_smoothed(absolute, share * len(segments)), square / len(segments))
-    sides = [
-        replace(side, bases=tuple(replace(b, **found[n][g]) for g, b in enumerate(side.bases)))
-        for n, side in enumerate((fitted.k, fitted.v))
-    ]
+    sides = []
+    for side, each in zip((fitted.k, fitted.v), found, strict=True):
+        bases = (replace(basis, **of) for basis, of in zip(side.bases, each, strict=True))  # type: ignore[arg-type]
+        sides.append(replace(side, bases=tuple(bases)))
     return replace(fitted, k=sides[0], v=sides[1])
 
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class Basis:
 class Side:
     """K's (turned back) or V's, c = L H D channels, layer by layer.
 
-    weight float32 [c]. mean float32 [c]. predictor float16 [2r + 1, c], or none [0, c], times unit float32 [c]. bases: a group.
+    weight, mean float32 [c]. predictor float16 [2r + 1, c], or none [0, c], times unit float32 [c]. bases: a group's.
     """
 
     weight: Tensor
@@ -134,22 +135,21 @@ class Fitted:
                 at = f"{name}.{number}"
                 scales = [Scales(found[f"{at}.{x}.band"], found[f"{at}.{x}.spread"]) for x in ("known", "blind")]
                 bases.append(Basis(found[f"{at}.axes"], *scales))
-            parts = [found[f"{name}.{part}"] for part in ("weight", "mean", "predictor", "unit")]
-            sides.append(Side(*parts, tuple(bases)))
+            weight, mean, predictor, unit = (found[f"{name}.{x}"] for x in ("weight", "mean", "predictor", "unit"))
+            sides.append(Side(weight, mean, predictor, unit, tuple(bases)))
         turns = Rotation(*(found[f"rotation.{part}"] for part in ("partner", "frequency", "scale")))
         seen = None
         if "places.rows" in found:
-            seen = Places(*(found[f"places.{part}"] for part in ("axes", "rows", "centre")), limit)
-        made = cls(
-            layers, kv_heads, head_dim, groups, found["table"], turns, *sides, found["frequency"], seen, cosines
-        )
+            seen = Places(found["places.axes"], found["places.rows"], found["places.centre"], limit)
+        k, v = sides
+        made = cls(layers, kv_heads, head_dim, groups, found["table"], turns, k, v, found["frequency"], seen, cosines)
         made.check()
         return made
 
     def check(self) -> None:
         """ValueError where the parts do not fit each other."""
         ends = [0, *(last for _, last in self.groups)]
-        if self.groups != tuple(zip(ends, ends[1:], strict=False)) or ends[-1] != self.layers:
+        if self.groups != tuple(pairwise(ends)) or ends[-1] != self.layers:
             raise ValueError(f"groups of layers {self.groups} do not make up {self.layers} layers")
         channels = self.layers * self.width
         for name, side in (("k", self.k), ("v", self.v)):

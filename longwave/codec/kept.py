@@ -25,8 +25,8 @@ _lock = threading.Lock()  # two threads that ask for one model fit it once
 def codec_for(model: PreTrainedModel, tokenizer: Any = None) -> Codec:
     """The codec of `model`: kept from before, or fitted now, in a minute or so, on text that ships with the package.
 
-    tokenizer: of the model; None looks for it where the model came from, should one be needed. Raises what `fit` raises,
-    and ValueError where no tokenizer is found.
+    tokenizer: of the model; None looks for it where the model came from, should one be needed. Raises what `fit`
+    raises, and ValueError where no tokenizer is found.
     """
     shape = CacheShape.of(check_supported(model), model.dtype)
     with _lock:

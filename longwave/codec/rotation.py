@@ -41,7 +41,7 @@ class Rotation:
         be turned back."""
         rotary = Rotary.of(model)
         limit = context_limit(model) or 2**DOUBLINGS
-        found = {module.layer_idx: module for module in rotary.turns}
+        found: dict[int, Any] = {int(getattr(module, "layer_idx", -1)): module for module in rotary.turns}
         tables = [_read(rotary, found[layer], limit) for layer in layers]
         partners = [partner for partner, frequency, _ in tables if bool(frequency.any())]
         partner = partners[0] if partners else torch.arange(len(tables[0][1]))

@@ -12,7 +12,8 @@ from torch import Tensor
 from longwave.codec import blob as form
 from longwave.codec import entropy
 from longwave.codec.blob import CodecError, Header
-from longwave.codec.fitted import Basis, Fitted, Side
+from longwave.codec.fitted import Fitted
+from longwave.codec.placed import Placed
 from longwave.codec.predict import features
 from longwave.codec.quantise import OCTAVE, quantise, restore, step_of
 from longwave.codec.transform import TOKENS, bands, cosines
@@ -24,9 +25,9 @@ FINER = OCTAVE // 4  # steps are tried so far apart where a segment must fit
 class SegmentCodec:
     """Codes segments of up to 128 consecutive tokens of one row, all memory layers together, with one quantiser step.
 
-    tokens: of a whole segment. fingerprint: 16 bytes, of all that was fitted; blobs carry the first 8. layers, kv_heads:
-    what it covers, memory layers counted from 0. size: bytes aimed at over those of K and V in 16 bits. step: of the
-    quantiser, 2^(step / 32) in weighted units.
+    tokens: of a whole segment. fingerprint: 16 bytes, of all that was fitted; blobs carry the first 8. layers,
+    kv_heads: what it covers, memory layers counted from 0. size: bytes aimed at over those of K and V in 16 bits.
+    step: of the quantiser, 2^(step / 32) in weighted units.
     Immutable, so threads may share it; synchronous, without threads of its own. Tensors may be on any device and of any
     strides, of float16, bfloat16, float32 or float64; dtype is what is computed in, on `device`.
     """
@@ -50,7 +51,7 @@ class SegmentCodec:
         self._fitted, self._tables = fitted, fitted.entropy
         self._table = fitted.table.to(self.device)
         self._rotation = fitted.rotation.to(self.device)
-        self._sides = [_Side(side, self.device, dtype, step) for side in (fitted.k, fitted.v)]
+        self._sides = [Placed(side, self.device, dtype, step) for side in (fitted.k, fitted.v)]
 
     # sizes
 
@@ -110,7 +111,8 @@ class SegmentCodec:
         made = self._fitting(k, v, known, start, most)
         if out is None:
             return made
-        target = memoryview(out.numpy() if isinstance(out, Tensor) else out).cast("B")
+        given: Any = out.numpy() if isinstance(out, Tensor) else out
+        target = memoryview(given).cast("B")
         if len(target) < len(made):
             raise ValueError(f"out has {len(target)} bytes and {len(made)} are needed: give it bound(n) = {most}")
         target[: len(made)] = made
@@ -189,7 +191,9 @@ class SegmentCodec:
         if ids is not None:
             known = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids).reshape(-1)
             if len(known) != k.shape[1] or known.dtype.kind not in "iu":
-                raise ValueError(f"ids are a whole number a token, {k.shape[1]} of them; got {len(known)} {known.dtype}")
+                raise ValueError(
+                    f"ids are a whole number a token, {k.shape[1]} of them; got {len(known)} {known.dtype}"
+                )
             if known.min() < 0 or known.max() >= self.vocabulary:
                 raise ValueError(f"ids are between 0 and {self.vocabulary - 1}; got {known.min()} to {known.max()}")
         if start is not None and start < 0:
@@ -208,11 +212,16 @@ class SegmentCodec:
         raw = min(RAW, n) if start == 0 else 0
         kind = form.TYPES[form.code_of(k.dtype)]
         common: dict[str, Any] = dict(
-            fingerprint=self.fingerprint[:8], tokens=n, start=start, ids=ids, bits=form.id_bits(self.vocabulary), dtype=kind
+            fingerprint=self.fingerprint[:8],
+            tokens=n,
+            start=start,
+            ids=ids,
+            bits=form.id_bits(self.vocabulary),
+            dtype=kind,
         )
-        head = _bytes_of(k[:, :raw], v[:, :raw], kind)
+        head = form.raw_bytes(k[:, :raw], v[:, :raw], kind)
         coefficients = self._coefficients(k, v, ids, start, raw) if raw < n else []
-        whole = form.SIZE + (self._id_bytes(n) if ids is not None else 0) + _raw_bytes(k, kind)
+        whole = form.SIZE + (self._id_bytes(n) if ids is not None else 0) + 2 * k.numel() * kind.itemsize
         step = self.step
         while True:
             try:
@@ -221,7 +230,7 @@ class SegmentCodec:
             except OverflowError:
                 made = b""
             if (not made or len(made) > whole) and whole <= most:
-                return form.pack(**common, step=None, raw=0, head=_bytes_of(k, v, kind), parts=[])
+                return form.pack(**common, step=None, raw=0, head=form.raw_bytes(k, v, kind), parts=[])
             if made and len(made) <= most:
                 return made
             step += FINER
@@ -344,11 +353,13 @@ class SegmentCodec:
             heads = (len(self.layers), len(self.kv_heads), self.head_dim)
             if x.ndim != 4 or (x.shape[0], *x.shape[2:]) != heads or not x.is_floating_point():
                 raise ValueError(
-                    f"{name} is [layers, n, kv_heads, head_dim] = [{heads[0]}, n, {heads[1]}, {heads[2]}] of a floating "
-                    f"type; got {list(x.shape)} of {x.dtype}"
+                    f"{name} is [layers, n, kv_heads, head_dim] = [{heads[0]}, n, {heads[1]}, {heads[2]}] of a "
+                    f"floating type; got {list(x.shape)} of {x.dtype}"
                 )
         if k.shape != v.shape or k.dtype != v.dtype:
-            raise ValueError(f"k is {list(k.shape)} of {k.dtype}, v is {list(v.shape)} of {v.dtype}: they must be alike")
+            raise ValueError(
+                f"k is {list(k.shape)} of {k.dtype}, v is {list(v.shape)} of {v.dtype}: they must be alike"
+            )
         self._check_count(k.shape[1])
         return k.shape[1]
 
@@ -360,40 +371,3 @@ class SegmentCodec:
             )
         if header.tokens > self.tokens or (header.ids is not None and max(header.ids) >= self.vocabulary):
             raise CodecError(f"this segment's header is wrong: {header.tokens} tokens, or ids that the model has not")
-
-
-class _Side:
-    """A side's tensors on a device in the type that is computed in."""
-
-    def __init__(self, side: Side, device: torch.device, dtype: torch.dtype, step: int):
-        self.bases, self.device, self.dtype = side.bases, device, dtype
-        self.weight, self.mean = (x.to(device, dtype) for x in (side.weight, side.mean))
-        self.predictor = side.predictor.to(device, dtype) * side.unit.to(device, dtype)
-        self._held = {(g, known): (step, self._axes(g, step, known)) for g in range(len(side.bases)) for known in (True,)}
-
-    def predicted(self, f: Tensor | None, columns: slice = slice(None)) -> Tensor:
-        """[n, channels], the mean alone without ids."""
-        return self.mean[columns] if f is None or not len(self.predictor) else f @ self.predictor[:, columns]
-
-    def scales(self, group: int, known: bool) -> Any:
-        basis: Basis = self.bases[group]
-        return basis.known if known else basis.blind
-
-    def coded(self, group: int, step: int, known: bool) -> np.ndarray:
-        return self.scales(group, known).coded(step)
-
-    def axes(self, group: int, step: int, known: bool) -> Tensor:
-        """[g H D, components coded]."""
-        held = self._held.get((group, known))
-        return held[1] if held is not None and held[0] == step else self._axes(group, step, known)
-
-    def _axes(self, group: int, step: int, known: bool) -> Tensor:
-        return self.bases[group].axes[:, torch.from_numpy(self.coded(group, step, known))].to(self.device, self.dtype)
-
-
-def _bytes_of(k: Tensor, v: Tensor, kind: torch.dtype) -> bytes:
-    return torch.stack([k, v]).to("cpu", kind).contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _raw_bytes(k: Tensor, kind: torch.dtype) -> int:
-    return 2 * k.numel() * kind.itemsize

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from longwave.codec.rotation import Rotation
 from longwave.frame import LongCache, Needs, assemble, cache_argument
-from longwave.plan.probe import SCALE, UNREACHED, NoGradients, Watched, ContextAttention, drawn, frozen
+from longwave.plan.probe import SCALE, UNREACHED, ContextAttention, NoGradients, Watched, drawn, frozen
 from longwave.plan.recall import Windows
 
 FLOOR = 1e-3  # of a head's mean, the least a channel weighs: the weights are divided by when a segment is decoded

@@ -95,8 +95,12 @@ class Kvtc:
 
     def ranges(self, c):
         """Half the range of each component and what each number of bits leaves, by blocks [blocks, bits]."""
-        size = torch.stack([c.abs().quantile(0.999, 0).clamp(min=1e-9) * share for share in (0.0, 0.5, 0.7, 0.85, 0.9, 1, 1)])
-        left = torch.stack([(c - self.levels(c, b, s)[1]).square().sum(0) for b, s in zip(self.BITS, size, strict=True)])
+        size = torch.stack(
+            [c.abs().quantile(0.999, 0).clamp(min=1e-9) * share for share in (0.0, 0.5, 0.7, 0.85, 0.9, 1, 1)]
+        )
+        left = torch.stack(
+            [(c - self.levels(c, b, s)[1]).square().sum(0) for b, s in zip(self.BITS, size, strict=True)]
+        )
         pad = -left.shape[1] % self.BLOCK
         return size, torch.nn.functional.pad(left, (0, pad)).unflatten(1, (-1, self.BLOCK)).sum(-1).T
 
@@ -141,7 +145,9 @@ class Kvtc:
             sides = self.columns(k, v, start)
             out, taken, first = [torch.empty_like(x) for x in sides], 0, 0
             for number, cut, mean, axes, size, errors in self.parts:
-                bits = torch.tensor(allotted[first : first + len(errors)]).repeat_interleave(self.BLOCK)[: axes.shape[1]]
+                bits = torch.tensor(allotted[first : first + len(errors)]).repeat_interleave(self.BLOCK)[
+                    : axes.shape[1]
+                ]
                 first += len(errors)
                 c = (sides[number][:, cut] - mean) @ axes
                 stands = torch.zeros_like(c)
@@ -236,7 +242,10 @@ def main():
                 continue
             kl, error, ratio, seconds = judge.through(through)
             found.append({"row": name, "size": size, "bytes": ratio, "kl": kl, "error": error, "seconds": seconds})
-            print(f"{name:24s} {size:.2f} bytes {ratio:.4f}  KL {kl:.5f} ({error:.5f})  {seconds:.2f} s a 1,000", flush=True)
+            print(
+                f"{name:24s} {size:.2f} bytes {ratio:.4f}  KL {kl:.5f} ({error:.5f})  {seconds:.2f} s a 1,000",
+                flush=True,
+            )
     cells = {(row["row"], row["size"]): f"{row['bytes']:.4f}: {row['kl']:.4f}" for row in found}
     show_table(
         f"bytes: KL from dense, {args.windows} windows of {args.context}",
@@ -244,7 +253,9 @@ def main():
         [[name, *(cells.get((name, size), "") for size in args.sizes)] for name in names],
     )
     if args.out:
-        args.out.write_text(json.dumps({"arguments": vars(args), "read": read.about, "rows": found}, default=str) + "\n")
+        args.out.write_text(
+            json.dumps({"arguments": vars(args), "read": read.about, "rows": found}, default=str) + "\n"
+        )
 
 
 if __name__ == "__main__":

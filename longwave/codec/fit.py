@@ -27,7 +27,7 @@ from longwave.codec.transform import BANDS, TOKENS, bands, principal
 from longwave.plan.automatic import own_texts
 
 LARGEST, SMALLEST = 0.2, 0.01  # sizes that a codec is made for
-EVERY = OCTAVE // 2  # steps between two points of the curve
+EVERY = 3 * OCTAVE // 4  # steps between two points of the curve
 NEIGHBOURS, PRIOR = 8, 8.0  # components whose mean size stands for so many numbers more of each
 
 

@@ -154,7 +154,9 @@ def test_max_bytes_is_kept_with_a_larger_step(small):
     k, v, ids = small.part(0, 128)
     codec = small.codec.at(0.2)
     free = codec.encode(k, v, ids=ids, start=0)
-    with pytest.raises(ValueError, match=r"max_bytes=100 is too few for 128 tokens of this model: at least (\d+) bytes") as e:
+    with pytest.raises(
+        ValueError, match=r"max_bytes=100 is too few for 128 tokens of this model: at least (\d+) bytes"
+    ) as e:
         codec.encode(k, v, ids=ids, start=0, max_bytes=100)
     least = int(str(e.value).split()[-2])
     for most in (len(free) - 1, len(free) // 2, least + 700, least):
@@ -190,7 +192,9 @@ def test_arguments_are_refused_with_what_to_do(small, fitted):
     bad[1, 5, 0, 3] = float("nan")
     for pattern, call in {
         "not finite": lambda: codec.encode(bad, v, ids=ids, start=4),
-        r"k is \[layers, n, kv_heads, head_dim\] = \[3, n, 2, 8\]": lambda: codec.encode(k[:2], v[:2], ids=ids, start=4),
+        r"k is \[layers, n, kv_heads, head_dim\] = \[3, n, 2, 8\]": lambda: codec.encode(
+            k[:2], v[:2], ids=ids, start=4
+        ),
         "1 to 128 tokens, got 300": lambda: codec.encode(small.k, small.v, ids=small.ids, start=0),
         "must be alike": lambda: codec.encode(k, v.half(), ids=ids, start=4),
         "128 of them; got 3": lambda: codec.encode(k, v, ids=[1, 2, 3], start=4),
@@ -278,9 +282,7 @@ def test_threads_share_it(small):
     k, v, ids = small.part(4, 132)
     codec: SegmentCodec = small.codec.at(0.1)
     expected, found = codec.encode(k, v, ids=ids, start=4), []
-    threads = [
-        threading.Thread(target=lambda: found.append(codec.encode(k, v, ids=ids, start=4))) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: found.append(codec.encode(k, v, ids=ids, start=4))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -68,7 +68,9 @@ def noisy(model, memory, rows, noise, rotation):
                 k, v = layer.dense.view()
                 k += turned[number].transpose(0, 1)
                 v += noise[1][number].transpose(0, 1)
-        logits.append(model(rows.ids[:, CONTEXT:-1], **cache_argument(model, made), use_cache=True).logits.log_softmax(-1))
+        logits.append(
+            model(rows.ids[:, CONTEXT:-1], **cache_argument(model, made), use_cache=True).logits.log_softmax(-1)
+        )
     exact, now = logits
     return float((exact.exp() * (exact - now)).sum(-1).mean())
 
@@ -85,7 +87,14 @@ def test_weighted_white_noise_costs_half_its_variance_a_token_wherever_it_lies()
     sides, costs = fisher.weights(), []
     draw = torch.Generator().manual_seed(2)
     every = torch.arange(3 * 2 * 8).view(3, 1, 2, 8)
-    parts = [(0, every < 16), (0, every >= 32), (1, every < 16), (1, every >= 32), (0, every % 2 == 0), (1, every % 2 == 1)]
+    parts = [
+        (0, every < 16),
+        (0, every >= 32),
+        (1, every < 16),
+        (1, every >= 32),
+        (0, every % 2 == 0),
+        (1, every % 2 == 1),
+    ]
     variance = 1e-6
     for side, where in parts:
         kls = []

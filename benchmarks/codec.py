@@ -69,8 +69,8 @@ class Coded:
 class Kvtc:
     """K (turned back) and V in principal axes over the layers of a group, whole numbers of bits a component, DEFLATE.
 
-    A component of b bits has 2^b levels over its range on the calibration text's end; what a level costs in mean square
-    is measured there too, and the bits that cost least are found by dynamic programming over blocks of BLOCK components.
+    A component of b bits has 2^b levels over its range on the calibration text's end; what that costs in mean square
+    is measured there too, and the bits that cost least are found by dynamic programming over blocks of components.
     """
 
     BITS, BLOCK = (0, 1, 2, 3, 4, 6, 8), 16

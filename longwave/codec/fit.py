@@ -20,7 +20,7 @@ from longwave.codec import blob, entropy
 from longwave.codec.calibrate import Apart, Calibration, Effort, Progress, calibrate
 from longwave.codec.file import Codec
 from longwave.codec.fitted import Basis, Fitted, Scales, Side
-from longwave.codec.predict import RIDGE, Moments
+from longwave.codec.predict import RIDGES, Moments, features
 from longwave.codec.quantise import OCTAVE, quantise, step_of
 from longwave.codec.segment import SegmentCodec
 from longwave.codec.transform import BANDS, TOKENS, bands, principal
@@ -64,9 +64,12 @@ def build(
     read, each within one of those."""
     groups = groups or read.groups
     sides, spectra = [], []
-    for moments, weight in zip(_regrouped(read, groups), read.weights, strict=True):
+    tried, ridges = (_tried(read) if predict else None), []
+    for number, (moments, weight) in enumerate(zip(_regrouped(read, groups), read.weights, strict=True)):
         w = weight.flatten().to(moments.ff.device) if weigh else torch.ones(weight.numel(), device=moments.ff.device)
-        side, variances = _side(moments, w.double(), predict)
+        ridge, predictor = _predictor(moments, w, None if tried is None else (tried[0], tried[1 + number]))
+        side, variances = _side(moments, w.double(), predictor, predict)
+        ridges.append(ridge)
         sides.append(side)
         spectra.append(variances)
     level = torch.cat([v for variances in spectra for v in variances]).mean().sqrt()
@@ -86,7 +89,7 @@ def build(
     )  # fmt: skip
     fitted = _scaled(fitted, read.apart[::2])
     fitted = replace(fitted, frequency=torch.from_numpy(_tables(fitted, read.apart[::2], least)))
-    about = {**read.about, "weigh": weigh, "predict": predict}
+    about = {**read.about, "weigh": weigh, "predict": predict, "ridges": ridges}
     return Codec(fitted, _curve(fitted, read.apart[1::2], least), read.model, about)
 
 
@@ -105,13 +108,36 @@ def _regrouped(read: Calibration, groups: tuple[tuple[int, int], ...]) -> list[M
     return found
 
 
-def _side(moments: Moments, weight: Tensor, predict: bool) -> tuple[Side, list[Tensor]]:
-    """A side without sizes, and the variances of all its components by group. weight float64 [channels]."""
-    mean = moments.mean()
+def _tried(read: Calibration) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, K (turned back) and V of every other segment kept apart, float32 [tokens, ...]: ridges are tried on
+    them."""
+    device, found = read.moments[0].ff.device, []
+    for one in read.apart[::2]:
+        k = read.rotation.unrotate(one.k.float(), torch.arange(one.start, one.start + one.k.shape[1]))
+        sides = (x.transpose(0, 1).flatten(1) for x in (k, one.v.float()))
+        found.append((features(read.table, one.ids), *sides))
+    f, k, v = (torch.cat(parts).to(device) for parts in zip(*found, strict=True))
+    return f, k, v
+
+
+def _predictor(moments: Moments, weight: Tensor, tried: tuple[Tensor, Tensor] | None) -> tuple[float | None, Tensor]:
+    """(r, W [features, channels]) that leaves least of `tried`, weighted; the mean alone where nothing is tried."""
+    best, found = float("inf"), None
     w = torch.zeros_like(moments.fx)
-    w[-1] = mean
-    if predict:
-        w = moments.predictor(RIDGE)
+    w[-1] = moments.mean()
+    if tried is None:
+        return None, w
+    for ridge, one in zip(RIDGES, moments.predictors(RIDGES), strict=True):
+        left = float(((tried[1] - tried[0] @ one.float()) * weight.float()).double().square().sum())
+        if left < best:
+            best, found, w = left, ridge, one
+    return found, w
+
+
+def _side(moments: Moments, weight: Tensor, w: Tensor, predict: bool) -> tuple[Side, list[Tensor]]:
+    """A side without sizes, and the variances of all its components by group. weight float64 [channels], w its
+    predictor [features, channels]."""
+    mean = moments.mean()
     unit = w.abs().amax(0).clamp(min=1e-20)
     kept = (w / unit).half()  # what is kept is what residuals are of
     w = kept.double() * unit

@@ -1,19 +1,21 @@
 """Predicting K (un-rotated) and V of a token from what the token is: ridge regression on embeddings.
 
 f_t = [e(token t), e(token t - 1), 1], with e a row of the embedding scaled to mean square 1, reduced to its principal
-directions where it is wide. W solves (F'F / N + r I) W = F'X / N in float64, r = RIDGE times the mean diagonal; the
-constant is not shrunk. The first layer is a linear function of e, up to its normalisation; deeper ones keep about half.
+directions where it is wide. W solves (F'F / N + r m I) W = F'X / N in float64, m the mean diagonal of F'F / N; the
+constant is not shrunk. r is the one of RIDGES that leaves least on text that made no W: from 9,000 tokens of SmolLM2
+1e-3 leaves .82 of K's weighted variance there and .3 leaves .69. Layer 0 is linear in e, up to its normalisation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-RIDGE = 1e-3
+RIDGES = (1e-3, 1e-2, 0.1, 0.3, 1.0)
 WIDTH = 512  # directions to which an embedding more than twice as wide is reduced
 ROWS = 8192  # of the vocabulary at once
 
@@ -72,13 +74,16 @@ class Moments:
         """Of x: float64 [channels]. The last feature is 1."""
         return self.fx[-1] / self.count
 
-    def predictor(self, ridge: float = RIDGE) -> Tensor:
-        """W float64 [features, channels]."""
-        size = len(self.ff)
-        shrink = torch.full((size,), ridge, dtype=torch.float64, device=self.ff.device)
-        shrink *= self.ff.diagonal()[:-1].mean() / self.count
-        shrink[-1] = 0
-        return torch.linalg.solve(self.ff / self.count + torch.diag(shrink), self.fx / self.count)
+    def predictors(self, ridges: Sequence[float]) -> Iterator[Tensor]:
+        """W float64 [features, channels] of each r: around the means, so that the constant is not shrunk, in the
+        features' principal axes, which are found once."""
+        at, x = self.ff[-1, :-1] / self.count, self.mean()
+        size, axes = torch.linalg.eigh(self.ff[:-1, :-1] / self.count - at[:, None] * at)
+        level = self.ff.diagonal()[:-1].mean() / self.count
+        along = axes.mT @ (self.fx[:-1] / self.count - at[:, None] * x)
+        for ridge in ridges:
+            w = axes @ (along / (size.clamp(min=0) + max(ridge, 1e-12) * level)[:, None])
+            yield torch.cat([w, (x - at @ w)[None]])
 
     def residual(self, w: Tensor, group: int) -> Tensor:
         """Second moment of x - f w in one group of layers: float64 [c_g, c_g]."""

@@ -17,7 +17,7 @@ def test_layer_0_is_predicted_exactly(small):
     for x in (k, v):
         moments = Moments([slice(0, 16), slice(16, 32), slice(32, 48)])
         moments.add(f[:300], x.transpose(0, 1).flatten(1)[:300])
-        made = f.double() @ moments.predictor(1e-9)
+        made = f.double() @ next(moments.predictors([1e-9]))
         left = [error(made[300:, s], x.transpose(0, 1).flatten(1)[300:, s]) for s in moments.groups]
         assert left[0] < 1e-3  # float16's rounding of the embedding is all that is left, on tokens not fitted on
         assert left[2] > 0.05
@@ -51,9 +51,12 @@ def test_moments_in_parts_are_the_residuals_of_a_direct_fit():
     moments = Moments([slice(0, 4), slice(4, 10)])
     for part in (slice(0, 50), slice(50, 200)):
         moments.add(f[part], x[part])
-    w = moments.predictor(0.0)
+    w, shrunk = moments.predictors([0.0, 10.0])
     assert torch.allclose(w, torch.linalg.lstsq(f, x).solution, atol=1e-8)
     left = x - f @ w
     for number, group in enumerate(moments.groups):
         assert torch.allclose(moments.residual(w, number), left[:, group].mT @ left[:, group] / 200, atol=1e-7)
     assert torch.allclose(moments.mean(), x.mean(0))
+    level, eye = f[:, :-1].square().mean() * 10 * 200, torch.eye(7, dtype=torch.float64)
+    eye[-1, -1] = 0  # the constant is not shrunk
+    assert torch.allclose(shrunk, torch.linalg.solve(f.mT @ f + level * eye, f.mT @ x), atol=1e-8)

@@ -24,6 +24,7 @@ SIZE = FIXED.size + CHECK
 IDS, WHOLE = 1, 2  # flags: coded with its ids; all of K and V as they were
 TYPES = {0: torch.float32, 1: torch.float16, 2: torch.bfloat16}
 LONGEST = 2**32 - 1
+FARTHEST = 2**40  # position
 
 
 class CodecError(ValueError):
@@ -135,8 +136,10 @@ def parse(blob: bytes | memoryview) -> tuple[Header, memoryview]:
         if not 1 <= bits <= 32 or end > length:
             raise CodecError(f"this segment's header is wrong: {tokens} ids of {bits} bits do not fit {length} bytes")
         ids = tuple(unpacked_ids(data[SIZE:end], tokens, bits).tolist())
-    if kind not in TYPES or flags & ~(IDS | WHOLE) or raw > tokens or not tokens or start < 0:
-        raise CodecError(f"this segment's header is wrong: type {kind}, flags {flags}, {raw} of {tokens} tokens raw")
+    if kind not in TYPES or flags & ~(IDS | WHOLE) or raw > tokens or not tokens or not 0 <= start <= FARTHEST:
+        raise CodecError(
+            f"this segment's header is wrong: type {kind}, flags {flags}, {raw} of {tokens} tokens raw, start {start}"
+        )
     given = None if flags & WHOLE else step
     header = Header(
         version, fingerprint, tokens, start, ids, given, length, checksum, TYPES[kind], tokens if given is None else raw

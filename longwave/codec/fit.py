@@ -87,10 +87,11 @@ def build(
         len(shape.memory_layers), shape.kv_heads, shape.head_dim, groups, read.table, read.rotation, cut[0], cut[1],
         torch.from_numpy(entropy.tabled(entropy.laplace())), read.places, cosines,
     )  # fmt: skip
-    fitted = _scaled(fitted, read.apart[::2])
-    fitted = replace(fitted, frequency=torch.from_numpy(_tables(fitted, read.apart[::2], least)))
+    device = read.moments[0].ff.device
+    fitted = _scaled(fitted, read.apart[::2], device)
+    fitted = replace(fitted, frequency=torch.from_numpy(_tables(fitted, read.apart[::2], least, device)))
     about = {**read.about, "weigh": weigh, "predict": predict, "ridges": ridges}
-    return Codec(fitted, _curve(fitted, read.apart[1::2], least), read.model, about)
+    return Codec(fitted, _curve(fitted, read.apart[1::2], least, device), read.model, about)
 
 
 def _regrouped(read: Calibration, groups: tuple[tuple[int, int], ...]) -> list[Moments]:
@@ -166,7 +167,7 @@ def _least_step(variances: list[Tensor]) -> int:
     return high
 
 
-def _everything(fitted: Fitted) -> SegmentCodec:
+def _everything(fitted: Fitted, device: torch.device) -> SegmentCodec:
     """A codec that leaves no component out."""
     sides = []
     for side in (fitted.k, fitted.v):
@@ -176,12 +177,12 @@ def _everything(fitted: Fitted) -> SegmentCodec:
             all_of_them = Scales(torch.zeros(m, BANDS, dtype=torch.int16), torch.zeros(m, dtype=torch.int16))
             bases.append(replace(basis, known=all_of_them, blind=all_of_them))
         sides.append(replace(side, bases=tuple(bases)))
-    return SegmentCodec(replace(fitted, k=sides[0], v=sides[1]), 0)
+    return SegmentCodec(replace(fitted, k=sides[0], v=sides[1]), 0, device=device)
 
 
-def _scaled(fitted: Fitted, segments: list[Apart]) -> Fitted:
+def _scaled(fitted: Fitted, segments: list[Apart], device: torch.device) -> Fitted:
     """With the sizes of coefficients on `segments`, with ids and without."""
-    codec = _everything(fitted)
+    codec = _everything(fitted, device)
     band = bands(TOKENS) if fitted.cosines else torch.zeros(TOKENS, dtype=torch.long)
     share = torch.bincount(band, minlength=BANDS).double()
     found: list[list[dict[str, Scales]]] = [[{} for _ in fitted.groups] for _ in range(2)]
@@ -191,7 +192,7 @@ def _scaled(fitted: Fitted, segments: list[Apart]) -> Fitted:
             ids = one.ids.numpy() if kind == "known" else None
             for g, pair in enumerate(codec._coefficients(one.k, one.v, ids, one.start, 0)):
                 for number, c in enumerate(pair):
-                    c = c.double()
+                    c = c.cpu().double()
                     by_band = torch.zeros(len(c), BANDS, dtype=torch.float64).index_add_(1, band, c.abs())
                     new = by_band, c.square().mean(1)
                     old = sums.get((number, g))
@@ -215,9 +216,9 @@ def _smoothed(absolute: Tensor, counts: Tensor) -> Tensor:
     return (absolute + PRIOR * around) / (counts + PRIOR)
 
 
-def _tables(fitted: Fitted, segments: list[Apart], least: int) -> NDArray[np.uint16]:
+def _tables(fitted: Fitted, segments: list[Apart], least: int, device: torch.device) -> NDArray[np.uint16]:
     """Frequencies by what the contexts met on `segments`, at steps all over the sizes."""
-    codec = SegmentCodec(fitted, least)
+    codec = SegmentCodec(fitted, least, device=device)
     counts = np.zeros(entropy.CONTEXTS * 256, np.int64)
     for one in segments:
         coefficients = codec._coefficients(one.k, one.v, one.ids.numpy(), one.start, 0)
@@ -226,7 +227,9 @@ def _tables(fitted: Fitted, segments: list[Apart], least: int) -> NDArray[np.uin
                 numbers = []
                 for side, c in zip(codec._sides, pair, strict=True):
                     chosen = np.searchsorted(side.coded(g, least, True), side.coded(g, step, True))
-                    numbers.append(quantise(c[torch.from_numpy(chosen)], step_of(step)).flatten().numpy())
+                    numbers.append(
+                        quantise(c[torch.from_numpy(chosen).to(c.device)], step_of(step)).flatten().cpu().numpy()
+                    )
                 q = np.concatenate(numbers)
                 symbols = np.where(np.abs(q) <= entropy.REACH, q + entropy.REACH, entropy.ESCAPE)
                 contexts = codec._contexts(g, step, TOKENS, True).astype(np.int64)
@@ -234,9 +237,9 @@ def _tables(fitted: Fitted, segments: list[Apart], least: int) -> NDArray[np.uin
     return entropy.learned(counts.reshape(entropy.CONTEXTS, 256))
 
 
-def _curve(fitted: Fitted, segments: list[Apart], least: int) -> tuple[tuple[int, float], ...]:
+def _curve(fitted: Fitted, segments: list[Apart], least: int, device: torch.device) -> tuple[tuple[int, float], ...]:
     """(step, size) down to SMALLEST: bytes of whole segments over those in 16 bits."""
-    codec = SegmentCodec(fitted, least)
+    codec = SegmentCodec(fitted, least, device=device)
     held: list[Any] = [codec._coefficients(one.k, one.v, one.ids.numpy(), one.start, 0) for one in segments]
     fixed = blob.SIZE + codec._id_bytes(TOKENS) + 4 * len(fitted.groups)
     dense = 2 * 2 * TOKENS * fitted.layers * fitted.width

@@ -138,8 +138,7 @@ class SegmentCodec:
             if tuple(x.shape) != expected:
                 raise ValueError(f"{name} is {list(x.shape)}, this segment and these layers make {list(expected)}")
         begin = header.start if start is None else int(start)
-        if begin < 0:
-            raise ValueError(f"start is a position, at least 0; got {start}")
+        _check_start(begin)
         itemsize = header.dtype.itemsize
         whole = header.step is None
         head, parts = form.split(
@@ -157,7 +156,7 @@ class SegmentCodec:
     ) -> list[bytes]:  # fmt: skip
         """The bytes of several segments, those that `encode` makes of each."""
         count = range(len(ks))
-        known, places = ids or [None] * len(ks), starts or [None] * len(ks)
+        known, places = (x if x is not None else [None] * len(ks) for x in (ids, starts))
         return [self.encode(ks[i], vs[i], ids=known[i], start=places[i], max_bytes=max_bytes) for i in count]
 
     def decode_many(
@@ -196,8 +195,8 @@ class SegmentCodec:
                 )
             if known.min() < 0 or known.max() >= self.vocabulary:
                 raise ValueError(f"ids are between 0 and {self.vocabulary - 1}; got {known.min()} to {known.max()}")
-        if start is not None and start < 0:
-            raise ValueError(f"start is a position, at least 0; got {start}")
+        if start is not None:
+            _check_start(start)
         if known is None or start is None:
             found = self.find(k[0], v[0])
             if found is not None and start in (None, found[1]):
@@ -371,3 +370,8 @@ class SegmentCodec:
             )
         if header.tokens > self.tokens or (header.ids is not None and max(header.ids) >= self.vocabulary):
             raise CodecError(f"this segment's header is wrong: {header.tokens} tokens, or ids that the model has not")
+
+
+def _check_start(start: int) -> None:
+    if not 0 <= start <= form.FARTHEST:
+        raise ValueError(f"start is a position, 0 to {form.FARTHEST}; got {start}")

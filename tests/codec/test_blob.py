@@ -61,6 +61,11 @@ def test_errors_name_what_is_wrong(change, why):
         blob.parse(change(made(parts=[b"one", b"two"])))
 
 
+def test_a_position_beyond_all_is_refused():
+    with pytest.raises(CodecError, match="start 9223372036854775807"):
+        blob.parse(made(start=2**63 - 1))
+
+
 def test_parts_must_fill_it():
     _, rest = blob.parse(made())
     for head, groups in ((4, 1), (4, 3), (0, 2), (100, 2)):

@@ -197,7 +197,7 @@ def test_arguments_are_refused_with_what_to_do(small, fitted):
         "must be alike": lambda: codec.encode(k, v.half(), ids=ids, start=4),
         "128 of them; got 3": lambda: codec.encode(k, v, ids=[1, 2, 3], start=4),
         "between 0 and 96; got 97 to 97": lambda: codec.encode(k, v, ids=[97] * 128, start=4),
-        "at least 0; got -1": lambda: codec.encode(k, v, ids=ids, start=-1),
+        "0 to 1099511627776; got -1": lambda: codec.encode(k, v, ids=ids, start=-1),
         "these layers make": lambda: codec.decode(made, k[:2], v[:2]),
         "0 to 2": lambda: codec.decode(made, k, v, layers=[0, 1, 3]),
     }.items():

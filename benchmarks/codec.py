@@ -95,9 +95,8 @@ class Kvtc:
 
     def ranges(self, c):
         """Half the range of each component and what each number of bits leaves, by blocks [blocks, bits]."""
-        size = torch.stack(
-            [c.abs().quantile(0.999, 0).clamp(min=1e-9) * share for share in (0.0, 0.5, 0.7, 0.85, 0.9, 1, 1)]
-        )
+        largest = c.abs().sort(0).values[int(0.999 * (len(c) - 1))].clamp(min=1e-9)
+        size = torch.stack([largest * share for share in (0.0, 0.5, 0.7, 0.85, 0.9, 1, 1)])
         left = torch.stack(
             [(c - self.levels(c, b, s)[1]).square().sum(0) for b, s in zip(self.BITS, size, strict=True)]
         )

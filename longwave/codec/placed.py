@@ -37,4 +37,8 @@ class Placed:
         return held[1] if held is not None and held[0] == step else self._axes(group, step, known)
 
     def _axes(self, group: int, step: int, known: bool) -> Tensor:
-        return self.bases[group].axes[:, torch.from_numpy(self.coded(group, step, known))].to(self.device, self.dtype)
+        return (
+            self.bases[group]
+            .orthonormal[:, torch.from_numpy(self.coded(group, step, known))]
+            .to(self.device, self.dtype)
+        )

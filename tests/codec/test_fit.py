@@ -52,6 +52,8 @@ def test_axes_and_weights(small):
         (basis,) = side.bases
         axes = basis.axes.double()
         assert torch.allclose(axes.mT @ axes, torch.eye(axes.shape[1]).double(), atol=4e-3)
+        axes = basis.orthonormal.double()
+        assert torch.allclose(axes.mT @ axes, torch.eye(axes.shape[1]).double(), atol=2e-6)
         ratio = side.weight.double() / weights.flatten()
         assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-5)
     alone = build(small.read, weigh=False).fitted

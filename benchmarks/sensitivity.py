@@ -42,6 +42,7 @@ class Judge:
         task = Divergence(contexts=(context,), scored=scored, windows=windows)
         samples = task.samples(Setting(tokenizer, seed=42, data=data_folder()))
         self.model, self.read = model, []
+        self.ids = [list(one.ids) for one in samples]
         for one in samples:
             ids = torch.tensor([list(one.ids)])
             memory = prefill(model, ids[:, :context], needs=probing(longwave.Fourier().window))

@@ -96,9 +96,10 @@ class Scores:
         return torch.softmax(torch.cat([raw, beside], -1), -1)[..., :-1]
 
 
-class _Attention(torch.autograd.Function):
-    """Attention over a constant context and the scored tokens themselves, whose backward pass forms the scores anew:
-    a pass over all layers holds nothing of the size of the context."""
+class ContextAttention(torch.autograd.Function):
+    """Attention over a context and the scored tokens themselves, whose backward pass forms the scores anew: a pass over
+    all layers holds nothing of the size of the context. The context's own gradients are formed where they are asked
+    for."""
 
     @staticmethod
     def forward(
@@ -127,18 +128,25 @@ class _Attention(torch.autograd.Function):
         scores = Scores(q, k, own_k, ctx.scaling, ctx.sinks)
         to_q = torch.empty_like(q)
         to_k, to_v = (torch.zeros(x.shape, dtype=scores.kind, device=x.device) for x in (own_k, own_v))
+        asked = ctx.needs_input_grad[3]
+        past_k, past_v = (torch.zeros(x.shape if asked else 0, dtype=scores.kind, device=x.device) for x in (k, v))
         values, keys = (x.to(scores.kind) for x in (v, k))
         own_values, own_keys = (x.to(scores.kind) for x in (own_v, own_k))
         for block in scores.blocks(2):
             x, g = scores.grouped(q, block), scores.grouped(grad, block)
             p = scores.softmax(scores.raw(x, block))
             to_v += p[..., length:].mT @ g
+            if asked:
+                past_v += p[..., :length].mT @ g
             slope = torch.cat([g @ values.mT, g @ own_values.mT], -1)
             slope = p * (slope - (slope * p).sum(-1, keepdim=True)) * ctx.scaling
             moved = slope[..., :length] @ keys + slope[..., length:] @ own_keys
             to_q[:, :, block] = moved.reshape(to_q[:, :, block].shape).to(q.dtype)
             to_k += slope[..., length:].mT @ x
-        return to_q, to_k.to(own_k.dtype), to_v.to(own_v.dtype), None, None, None, None
+            if asked:
+                past_k += slope[..., :length].mT @ x
+        past = (past_k.to(k.dtype), past_v.to(v.dtype)) if asked else (None, None)
+        return to_q, to_k.to(own_k.dtype), to_v.to(own_v.dtype), *past, None, None
 
 
 class Watched(MemoryLayer):
@@ -168,15 +176,33 @@ class Watched(MemoryLayer):
         if not torch.is_grad_enabled():
             return super().forward(q, scaling, mask, module, positions, sinks)
         self.sinks = None if sinks is None else sinks.detach()
-        out = _Attention.apply(q, *self.own, *self.dense.view(), scaling, self.sinks)
+        out = ContextAttention.apply(q, *self.own, *self.dense.view(), scaling, self.sinks)
         if not out.requires_grad:  # the first of them: nothing below it is to be changed
             out.requires_grad_()
         self.q, self.own, self.out, self.scaling = q.detach(), tuple(x.detach() for x in self.own), out, scaling  # type: ignore[assignment]
         return out
 
 
+def drawn(logp: torch.Tensor, windows: Windows, probes: int, first: int = 0) -> Iterator[torch.Tensor]:
+    """sum_s sqrt(w_s) log p(y_s) of every probe, y_s drawn from p itself.
+
+    logp float [tokens that count, vocabulary]. first: number of the first of the windows, which decides what is drawn.
+    """
+    counted = windows.weight > 0
+    weight = windows.weight[counted].sqrt().to(logp.device)
+    numbers = [
+        torch.rand(probes, int(counts.sum()), generator=torch.Generator().manual_seed(first + row))
+        for row, counts in enumerate(counted)
+    ]
+    cumulated = logp.detach().exp().cumsum_(-1)
+    for uniform in torch.cat(numbers, -1).to(logp.device):
+        at = uniform[:, None] * cumulated[:, -1:]
+        said = torch.searchsorted(cumulated, at).clamp(max=logp.shape[1] - 1)
+        yield (logp.gather(1, said)[:, 0] * weight).sum()
+
+
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
+def frozen(model: PreTrainedModel) -> Iterator[None]:
     """Parameters that ask for no gradients, so that a pass keeps nothing for theirs."""
     asking = [p for p in model.parameters() if p.requires_grad]
     for p in asking:
@@ -216,7 +242,7 @@ class Bench:
         with torch.no_grad():
             model(ids[:, :context], **cache_argument(model, memory), use_cache=True, logits_to_keep=1)
         self.layers: list[Watched] = list(memory.memory_layers())  # type: ignore[arg-type]
-        with torch.enable_grad(), _frozen(model):
+        with torch.enable_grad(), frozen(model):
             logits = model(ids[:, context:-1], **cache_argument(model, memory), use_cache=True).logits
             if not logits.requires_grad:  # not one layer's answer
                 raise NoGradients(UNREACHED)
@@ -235,22 +261,11 @@ class Bench:
         logp float [tokens that count, vocabulary], of logits divided by `temperature`. What 16 bits computed is kept in
         16 bits, of float32's range.
         """
-        counted = windows.weight > 0
-        weight = windows.weight[counted].sqrt().to(logp.device)
-        numbers = [
-            torch.rand(probes, int(counts.sum()), generator=torch.Generator().manual_seed(first + row))
-            for row, counts in enumerate(counted)
-        ]
-        uniform = torch.cat(numbers, -1).to(logp.device)
-        cumulated = logp.detach().exp().cumsum_(-1)
         outs = [layer.out for layer in self.layers]
         scale = SCALE if outs[0].dtype == torch.float16 else 1.0
         kind = torch.bfloat16 if outs[0].element_size() == 2 else torch.float32
         found = [torch.empty(probes, *out.shape, dtype=kind, device=out.device) for out in outs]
-        for number, drawn in enumerate(uniform):
-            at = drawn[:, None] * cumulated[:, -1:]
-            said = torch.searchsorted(cumulated, at).clamp(max=logp.shape[1] - 1)
-            score = (logp.gather(1, said)[:, 0] * weight).sum()
+        for number, score in enumerate(drawn(logp, windows, probes, first)):
             grads = torch.autograd.grad(score * scale, outs, retain_graph=True, allow_unused=True)
             if any(g is None for g in grads):
                 raise NoGradients(UNREACHED)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from longwave.budget import human, parse_budget
+from longwave.codec import codec_for
 from longwave.frame import LongCache, MemoryLayer, stored_dtype
 from longwave.frame.parked import states_of
 from longwave.methods import Bound
@@ -98,8 +99,10 @@ def save(
 
 
 def find_coder(model: Any, fraction: float | None = None) -> Coder:
-    """The codec of a model. fraction: of the bytes in 16 bits that is aimed at, where one is."""
-    raise NotImplementedError("there is no codec for this model in this longwave: pass coder=, or save with exact=True")
+    """The codec of a model, fitted now where none is kept. fraction: of the bytes in 16 bits that is aimed at; None
+    leaves the sizes to whoever encodes."""
+    codec = codec_for(model)
+    return codec.at(max(codec.sizes) if fraction is None else fraction, device=model.device)
 
 
 def _check(cache: LongCache) -> int:

@@ -66,7 +66,7 @@ def test_the_backward_pass_is_autograds(block, monkeypatch):
     asked = [x.requires_grad_() for x in (q, own_k, own_v)]
     seen = 20 + torch.arange(1, 8).expand(2, -1)
     plain = dense_attention(q, torch.cat([k, own_k], 2), torch.cat([v, own_v], 2), 0.3, seen)
-    ours = probe._Attention.apply(q, own_k, own_v, k, v, 0.3)
+    ours = probe.ContextAttention.apply(q, own_k, own_v, k, v, 0.3)
     torch.testing.assert_close(ours, plain)
     slope = torch.randn(plain.shape, generator=g, dtype=torch.float64)
     for a, b in zip(torch.autograd.grad(ours, asked, slope), torch.autograd.grad(plain, asked, slope), strict=True):
@@ -85,7 +85,7 @@ def test_learned_sinks_take_their_share_in_both_directions():
     scores = (q @ keys.mT * 0.3).masked_fill(torch.arange(27) > 20 + torch.arange(7)[:, None], float("-inf"))
     shares = torch.cat([scores, sinks[None, :, None, None].expand(2, 6, 7, 1)], -1).softmax(-1)[..., :-1]
     plain = shares @ values
-    ours = probe._Attention.apply(q, own_k, own_v, k, v, 0.3, sinks)
+    ours = probe.ContextAttention.apply(q, own_k, own_v, k, v, 0.3, sinks)
     torch.testing.assert_close(ours, plain)
     slope = torch.randn(plain.shape, generator=g, dtype=torch.float64)
     for a, b in zip(torch.autograd.grad(ours, asked, slope), torch.autograd.grad(plain, asked, slope), strict=True):

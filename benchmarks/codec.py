@@ -1,0 +1,261 @@
+"""What a coded cache says of the tokens after it: KL from the dense model, and real bytes, by size and by step.
+
+    python -m benchmarks.codec [--windows 16 --context 2820 --scored 256] [--only PATTERN] [--device cuda] [--out FILE]
+
+A codec is fitted on the text that ships with the package (or `--text` files) once for all rows: all steps, each step
+left out, the basis of every layer by itself, and the form of KVTC (arXiv 2511.01815) as read from its paper: principal
+axes without weights, prediction or transform in time, bits a component by dynamic programming, and DEFLATE. Windows are
+task divergence's, of other text. Sinks (4 tokens) and the last 256 stay exact; what lies between is coded in segments
+and the bytes are those of the segments over the same K and V in 16 bits.
+"""
+
+import argparse
+import json
+import re
+import time
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import longwave
+from benchmarks.sensitivity import Judge
+from longwave.cli.console import show_table
+from longwave.codec import Effort, build, calibrate
+from longwave.codec.fit import _regrouped
+from longwave.codec.transform import TOKENS, principal
+from longwave.evals.fork import fork
+from longwave.evals.loss import score
+from longwave.plan.automatic import own_texts
+
+SIZES = (0.15, 0.10, 0.07, 0.05, 0.03, 0.02)
+SINKS, WINDOW = 4, 256
+ROWS = {
+    "all steps": {},
+    "no weights": {"weigh": False},
+    "no prediction": {"predict": False},
+    "no DCT": {"cosines": False},
+    "weights and PCA alone": {"predict": False, "cosines": False},
+    "PCA alone": {"weigh": False, "predict": False, "cosines": False},
+    "PCA within each layer": {"groups": "layer"},
+}
+KVTC = "KVTC's form"
+
+
+class Coded:
+    """Segments by one of our codecs."""
+
+    def __init__(self, read, **options):
+        if options.get("groups") == "layer":
+            options["groups"] = tuple((i, i + 1) for i in range(len(read.shape.memory_layers)))
+        self.codec = build(read, **options)
+
+    def at(self, size):
+        least, most = self.codec.sizes
+        if not least <= size <= most:
+            return None
+        codec = self.codec.at(size)
+
+        def through(k, v, ids, start):
+            made = codec.encode(k, v, ids=ids, start=start)
+            codec.decode(made, k, v)
+            return len(made)
+
+        return through
+
+
+class Kvtc:
+    """K (turned back) and V in principal axes over the layers of a group, whole numbers of bits a component, DEFLATE.
+
+    A component of b bits has 2^b levels over its range on the calibration text's end; what that costs in mean square
+    is measured there too, and the bits that cost least are found by dynamic programming over blocks of components.
+    """
+
+    BITS, BLOCK = (0, 1, 2, 3, 4, 6, 8), 16
+
+    def __init__(self, read):
+        self.read, self.parts = read, []
+        self.width = read.shape.kv_heads * read.shape.head_dim
+        sides = _regrouped(read, read.groups)
+        for number, moments in enumerate(sides):
+            mean = moments.mean()
+            w = torch.zeros_like(moments.fx)
+            w[-1] = mean
+            for g, cut in enumerate(moments.groups):
+                axes = principal(moments.residual(w, g))[0].float().cpu()
+                seen = torch.cat([self.columns(one.k, one.v, one.start)[number][:, cut] for one in read.apart])
+                c = (seen - mean[cut].float().cpu()) @ axes
+                self.parts.append((number, cut, mean[cut].float().cpu(), axes, *self.ranges(c)))
+
+    def columns(self, k, v, start):
+        k = self.read.rotation.unrotate(k.float(), torch.arange(start, start + k.shape[1]))
+        return [x.float().transpose(0, 1).flatten(1) for x in (k, v)]
+
+    def ranges(self, c):
+        """Half the range of each component and what each number of bits leaves, by blocks [blocks, bits]."""
+        largest = c.abs().sort(0).values[int(0.999 * (len(c) - 1))].clamp(min=1e-9)
+        size = torch.stack([largest * share for share in (0.0, 0.5, 0.7, 0.85, 0.9, 1, 1)])
+        left = torch.stack(
+            [(c - self.levels(c, b, s)[1]).square().sum(0) for b, s in zip(self.BITS, size, strict=True)]
+        )
+        pad = -left.shape[1] % self.BLOCK
+        return size, torch.nn.functional.pad(left, (0, pad)).unflatten(1, (-1, self.BLOCK)).sum(-1).T
+
+    @staticmethod
+    def levels(c, bits, size):
+        """(codes, what they stand for)."""
+        if not bits:
+            return None, torch.zeros_like(c)
+        each = 2 * size / 2**bits
+        codes = ((c + size) / each).floor().clamp(0, 2**bits - 1)
+        return codes, (codes + 0.5) * each - size
+
+    def allot(self, size):
+        """Bits of every block: the least error that `size` pays for, by dynamic programming over the sum of bits."""
+        errors = torch.cat([part[5] for part in self.parts]).numpy()
+        total = int(size * 16 * len(errors) * 1.0)
+        best, choice = np.zeros(total + 1), []
+        for row in errors:
+            tried = np.full((len(self.BITS), total + 1), np.inf)
+            for n, b in enumerate(self.BITS):
+                tried[n, b:] = best[: total + 1 - b] + row[n]
+            choice.append(tried.argmin(0))
+            best = tried.min(0)
+        at, found = int(best.argmin()), []
+        for row in reversed(choice):
+            found.append(self.BITS[row[at]])
+            at -= found[-1]
+        return found[::-1]
+
+    def at(self, size):
+        aim = size
+        for _ in range(4):  # DEFLATE takes some off
+            made = self.coder(self.allot(aim))
+            taken = sum(made(one.k.clone(), one.v.clone(), None, one.start) for one in self.read.apart[:4])
+            aim *= size / (taken / sum(2 * 2 * one.k.numel() for one in self.read.apart[:4]))
+            if aim > 0.5:
+                return None
+        return self.coder(self.allot(aim))
+
+    def coder(self, allotted):
+        def through(k, v, ids, start):
+            sides = self.columns(k, v, start)
+            out, taken, first = [torch.empty_like(x) for x in sides], 0, 0
+            for number, cut, mean, axes, size, errors in self.parts:
+                bits = torch.tensor(allotted[first : first + len(errors)]).repeat_interleave(self.BLOCK)[
+                    : axes.shape[1]
+                ]
+                first += len(errors)
+                c = (sides[number][:, cut] - mean) @ axes
+                stands = torch.zeros_like(c)
+                packed = []
+                for n, b in enumerate(self.BITS[1:], 1):
+                    of = bits == b
+                    codes, stands[:, of] = self.levels(c[:, of], b, size[n, of])
+                    packed.append(packed_bits(codes.T.to(torch.uint8).numpy(), b))
+                taken += len(zlib.compress(b"".join(packed), 6)) + 4
+                out[number][:, cut] = stands @ axes.T + mean
+            shape = (k.shape[1], k.shape[0], *k.shape[2:])
+            k_new, v_new = (x.view(shape).transpose(0, 1) for x in out)
+            k.copy_(self.read.rotation.rotate(k_new, torch.arange(start, start + k.shape[1])))
+            v.copy_(v_new)
+            return taken
+
+        return through
+
+
+def packed_bits(codes, bits):
+    return np.packbits(np.unpackbits(codes.reshape(-1, 1), axis=1, bitorder="little")[:, :bits]).tobytes()
+
+
+class CodedJudge(Judge):
+    """Unseen windows whose middle goes through a codec."""
+
+    @torch.no_grad()
+    def through(self, coder):
+        """(mean KL, its standard error, bytes over those in 16 bits, seconds of coding and decoding 1,000 tokens)."""
+        kls, taken, dense, seconds, tokens = [], 0, 0, 0.0, 0
+        for memory, ids, exact in self.read:
+            made = fork(memory, longwave.cache(self.model, "dense"))
+            layers = list(made.memory_layers())
+            pairs = [layer.dense.view() for layer in layers]
+            k, v = (torch.stack([pair[side][0].transpose(0, 1) for pair in pairs]).cpu() for side in (0, 1))
+            end = k.shape[1] - WINDOW
+            for start in range(SINKS, end, TOKENS):
+                part = slice(start, min(end, start + TOKENS))
+                one, two = k[:, part].clone(), v[:, part].clone()
+                began = time.perf_counter()
+                taken += coder(one, two, self.ids[len(kls)][part], start)
+                seconds += time.perf_counter() - began
+                k[:, part], v[:, part] = one, two
+                dense, tokens = dense + 2 * 2 * one.numel(), tokens + one.shape[1]
+            for number, layer in enumerate(layers):
+                device = layer.dense.k.device
+                new = [x[number].transpose(0, 1)[None].to(device) for x in (k, v)]
+                layer.dense.k, layer.dense.v = (x.contiguous() for x in new)
+                layer.dense.owned = True
+            kls.append(float(score(self.model, made, ids).divergence(exact)[0].mean()))
+        kl = torch.tensor(kls)
+        return float(kl.mean()), float(kl.std() / len(kls) ** 0.5), taken / dense, 1000 * seconds / tokens
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--windows", type=int, default=16, help="unseen ones")
+    parser.add_argument("--context", type=int, default=2820)
+    parser.add_argument("--scored", type=int, default=256)
+    parser.add_argument("--sizes", type=lambda text: [float(part) for part in text.split(",")], default=list(SIZES))
+    parser.add_argument("--only", default="", help="a regular expression that a row's name must hold")
+    parser.add_argument("--text", type=Path, action="append", default=[], help="fit on these files instead")
+    parser.add_argument("--fit-windows", type=int)
+    parser.add_argument("--fit-tokens", type=int)
+    parser.add_argument("--channels", type=int, help="the most that one basis joins")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    names = [name for name in (*ROWS, KVTC) if re.search(args.only, name)]
+    if not names:
+        parser.error(f"no row's name holds {args.only!r}; there are {', '.join((*ROWS, KVTC))}")
+    model, tokenizer = longwave.load(args.model, dtype=args.dtype)
+    model.to(args.device)
+    effort = Effort.of(model)
+    given = {"windows": args.fit_windows, "tokens": args.fit_tokens, "channels": args.channels}
+    effort = replace(effort, **{name: value for name, value in given.items() if value})
+    effort = replace(effort, probed=min(effort.probed, effort.windows))
+    began = time.perf_counter()
+    read = calibrate(model, tokenizer, [path.read_text() for path in args.text] or own_texts(), effort)
+    print(f"read in {time.perf_counter() - began:.0f} s: {read.about}", flush=True)
+    judge = CodedJudge(model, tokenizer, args.windows, args.context, args.scored)
+    found = []
+    for name in names:
+        began = time.perf_counter()
+        coder = Kvtc(read) if name == KVTC else Coded(read, **ROWS[name])
+        print(f"{name}: built in {time.perf_counter() - began:.0f} s", flush=True)
+        for size in args.sizes:
+            through = coder.at(size)
+            if through is None:
+                continue
+            kl, error, ratio, seconds = judge.through(through)
+            found.append({"row": name, "size": size, "bytes": ratio, "kl": kl, "error": error, "seconds": seconds})
+            print(
+                f"{name:24s} {size:.2f} bytes {ratio:.4f}  KL {kl:.5f} ({error:.5f})  {seconds:.2f} s a 1,000",
+                flush=True,
+            )
+    cells = {(row["row"], row["size"]): f"{row['bytes']:.4f}: {row['kl']:.4f}" for row in found}
+    show_table(
+        f"bytes: KL from dense, {args.windows} windows of {args.context}",
+        ["", *map(str, args.sizes)],
+        [[name, *(cells.get((name, size), "") for size in args.sizes)] for name in names],
+    )
+    if args.out:
+        args.out.write_text(
+            json.dumps({"arguments": vars(args), "read": read.about, "rows": found}, default=str) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

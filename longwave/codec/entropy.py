@@ -1,0 +1,184 @@
+"""Whole numbers to bytes: interleaved range asymmetric numeral systems (rANS, Duda, arXiv 1311.2540), static tables.
+
+A number's *context* says how large such numbers are: the mean absolute size of its component and band over the step, in
+quarters of an octave. A context's table gives the numbers -127..127 their frequencies, in 2^-14; what is rarer, or
+larger, is the escape and follows apart. LANES states take turns on one string of 16-bit words, so that a machine may
+run them side by side. Layout: uint32 words, uint32 escapes, LANES uint32 states, words, escapes (int16 where all
+fit, else int32).
+
+`encode_words` and `decode_words` are the reference, a row of lanes at a time in numpy; entropy_numba.py does the same
+one number at a time, compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longwave.codec.quantise import OCTAVE, ROUND
+
+LANES = 8
+BITS = 14  # a table's frequencies sum to 2^BITS
+LOW = 1 << 16  # states lie in [LOW, LOW * 2^16)
+REACH, ESCAPE = 127, 255  # symbol q + REACH
+FINEST, PER_OCTAVE, CONTEXTS = -4, 4, 49  # context c: mean size 2^(c / PER_OCTAVE + FINEST) steps
+HEADER = 8 + 4 * LANES
+
+
+class Broken(ValueError):
+    """Bytes that no encoder wrote."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tables:
+    """frequency uint16 [CONTEXTS, 256], 0 of symbols that escape. start uint16: sums of those before. symbol uint8
+    [CONTEXTS, 2^BITS]: whose frequency covers a slot."""
+
+    frequency: NDArray[np.uint16]
+    start: NDArray[np.uint16]
+    symbol: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, frequency: NDArray[np.uint16]) -> Tables:
+        """ValueError where rows do not sum to 2^BITS or cannot escape."""
+        whole = frequency.astype(np.int64)
+        if whole.shape != (CONTEXTS, 256) or (whole.sum(1) != 1 << BITS).any() or (whole[:, ESCAPE] < 1).any():
+            raise ValueError(f"tables are {CONTEXTS} rows of 256 frequencies that sum to {1 << BITS}, the last above 0")
+        start = np.cumsum(whole, 1) - whole
+        symbol = np.stack([np.repeat(np.arange(256, dtype=np.uint8), row) for row in whole])
+        return cls(frequency.astype(np.uint16), start.astype(np.uint16), symbol)
+
+
+def laplace() -> NDArray[np.float64]:
+    """Probabilities [CONTEXTS, 256] of the quantised numbers of a Laplace density with each context's mean size."""
+    size = 2.0 ** (np.arange(CONTEXTS) / PER_OCTAVE + FINEST)
+    inner = np.exp(-(np.arange(REACH + 1) + 1 - ROUND) / size[:, None])  # beyond |q|
+    outer = np.concatenate([np.ones((CONTEXTS, 1)), inner[:, :-1]], 1)
+    both = outer - inner  # |q| = 0 .. REACH
+    p = np.zeros((CONTEXTS, 256))
+    p[:, REACH] = both[:, 0]
+    p[:, REACH + 1 : ESCAPE] = both[:, 1:] / 2
+    p[:, :REACH] = both[:, :0:-1] / 2
+    p[:, ESCAPE] = inner[:, -1]
+    return p
+
+
+def tabled(p: NDArray[np.float64]) -> NDArray[np.uint16]:
+    """Frequencies uint16 that stand for probabilities [CONTEXTS, 256]; what is rarer than half of one escapes."""
+    whole = p / p.sum(1, keepdims=True) * (1 << BITS)
+    found = np.where(whole < 0.5, 0, np.maximum(np.rint(whole), 1)).astype(np.int64)
+    rare = np.where(found == 0, whole, 0).sum(1)
+    found[:, ESCAPE] = np.maximum(1, np.rint(rare + whole[:, ESCAPE] * (found[:, ESCAPE] > 0)))
+    found[np.arange(len(found)), found.argmax(1)] += (1 << BITS) - found.sum(1)
+    return found.astype(np.uint16)
+
+
+def learned(counts: NDArray[np.int64], prior: float = 64.0) -> NDArray[np.uint16]:
+    """Frequencies by counts [CONTEXTS, 256] of what was seen, either sign counted for both, and by the Laplace density
+    as if it had been seen `prior` times."""
+    seen = counts.astype(np.float64)
+    seen[:, :ESCAPE] = (seen[:, :ESCAPE] + seen[:, ESCAPE - 1 :: -1]) / 2
+    return tabled(seen + prior * laplace())
+
+
+def context(size: NDArray[np.int64], step: int) -> NDArray[np.uint8]:
+    """Contexts of mean sizes 2^(size / OCTAVE) at the step that j = `step` stands for: whole numbers alone."""
+    per = OCTAVE // PER_OCTAVE
+    return np.clip((size - step + per // 2) // per - FINEST * PER_OCTAVE, 0, CONTEXTS - 1).astype(np.uint8)
+
+
+def encode(q: NDArray[np.int32], contexts: NDArray[np.uint8], tables: Tables, compiled: bool = True) -> bytes:
+    """The bytes of numbers int32 [N] in their contexts uint8 [N]; none for none. compiled: by numba where it is."""
+    if not len(q):
+        return b""
+    symbols = np.where(np.abs(q) <= REACH, q + REACH, ESCAPE)
+    symbols[tables.frequency[contexts, symbols] == 0] = ESCAPE
+    apart = q[symbols == ESCAPE]
+    narrow = apart.astype("<i2")
+    escapes = (narrow if (narrow == apart).all() else apart.astype("<i4")).tobytes()
+    work = _compiled() if compiled else None
+    words, states = (work.encode_words if work else encode_words)(symbols.astype(np.uint8), contexts, tables)
+    head = np.array([len(words), len(escapes), *states], dtype="<u4").tobytes()
+    return b"".join((head, words.astype("<u2").tobytes(), escapes))
+
+
+def decode(
+    data: bytes | memoryview, contexts: NDArray[np.uint8], tables: Tables, compiled: bool = True
+) -> NDArray[np.int32]:
+    """The numbers int32 [N] that `encode` was given in these contexts. Broken where it was not."""
+    if not len(contexts):
+        if len(data):
+            raise Broken(f"{len(data)} bytes for no numbers")
+        return np.zeros(0, np.int32)
+    if len(data) < HEADER:
+        raise Broken(f"{len(data)} bytes, at least {HEADER} are needed")
+    count, escaped, *states = np.frombuffer(data[:HEADER], "<u4").astype(np.int64).tolist()
+    if HEADER + 2 * count + escaped != len(data):
+        raise Broken(f"{len(data)} bytes for {count} words and {escaped} bytes of escapes")
+    words = np.frombuffer(data[HEADER : HEADER + 2 * count], "<u2").astype(np.uint16)
+    work = _compiled() if compiled else None
+    given = np.array(states, dtype=np.uint32)
+    symbols, taken, ended = (work.decode_words if work else decode_words)(words, given, contexts, tables)
+    if taken != count or (ended != LOW).any():
+        raise Broken("the states do not end where an encoder starts")
+    q = symbols.astype(np.int32) - REACH
+    apart = symbols == ESCAPE
+    number = int(apart.sum())
+    if escaped not in (2 * number, 4 * number):
+        raise Broken(f"{escaped} bytes for {number} escapes")
+    q[apart] = np.frombuffer(data[HEADER + 2 * count :], "<i2" if escaped == 2 * number else "<i4")
+    return q
+
+
+def encode_words(
+    symbols: NDArray[np.uint8], contexts: NDArray[np.uint8], tables: Tables
+) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
+    """(words in the order in which they are read, final states [LANES]). Number i is lane i % LANES's."""
+    states = np.full(LANES, LOW, dtype=np.uint64)
+    frequency = tables.frequency[contexts, symbols].astype(np.uint64)
+    start = tables.start[contexts, symbols].astype(np.uint64)
+    words: list[NDArray[np.uint64]] = []
+    for row in range((len(symbols) - 1) // LANES, -1, -1):
+        f, s = (x[row * LANES : (row + 1) * LANES] for x in (frequency, start))
+        x = states[: len(f)]
+        full = x >= f << np.uint64(32 - BITS)
+        words.append((x[full] & np.uint64(0xFFFF))[::-1])
+        x = np.where(full, x >> np.uint64(16), x)
+        states[: len(f)] = (x // f << np.uint64(BITS)) + x % f + s
+    return np.concatenate(words)[::-1].astype(np.uint16), states.astype(np.uint32)
+
+
+def decode_words(
+    words: NDArray[np.uint16], states: NDArray[np.uint32], contexts: NDArray[np.uint8], tables: Tables
+) -> tuple[NDArray[np.uint8], int, NDArray[np.uint32]]:
+    """(symbols, words taken, states at the end); fewer words than are needed are as if zeros followed."""
+    x64, symbols, taken = states.astype(np.uint64), np.empty(len(contexts), np.uint8), 0
+    given = words.astype(np.uint64)
+    for first in range(0, len(contexts), LANES):
+        c = contexts[first : first + LANES]
+        x = x64[: len(c)]
+        slot = x & np.uint64((1 << BITS) - 1)
+        found = tables.symbol[c, slot]
+        symbols[first : first + LANES] = found
+        x = tables.frequency[c, found].astype(np.uint64) * (x >> np.uint64(BITS)) + slot
+        x = x - tables.start[c, found].astype(np.uint64)
+        low = x < LOW
+        need = int(low.sum())
+        new = np.zeros(need, np.uint64)
+        got = given[taken : taken + need]
+        new[: len(got)] = got
+        x[low] = (x[low] << np.uint64(16)) | new
+        taken += need
+        x64[: len(c)] = x & np.uint64(0xFFFFFFFF)
+    return symbols, taken, x64.astype(np.uint32)
+
+
+def _compiled():  # type: ignore[no-untyped-def]
+    """entropy_numba, or None where numba is not."""
+    try:
+        from longwave.codec import entropy_numba
+    except ImportError:
+        return None
+    return entropy_numba

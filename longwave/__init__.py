@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         CaM,
         Dense,
         Evicting,
+        ExpectedAttention,
         Fourier,
         FourierPaper,
         Kivi,
@@ -48,9 +49,9 @@ _HOMES = {
     "Profile": "longwave.plan.profile",
     **dict.fromkeys(
         (
-            "Bound", "CaM", "Dense", "Evicting", "Fourier", "FourierPaper", "H2O", "KNorm", "Kivi", "Method",
-            "PyramidKV", "Quest", "Segmented", "Selecting", "SnapKV", "Streaming", "Tova", "TreeKV", "WeightedKV",
-            "register",
+            "Bound", "CaM", "Dense", "Evicting", "ExpectedAttention", "Fourier", "FourierPaper", "H2O", "KNorm", "Kivi",
+            "Method", "PyramidKV", "Quest", "Segmented", "Selecting", "SnapKV", "Streaming", "Tova", "TreeKV",
+            "WeightedKV", "register",
         ),
         "longwave.methods",
     ),
@@ -62,6 +63,7 @@ __all__ = [
     "CaM",
     "Dense",
     "Evicting",
+    "ExpectedAttention",
     "Fourier",
     "FourierPaper",
     "KNorm",

@@ -27,6 +27,13 @@ class OftenPyramid(longwave.PyramidKV):
     every: ClassVar[int] = 8
 
 
+@dataclass(frozen=True)
+class OftenExpected(longwave.ExpectedAttention):
+    """And of expected_attention."""
+
+    every: ClassVar[int] = 8
+
+
 # budget 1: nothing is dropped or compressed
 IDENTITY = {
     "dense": lambda model: longwave.cache(model, "dense"),
@@ -86,6 +93,9 @@ LOSSY = {
     "weightedkv": lambda model: longwave.cache(model, longwave.WeightedKV(tokens=24, **ENDS)),
     "cam": lambda model: longwave.cache(model, longwave.CaM(reach=3, **ENDS), budget=0.3),
     "knorm": lambda model: longwave.cache(model, longwave.KNorm(**ENDS), budget=0.3),
+    "expected_attention": lambda model: longwave.cache(
+        model, OftenExpected(queries=6, stride=2, ahead=20, eps=0.01, **ENDS), budget=0.3
+    ),
     "pyramidkv": lambda model: longwave.cache(model, OftenPyramid(**ENDS), budget=0.3),
 }
 
@@ -94,6 +104,6 @@ ROOMY = {
     method.name: lambda model, method=method: longwave.cache(model, method(tokens=4096))
     for method in (
         *(longwave.H2O, longwave.PyramidKV, longwave.Tova, longwave.TreeKV, longwave.WeightedKV, longwave.CaM),
-        longwave.KNorm,
+        *(longwave.KNorm, longwave.ExpectedAttention),
     )
 }

@@ -9,6 +9,7 @@ from longwave.methods.base import Bound, Method
 from longwave.methods.cam import CaM
 from longwave.methods.dense import Dense
 from longwave.methods.evicting import Evicting
+from longwave.methods.expected_attention import ExpectedAttention
 from longwave.methods.fourier import Fourier
 from longwave.methods.fourier_paper import FourierPaper
 from longwave.methods.h2o import H2O
@@ -28,7 +29,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         *(Dense, Fourier, FourierPaper, Kivi, Quest),
-        *(Streaming, SnapKV, PyramidKV, H2O, Tova, TreeKV, KNorm, WeightedKV, CaM),
+        *(Streaming, SnapKV, PyramidKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, WeightedKV, CaM),
     )
 }
 
@@ -64,6 +65,7 @@ __all__ = [
     "CaM",
     "Dense",
     "Evicting",
+    "ExpectedAttention",
     "Fourier",
     "FourierPaper",
     "KNorm",

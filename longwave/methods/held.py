@@ -11,6 +11,20 @@ from longwave.frame import MemoryLayer
 from longwave.frame.observe import Queries
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """A layer's own rotation: x [batch, heads, n, head_dim] at positions int [batch, n], on and off."""
+
+    rotary: Any
+    module: Any
+
+    def on(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.rotary.rotate(self.module, x, positions)
+
+    def off(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        return self.rotary.unrotate(self.module, x, positions)
+
+
 @dataclass(frozen=True, eq=False)
 class Held:
     """What a layer holds when it has to choose.
@@ -20,7 +34,8 @@ class Held:
     columns: "position" and what the method `needs`, [batch, kv_heads, n] each. queries: of the last tokens, where
     needed.
     scaling: of the scores. layer: number of the memory layer. turn int64 [batch]: where a method that `takes_turns`
-    stands. room int64 [batch]: how many of the tokens that may go will stay, as steps have it.
+    stands. room int64 [batch]: how many of the tokens that may go will stay, as steps have it. rotation: the layer's
+    own, for methods that need what is `unrotated`.
     """
 
     k: torch.Tensor
@@ -32,6 +47,7 @@ class Held:
     layer: int = 0
     turn: torch.Tensor | None = None
     room: torch.Tensor | None = None
+    rotation: Rotation | None = None
 
     def mean_mass(self) -> torch.Tensor:
         """Attention that each token got, over the number of queries that have seen it: as columns["mass"]."""
@@ -56,6 +72,10 @@ def held_by(source: MemoryLayer, lengths: torch.Tensor | None = None, **about: A
     else:
         k, v = source.dense.tensors()
         columns = dict(source.dense.columns)
+    rotary = source.progress.rotary
+    if source.needs.unrotated and rotary is not None:
+        module = next(module for module in rotary.turns if module.layer_idx == source.index)
+        about["rotation"] = Rotation(rotary, module)
     return Held(k, v, lengths, columns, source.queries, source.scaling, **about)
 
 

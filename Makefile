@@ -10,7 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all lint quality speed bench endtoend profiles frontier clean
+.PHONY: demo test test-all lint quality speed bench endtoend profiles frontier methods clean
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "longwave needs Python 3.11 or newer; try make PYTHON=python3.12"; exit 1; }
@@ -52,6 +52,10 @@ endtoend: $(VENV)/ready
 # tables and plot of docs/results/frontier from its committed samples
 frontier: $(VENV)/ready
 	$(BIN)/python -m benchmarks.frontier
+
+# the table of docs/methods.md, asked of the code
+methods: $(VENV)/ready
+	$(BIN)/python -m tests.methods.page
 
 profiles: $(VENV)/ready
 	$(BIN)/python -m benchmarks.profiles

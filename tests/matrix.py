@@ -20,6 +20,20 @@ class Often(longwave.SnapKV):
     every: ClassVar[int] = 8
 
 
+@dataclass(frozen=True)
+class OftenPyramid(longwave.PyramidKV):
+    """The same of pyramidkv."""
+
+    every: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
+class OftenExpected(longwave.ExpectedAttention):
+    """And of expected_attention."""
+
+    every: ClassVar[int] = 8
+
+
 # budget 1: nothing is dropped or compressed
 IDENTITY = {
     "dense": lambda model: longwave.cache(model, "dense"),
@@ -71,4 +85,25 @@ LOSSY = {
     ),
     "h2o": lambda model: longwave.cache(model, longwave.H2O(**ENDS), budget=0.3),
     "quest": lambda model: longwave.cache(model, longwave.Quest(full_layers=0, chunk=4, **ENDS), budget=0.3),
+    "tova": lambda model: longwave.cache(model, longwave.Tova(**ENDS), budget=0.3),
+    "treekv": lambda model: longwave.cache(model, longwave.TreeKV(block=4, **ENDS), budget=0.3),
+    "treekv-slots": lambda model: longwave.cache(
+        model, longwave.TreeKV(tokens=21, positions="slots", index_rule="printed", block=1, **ENDS)
+    ),
+    "weightedkv": lambda model: longwave.cache(model, longwave.WeightedKV(tokens=24, **ENDS)),
+    "cam": lambda model: longwave.cache(model, longwave.CaM(reach=3, **ENDS), budget=0.3),
+    "knorm": lambda model: longwave.cache(model, longwave.KNorm(**ENDS), budget=0.3),
+    "expected_attention": lambda model: longwave.cache(
+        model, OftenExpected(queries=6, stride=2, ahead=20, eps=0.01, **ENDS), budget=0.3
+    ),
+    "pyramidkv": lambda model: longwave.cache(model, OftenPyramid(**ENDS), budget=0.3),
+}
+
+# Methods that share a base with one in IDENTITY: everything is observed as if it were needed, and there is room for all
+ROOMY = {
+    method.name: lambda model, method=method: longwave.cache(model, method(tokens=4096))
+    for method in (
+        *(longwave.H2O, longwave.PyramidKV, longwave.Tova, longwave.TreeKV, longwave.WeightedKV, longwave.CaM),
+        *(longwave.KNorm, longwave.ExpectedAttention),
+    )
 }

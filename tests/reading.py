@@ -41,6 +41,8 @@ def state_of(memory):
         if getattr(layer, "store", None) is not None:
             state["middle"] = list(layer.store.tokens)
         state |= {name: layer.dense.column(name).clone() for name in layer.dense.columns}
+        if getattr(layer, "turn", None) is not None:
+            state["turn"] = layer.turn.clone()
         if layer.queries is not None:
             age = torch.arange(layer.queries.width - 1, -1, -1)
             known = age < torch.tensor(layer.queries.counts)[:, None]

@@ -7,6 +7,7 @@ import pytest
 
 import longwave
 from longwave.methods import METHODS
+from tests.methods import page
 
 DOCS = Path(__file__).resolve().parents[1]
 
@@ -37,3 +38,11 @@ def test_the_method_in_design_md(known, capsys):
     assert report.ratio < 0.6
     assert str(report) in capsys.readouterr().out
     assert method.count("def ") == 1  # the score is all there is to it
+
+
+def test_the_table_of_methods_is_what_the_code_says():
+    assert page.ABOUT.keys() == METHODS.keys()
+    text = page.PAGE.read_text()
+    assert text[text.index(page.BEGIN) + len(page.BEGIN) : text.index(page.END)] == page.table(), (
+        "python -m tests.methods.page writes it"
+    )

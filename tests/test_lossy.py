@@ -50,7 +50,7 @@ def check_budget(memory):
     for layer in layers:
         for row, (seen, dense) in enumerate(zip(layer.rows, layer.dense.lengths, strict=True)):
             if isinstance(layer, EvictingLayer):
-                assert dense <= min(seen, bound.limit(seen) + bound.method.every - 1)
+                assert dense <= bound.most(seen, layer.position)
             elif isinstance(layer, SegmentedLayer) and bound.span:
                 sinks, window, _ = bound.dense_tokens
                 assert dense < sinks + window + bound.span
@@ -313,7 +313,7 @@ def test_a_pass_can_be_taken_back_while_the_past_is_recorded(model, make):
     read(model, other, ids[:, :LENGTH], mask)
     memory.activate_past_recording()
     other.activate_past_recording()
-    watches = memory.method.needs.mass or memory.method.needs.queries
+    watches = memory.method.needs.watches or memory.method.needs.queries
     for start in (LENGTH, LENGTH + 5, LENGTH + 10):
         part = torch.cat([ids[:, : start + 2], guess[:, start + 2 : start + 5]], dim=1)
         read(model, memory, part, mask)

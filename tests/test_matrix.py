@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 
+import longwave
 from tests.conftest import into, left_padded, tokens
-from tests.matrix import IDENTITY
+from tests.matrix import IDENTITY, ROOMY
 
 NEW = 24
 LENGTH = 50
@@ -213,3 +214,17 @@ def test_early_initialization(pair, make):
     memory.early_initialization(2, 2, 8, torch.float32, "cpu")
     ids = tokens(2, LENGTH)
     torch.testing.assert_close(logits(ours, ids, memory), logits(stock, ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", list(ROOMY))
+def test_what_is_observed_changes_nothing(models, name):
+    """Where there is room for all; padded, in chunks and in steps."""
+    pads = left_padded(2, LENGTH, [19, 0])
+    got, expected = both(models["llama"], ROOMY[name], *pads, prefill_chunk_size=17)
+    assert torch.equal(got, expected)
+    whole = longwave.cache(models["llama"][0], name, 1.0)
+    ids = tokens(1, LENGTH)
+    torch.testing.assert_close(
+        logits(models["llama"][0], ids, whole), logits(models["llama"][1], ids), rtol=1e-4, atol=1e-4
+    )
+    assert not next(whole.memory_layers()).dense.columns

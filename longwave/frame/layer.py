@@ -18,6 +18,7 @@ from longwave.frame.hidden import take_hidden
 from longwave.frame.keeping import Keeping
 from longwave.frame.observe import Needs, Pass, Queries, Step
 from longwave.frame.progress import Progress
+from longwave.frame.watch import watch, watch_step
 from longwave.ops import mass as attention_mass
 from longwave.ops.attention.reference import causal_attention, dense_attention, step_attention
 from longwave.store.tokens import TokenBuffer
@@ -131,7 +132,7 @@ class MemoryLayer(Keeping):
     def step_state(self) -> list[torch.Tensor]:
         """What a step changes of storage that earlier tokens lie in: put back after steps that only warm up."""
         return [
-            *(held for name, held in self.dense.columns.items() if name == "mass"),
+            *(held for name, held in self.dense.columns.items() if name != "position"),
             *(self.queries.tensors() if self.queries is not None else ()),
         ]
 
@@ -146,8 +147,8 @@ class MemoryLayer(Keeping):
         p.q, p.k, p.v = (x.to(self.dtype) for x in (p.q, p.k, p.v))  # autocast's type may be another
         self.arrive_step(p, step)
         columns = {} if p.positions is None else {"position": p.positions}
-        if self.needs.mass:  # a tensor: into a captured graph no number is copied from the host
-            columns["mass"] = p.k.new_zeros(p.k.shape[0], 1, dtype=torch.float32)
+        for name in self.dense.columns.keys() - columns:  # tensors: into a captured graph no number is copied
+            columns[name] = p.k.new_zeros(p.k.shape[0], 1, dtype=torch.float32)
         self.dense.write_step(step.rows, step.at, p.k, p.v, columns)
         out = self.attend_step(p, step)
         self.observe_step(p, step)
@@ -156,9 +157,9 @@ class MemoryLayer(Keeping):
 
     def observe_step(self, p: Pass, step: Step) -> None:
         """`observe`, by what the device knows."""
-        if self.needs.mass:
+        if self.needs.watches:
             k, _ = self.dense.tensors()
-            attention_mass.add_step(self.dense.columns["mass"], p.q, k, p.scaling, step.seen)
+            watch_step(self.dense.columns, self.needs, p, k, step)
         if self.queries is not None:
             self.queries.add_step(p.q, step.positions, step.total)
 
@@ -347,7 +348,7 @@ class MemoryLayer(Keeping):
                 raise NotImplementedError(
                     "what this model's learned sinks take of attention under a 4D mask is not known: pass a 2D mask"
                 )
-            if self.needs.mass or (self.needs.queries and not self.hints):
+            if self.needs.watches or (self.needs.queries and not self.hints):
                 raise NotImplementedError(
                     "this method watches what attention reads, which a 4D attention mask hides from it: pass a 2D mask"
                 )
@@ -425,15 +426,10 @@ class MemoryLayer(Keeping):
 
     def observe(self, p: Pass) -> None:
         """Remember of a pass what `needs` asks for. Its tokens are written, and nothing is settled yet."""
-        if self.needs.mass:
+        if self.needs.watches:
             k, _ = self.dense.view()
-            visible = self.visible(p.q.shape[2], p.causal)
-            if p.valid is not None:
-                assert visible is not None
-                visible = visible * p.valid  # padding asks nothing
             lse = self.log_sum_exp(p) if p.lse is None else p.lse
-            got = attention_mass.mass(p.q, k, p.scaling, visible, lse)
-            self.dense.columns["mass"][:, :, : k.shape[2]] += got
+            watch(self.dense.columns, self.needs, p, k, self.visible(p.q.shape[2], p.causal), lse)
         if self.queries is not None:
             self.queries.add(p.q, self._positions_before(p), p.valid)
 

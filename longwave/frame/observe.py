@@ -21,9 +21,10 @@ class Needs:
 
     queries: of the last so many tokens of each row, rotated, as they met the keys. every: of those tokens alone whose
     number in the row, from 1 on, is a multiple of it. mass: the attention that each stored token got so far, a column
-    of the token store. positions: of each stored token, a column too. unrotated: a model whose rotation can be undone
-    (`Pass.rotary`). hidden: the input of the attention module, in `Pass.hidden`. shifts: `Queries.later`, which turns
-    queries where the model's rotation can be undone.
+    of the token store. votes: what it got from the last so many queries of the latest pass that brought its row tokens,
+    a column for each number named. positions: of each stored token, a column too. unrotated: a model whose rotation can
+    be undone (`Pass.rotary`). hidden: the input of the attention module, in `Pass.hidden`. shifts: `Queries.later`,
+    which turns queries where the model's rotation can be undone.
     """
 
     queries: int = 0
@@ -32,6 +33,7 @@ class Needs:
     positions: bool = False
     unrotated: bool = False
     hidden: bool = False
+    votes: tuple[int, ...] = ()
     shifts: bool = False
 
     def __or__(self, other: Needs) -> Needs:
@@ -46,16 +48,28 @@ class Needs:
             self.positions or other.positions,
             self.unrotated or other.unrotated,
             self.hidden or other.hidden,
+            tuple(sorted({*self.votes, *other.votes})),
             self.shifts or other.shifts,
         )
 
     def columns(self) -> dict[str, torch.dtype]:
         """The side columns that a token store keeps for this."""
-        return ({"position": torch.int32} if self.positions else {}) | ({"mass": torch.float32} if self.mass else {})
+        attention = [*(["mass"] if self.mass else []), *map(votes_of, self.votes)]
+        return ({"position": torch.int32} if self.positions else {}) | dict.fromkeys(attention, torch.float32)
+
+    @property
+    def watches(self) -> bool:
+        """Whether something of the attention over all tokens is asked for, by token."""
+        return self.mass or bool(self.votes)
 
     def nbytes(self, query_heads: int, head_dim: int, itemsize: int) -> int:
         """Bytes a row beside its tokens: the remembered queries and their positions."""
         return self.queries * (query_heads * head_dim * itemsize + 8)
+
+
+def votes_of(queries: int) -> str:
+    """Name of the column that Needs(votes=(queries,)) asks for."""
+    return f"votes{queries}"
 
 
 PROBES = 16

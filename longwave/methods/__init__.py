@@ -6,20 +6,31 @@ from dataclasses import fields
 
 from longwave.checks import nearest
 from longwave.methods.base import Bound, Method
+from longwave.methods.cam import CaM
 from longwave.methods.dense import Dense
 from longwave.methods.evicting import Evicting
+from longwave.methods.expected_attention import ExpectedAttention
 from longwave.methods.fourier import Fourier
 from longwave.methods.fourier_paper import FourierPaper
 from longwave.methods.h2o import H2O
 from longwave.methods.kivi import Kivi
+from longwave.methods.knorm import KNorm
+from longwave.methods.pyramidkv import PyramidKV
 from longwave.methods.quest import Quest
 from longwave.methods.segmented import Segmented
 from longwave.methods.selecting import Selecting
 from longwave.methods.snapkv import SnapKV
 from longwave.methods.streaming import Streaming
+from longwave.methods.tova import Tova
+from longwave.methods.treekv import TreeKV
+from longwave.methods.weightedkv import WeightedKV
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Dense, Fourier, FourierPaper, Kivi, Streaming, SnapKV, H2O, Quest)
+    method.name: method
+    for method in (
+        *(Dense, Fourier, FourierPaper, Kivi, Quest),
+        *(Streaming, SnapKV, PyramidKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, WeightedKV, CaM),
+    )
 }
 
 
@@ -51,17 +62,24 @@ __all__ = [
     "H2O",
     "METHODS",
     "Bound",
+    "CaM",
     "Dense",
     "Evicting",
+    "ExpectedAttention",
     "Fourier",
     "FourierPaper",
+    "KNorm",
     "Kivi",
     "Method",
+    "PyramidKV",
     "Quest",
     "Segmented",
     "Selecting",
     "SnapKV",
     "Streaming",
+    "Tova",
+    "TreeKV",
+    "WeightedKV",
     "get_method",
     "register",
 ]

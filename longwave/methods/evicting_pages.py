@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from longwave.frame import MemoryLayer, Needs
-from longwave.methods.held import best, held_by
+from longwave.methods.held import held_by, rising
 from longwave.methods.segmented import SegmentedBound, SegmentedLayer
 
 
@@ -75,30 +75,41 @@ class PagedLayer(SegmentedLayer):
 
     bound: PagedBound
     hints = False
-    _worth: torch.Tensor | None = None  # of the dense tokens, while they settle
+    _kept: torch.Tensor | None = None  # which of the dense tokens go into pages, while they settle
 
     def due(self, row: int) -> int:
         return self.bound.absorbed(self.dense.lengths[row])
 
     def chosen(self, rows: slice, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._worth is None:
-            held, own = held_by(self), self.bound.method.needs()
-            if held.queries is not None and own.queries:  # there may be more, for what is merged
-                held = replace(held, queries=held.queries.last(own.queries, own.every))
-            self._worth = self.bound.method.score(held).float()
-        score = self._worth[rows, :, self.sinks : self.sinks + count]
-        keep = count // self.bound.span * self.segment
-        index = best(score, torch.full((score.shape[0],), keep, device=score.device)) + self.sinks
+        assert self._kept is not None
+        index = rising(self._kept[rows], count // self.bound.span * self.segment)
         k, v = (x[rows].gather(2, index[..., None].expand(*index.shape, x.shape[3])) for x in self.dense.view())
         return k, v
 
     def settle(self) -> None:
+        due = [self.due(row) for row in range(self.batch_size)]
+        if any(due):
+            self._decide(due)
         try:
             super().settle()
         finally:
-            self._worth = None
+            self._kept = None
+
+    def _decide(self, due: list[int]) -> None:
+        """Choose among the due[b] oldest tokens behind the sinks of row b, and fold what goes into what stays."""
+        method, held = self.bound.method, held_by(self, layer=self.position)
+        own = method.needs()
+        if held.queries is not None and own.queries:  # there may be more, for what is merged
+            held = replace(held, queries=held.queries.last(own.queries, own.every))
+        slots = torch.arange(held.k.shape[2], device=held.k.device)
+        counts = torch.tensor(due, device=held.k.device)
+        free = ((slots >= self.sinks) & (slots < self.sinks + counts[:, None]))[:, None]
+        keep = counts // self.bound.span * self.segment
+        self._kept = method.choose(held, free, keep)
+        if method.folds:
+            self.dense.set_values(method.fold(held, free & ~self._kept, int((counts - keep).max())))
 
     def unsteady(self) -> str | None:
-        if self.needs.mass:
+        if self.needs.watches:
             return "its pages take part in the attention that it measures, which a step does not sum up"
         return super().unsteady()

@@ -191,6 +191,14 @@ class TokenBuffer:
         self._set(fresh)
         self.lengths, self.owned = list(lengths), True
 
+    def set_values(self, v: torch.Tensor) -> None:
+        """V up to the longest row becomes v [batch, kv_heads, longest, head_dim]. Never written to where it is not
+        our own."""
+        assert self.v is not None
+        if not self.fixed:
+            self.v = self.v.clone()
+        self.v[:, :, : self.longest] = v
+
     def write_step(
         self,
         rows: torch.Tensor,

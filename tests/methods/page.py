@@ -1,0 +1,98 @@
+"""The table of docs/methods.md, asked of the code: `python -m tests.methods.page` writes it."""
+
+from pathlib import Path
+
+import longwave
+from longwave.cli.common import first_line
+from longwave.decode import supports
+from longwave.methods import METHODS
+from tests.conftest import build
+from tests.matrix import LOSSY
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
+BEGIN, END = "<!-- made by python -m tests.methods.page -->\n", "<!-- end -->\n"
+
+# name -> (number on arXiv or openreview, where it loses), by its own construction unless a page with figures is named
+ABOUT = {
+    "dense": ("", "bytes: it keeps everything"),
+    "fourier": ("2506.11886", "below a tenth of the bytes: [fourier](fourier.md)"),
+    "fourier-paper": ("2506.11886", "long contexts: [fourier](fourier.md)"),
+    "kivi": ("2402.02750", "2 bits: [kivi](kivi.md)"),
+    "quest": ("2406.10774", "bytes: it holds everything: [quest](quest.md)"),
+    "streaming": (
+        "2309.17453",
+        "whatever stood in between: [evicting](evicting.md)",
+    ),
+    "snapkv": (
+        "2404.14469",
+        "a question that comes later: [evicting](evicting.md)",
+    ),
+    "pyramidkv": (
+        "2406.02069",
+        "as snapkv; models whose last layers look far back",
+    ),
+    "h2o": ("2306.14048", "sums favour old tokens: [evicting](evicting.md)"),
+    "tova": ("2401.06104", "one query speaks for all heads; heads of other habits"),
+    "treekv": ("2501.04987", "old facts: far back one token stands for a stretch"),
+    "knorm": ("2406.11430", "it asks no query; models whose key norms say nothing"),
+    "expected_attention": (
+        "2510.00636",
+        "queries to come that are unlike the last; a rotation that cannot be undone is refused",
+    ),
+    "weightedkv": ("2503.01330", "a folded value answers to its neighbour's key"),
+    "cam": (
+        "LCTmppB165",
+        "norms of values grow, and it is random (seed)",
+    ),
+}
+HEAD = ("method", "paper", "idea", "holds `tokens`", "slots", "pages", "device steps", "4D masks", "where it loses")
+
+
+def accepts(cls, **options):
+    """Whether a method takes these options."""
+    if not issubclass(cls, longwave.Evicting):
+        return False
+    try:
+        cls(**options)
+    except ValueError:
+        return False
+    return True
+
+
+def watches(bound):
+    return bound.needs.watches or (bool(bound.needs.queries) and not bound.layer(0).hints)
+
+
+def table():
+    model = build("llama")
+    lines = [f"| {' | '.join(HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    for name, cls in METHODS.items():
+        paper, loses = ABOUT[name]
+        memory = LOSSY[name](model) if name in LOSSY else longwave.cache(model, name)
+        flags = (
+            accepts(cls, tokens=1000),
+            accepts(cls, positions="slots"),
+            accepts(cls, store="kivi"),
+            supports(model, memory) is None,
+            not watches(memory.method),
+        )
+        home = "https://arxiv.org/abs/" if "." in paper else "https://openreview.net/forum?id="
+        cells = (
+            f"`{name}`",
+            f"[{paper}]({home}{paper})" if paper else "",
+            first_line(cls),
+            *("yes" if flag else "" for flag in flags),
+            loses,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    text = PAGE.read_text()
+    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    PAGE.write_text(text[:start] + table() + text[end:])
+
+
+if __name__ == "__main__":
+    main()

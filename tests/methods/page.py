@@ -12,7 +12,7 @@ from tests.matrix import LOSSY
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 BEGIN, END = "<!-- made by python -m tests.methods.page -->\n", "<!-- end -->\n"
 
-# name -> (number on arXiv or openreview, where it loses), by its own construction unless a page with figures is named
+# name -> (number on arXiv or openreview, where it loses: by its construction, unless a page with measurements is named)
 ABOUT = {
     "dense": ("", "bytes: it keeps everything"),
     "fourier": ("2506.11886", "below a tenth of the bytes: [fourier](fourier.md)"),

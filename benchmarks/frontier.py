@@ -23,21 +23,25 @@ from longwave.methods import get_method
 from longwave.methods.base import CacheShape
 from longwave.plan.profile import Profile
 
+BEFORE = "before "
 HERE = Path(__file__).parents[1] / "docs" / "results" / "frontier"
 SHAPE = CacheShape(tuple(range(30)), (), 3, 64, torch.float16)  # SmolLM2-135M
 FAMILIES = {  # name -> (style, which methods)
     "fourier": ("C0o-", lambda name, o: name == "fourier" and set(o) == {"budget"}),
     "uniform plan": ("C1s-", lambda name, o: o.get("plan") == "uniform"),
-    "bits alone, planned": ("C2^-", lambda name, o: o.get("plan") == "bits"),
+    "fourier before merged segments": ("C0o--", lambda name, o: False),  # before.jsonl: plain means, commit 1999030
     "kivi": ("C3D-", lambda name, o: name == "kivi"),
     "fourier-paper": ("k*", lambda name, o: name == "fourier-paper"),
 }
 
 
 def middle_ratio(spec, context):
-    """Bytes of the compressed middle, metadata included, over those of the same tokens dense."""
-    name, options = parse_spec(spec)
+    """Bytes of the compressed middle, metadata included, over those of the same tokens dense; of earlier plans, which
+    cannot be made any more, their budget, within 0.001."""
+    name, options = parse_spec(spec.removeprefix(BEFORE))
     budget = options.pop("budget", None)
+    if spec.startswith(BEFORE):
+        return budget
     folder = Path(longwave.__file__).parent / "plan" / "profiles"
     profile = Profile.load(folder / ("smollm2-paper.json" if name == "fourier-paper" else "smollm2.json"))
     method = get_method(name, **options)
@@ -62,6 +66,9 @@ def read(paths):
 
 def family(spec):
     """None for options that are gone: docs/results.md has what they gave, from samples that are still here."""
+    if spec.startswith(BEFORE):
+        plain = FAMILIES["fourier"][1](*parse_spec(spec.removeprefix(BEFORE)))
+        return "fourier before merged segments" if plain else None
     name, options = parse_spec(spec)
     return next((label for label, (_, belongs) in FAMILIES.items() if belongs(name, options)), None)
 
@@ -111,8 +118,10 @@ def plot(found, path):
             )
         panel.set_xscale("log")
         panel.set_yscale("symlog", linthresh=0.002)
-        panel.set_xlim(0.032, 0.75)
-        panel.set_xticks([0.04, 0.06, 0.1, 0.156, 0.25, 0.5], ["0.04", "0.06", "0.10", "0.156", "0.25", "0.50"])
+        panel.set_xlim(0.025, 0.75)
+        panel.set_xticks(
+            [0.03, 0.04, 0.06, 0.1, 0.156, 0.25, 0.5], ["0.03", "0.04", "0.06", "0.10", "0.156", "0.25", "0.50"]
+        )
         panel.minorticks_off()
         ticks = [0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
         panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -132,7 +141,8 @@ def main():
     parser.add_argument("samples", nargs="*", type=Path, default=[HERE / "divergence.jsonl"])
     parser.add_argument("--plot", type=Path, default=HERE / "frontier.png")
     args = parser.parse_args()
-    found = summary(read(args.samples))
+    earlier = read([HERE / "before.jsonl"]).items()
+    found = summary(read(args.samples) | {(BEFORE + spec, context): rows for (spec, context), rows in earlier})
     print("| context | method | middle | whole | loss over dense | KL | top-1 | windows |")
     print("|---|---|---|---|---|---|---|---|")
     for row in found:

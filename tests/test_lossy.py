@@ -194,7 +194,7 @@ def test_a_pickled_cache_goes_on(model, make):
     stored = pickle.loads(pickle.dumps(memory))
     assert stored.method == memory.method
     assert stored.report() == memory.report()
-    if memory.method.needs.unrotated:  # a pickle leaves the model behind
+    if memory.method.needs.unrotated or memory.method.needs.shifts:  # a pickle leaves the model behind
         before = state_of(stored)
         with pytest.raises(ValueError, match="came without its model"):
             read(model, stored, ids[:, : LENGTH + 3], mask)

@@ -55,15 +55,15 @@ class SegmentCodec:
 
     # sizes
 
-    def bound(self, n: int, max_bytes: int | None = None) -> int:
-        """The most bytes that `encode` makes of n tokens, whatever they are. ValueError where max_bytes is less than it
-        needs for its header, ids and raw tokens."""
+    def bound(self, n: int, max_bytes: int | None = None, *, start: int | None = None) -> int:
+        """The most bytes that `encode` makes of n tokens, whatever they are; start: of the first, where it is known.
+        ValueError where max_bytes is less than it needs for its header, ids and raw tokens."""
         self._check_count(n)
         each = 2 * len(self.layers) * self._fitted.width * 4
         fixed = form.SIZE + self._id_bytes(n)
         if max_bytes is None:
             return fixed + n * each
-        least = fixed + min(RAW, n) * each + 4 * len(self.groups)
+        least = fixed + (0 if start else min(RAW, n) * each) + 4 * len(self.groups)
         if max_bytes < least:
             raise ValueError(f"max_bytes={max_bytes} is too few for {n} tokens of this model: at least {least} bytes")
         return min(max_bytes, fixed + n * each)
@@ -104,10 +104,10 @@ class SegmentCodec:
         Returns the bytes, or how many were written to `out`. ValueError for arguments that do not fit.
         """
         n = self._check(k, v)
-        most = self.bound(n, max_bytes)
         if not bool(torch.isfinite(k).all() & torch.isfinite(v).all()):
             raise ValueError("K or V holds a number that is not finite: there is nothing to code of such a segment")
         known, start = self._places(k, v, ids, start)
+        most = self.bound(n, max_bytes, start=start)
         made = self._fitting(k, v, known, start, most)
         if out is None:
             return made

@@ -356,6 +356,7 @@ class MemoryLayer(Keeping):
             p.hidden = take_hidden(module)
         if self.needs.unrotated:
             p.known_positions()
+        if p.rotary is not None:
             p.rotary.rotates(module)  # an error where the model is not the one that the cache was built for
         self._check_rotation(q.shape[2], p.valid)
         self.refuse(p)

@@ -27,6 +27,10 @@ class EvictingLayer(MemoryLayer):
     def is_croppable(self) -> bool:  # type: ignore[override]
         return self.bound.whole or (self.record_past and self.patience() > 0)
 
+    @property
+    def _takes_turns(self) -> bool:
+        return self.bound.method.takes_turns and not self.bound.whole
+
     def _clear(self) -> None:
         super()._clear()
         self._arrived: list[int] = []  # real tokens of each row that came with the last write
@@ -36,7 +40,7 @@ class EvictingLayer(MemoryLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self._arrived, self._evicted = [0] * self.batch_size, [0] * self.batch_size
-        if self.bound.method.takes_turns and not self.bound.whole:
+        if self._takes_turns:
             self.turn = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
 
     def state(self) -> State:
@@ -49,9 +53,10 @@ class EvictingLayer(MemoryLayer):
         if state:
             self._arrived, self._evicted = list(state["arrived"]), list(state["evicted"])
             demand(len(self._arrived) == len(self._evicted) == self.batch_size, "rows differ in number")
-            if self.turn is not None:
-                demand(state["turn"].shape == self.turn.shape, "rows differ in number")
-                self.turn = state["turn"].to(device, torch.long)
+            turn = state.get("turn")
+            demand((turn is not None) == self._takes_turns, "whose turn it is is kept by no other method")
+            demand(turn is None or turn.shape == (self.batch_size,), "rows differ in number")
+            self.turn = turn
 
     def patience(self) -> int:
         return self.bound.method.window if self.max_tokens is None else 0

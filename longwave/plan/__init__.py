@@ -17,6 +17,7 @@ from longwave.plan.options import (
     value_code,
 )
 from longwave.plan.planner import (
+    CAUTION,
     EIGHT,
     SAFE_BITS,
     Expected,
@@ -36,6 +37,7 @@ from longwave.plan.profile import RECALL
 
 __all__ = [
     "BOTH_OPTIONS",
+    "CAUTION",
     "EIGHT",
     "KEY_BITS",
     "KEY_MORE",

@@ -109,9 +109,7 @@ def run(out: Path, document: Path | None, budgets: list[str], seed: int) -> None
     )
     print(f"transformers' own DynamicCache decodes {stock:.1f} tokens/s on the same machine")
     if document is None:
-        print(
-            "measured on Python's help topics, which calibrated nothing: --file reads another text"
-        )
+        print("measured on Python's help topics, which calibrated nothing: --file reads another text")
     print(f"report with needle heat maps: {report[0]}")
     if stderr.is_terminal:
         Console(stderr=True).print(f"{time.perf_counter() - began:.0f} s", style="dim")

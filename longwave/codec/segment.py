@@ -55,6 +55,11 @@ class SegmentCodec:
 
     # sizes
 
+    @property
+    def group(self) -> int:
+        """Memory layers that are best decoded together: those that one part of a blob holds."""
+        return max(len(group) for group in self.groups)
+
     def bound(self, n: int, max_bytes: int | None = None, *, start: int | None = None) -> int:
         """The most bytes that `encode` makes of n tokens, whatever they are; start: of the first, where it is known.
         ValueError where max_bytes is less than it needs for its header, ids and raw tokens."""

@@ -3,13 +3,10 @@ model's profile."""
 
 from __future__ import annotations
 
-import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from longwave.codec.blob import CodecError
@@ -17,6 +14,7 @@ from longwave.codec.file import Codec
 from longwave.codec.fit import fit
 from longwave.plan import automatic
 from longwave.plan.fingerprint import digest, fingerprint
+from longwave.plan.once import made_once, name_of
 from longwave.shape import CacheShape, check_supported
 
 _lock = threading.Lock()  # two threads that ask for one model fit it once
@@ -57,21 +55,10 @@ def _kept(model: PreTrainedModel, shape: CacheShape) -> Codec | None:
 
 def _fitted(model: PreTrainedModel, tokenizer: Any, shape: CacheShape) -> Codec:
     path: Path = automatic._folder() / f"{_stem(shape)}-{digest(fingerprint(model, shape.memory_layers))}.safetensors"
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    began = time.perf_counter()
-    print(f"longwave: fitting a codec to {name}, once", file=sys.stderr)
-    with tqdm(desc="longwave: fitting", unit="window", leave=False, disable=None) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        codec = fit(model, tokenizer, progress=advance)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        codec.save(path)
-        where = f"kept in {path}"
-    except OSError as error:
-        where = f"not kept, so the next process fits again: {error}"
-    print(f"longwave: fitted in {time.perf_counter() - began:.0f} s, {where}", file=sys.stderr)
-    return codec
+    return made_once(
+        lambda advance: fit(model, tokenizer, progress=advance),
+        path,
+        f"fitting a codec to {name_of(model)}, once",
+        ("fitting", "fitted", "fits"),
+        "window",
+    )

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from longwave.codec.rotation import Rotation
 from longwave.frame import LongCache, Needs, assemble, cache_argument
-from longwave.plan.probe import SCALE, UNREACHED, ContextAttention, NoGradients, Watched, drawn, frozen
+from longwave.plan.probe import UNREACHED, ContextAttention, NoGradients, Watched, drawn, frozen, slopes
 from longwave.plan.recall import Windows
 
 FLOOR = 1e-3  # of a head's mean, the least a channel weighs: the weights are divided by when a segment is decoded
@@ -68,14 +68,7 @@ def gradients(
         logp = logits[(windows.weight > 0).to(logits.device)].float().log_softmax(-1)
         del logits
         leaves = [x for layer in layers for x in layer.leaves]
-        scale = SCALE if leaves[0].dtype == torch.float16 else 1.0
-        for score in drawn(logp, windows, probes, first):
-            grads = torch.autograd.grad(score * scale, leaves, retain_graph=True, allow_unused=True)
-            if any(g is None for g in grads):
-                raise NoGradients(UNREACHED)
-            while scale > 1 and not all(bool(torch.isfinite(g).all()) for g in grads):
-                scale /= 4
-                grads = torch.autograd.grad(score * scale, leaves, retain_graph=True)
+        for grads, scale in slopes(drawn(logp, windows, probes, first), leaves):
             found.append(([g.float() / scale for g in grads[::2]], [g.float() / scale for g in grads[1::2]]))
     for layer in layers:
         del layer.leaves

@@ -3,20 +3,18 @@ is measured now, on text that ships too, and kept."""
 
 from __future__ import annotations
 
-import sys
 import threading
-import time
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from longwave.models import cache_folder
 from longwave.plan.calibrate import calibrate
 from longwave.plan.fingerprint import digest, fingerprint
+from longwave.plan.once import made_once, name_of
 from longwave.plan.probe import NoGradients
 from longwave.plan.profile import Profile
 from longwave.shape import CacheShape, context_limit
@@ -113,16 +111,8 @@ def profile_for(
 
 def _measured(model: PreTrainedModel, shape: CacheShape, method: Any, tokenizer: Any, effort: Effort) -> Profile:
     path = _folder() / f"{_stem(shape, method)}-{digest(fingerprint(model, shape.memory_layers))}.json"
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    began = time.perf_counter()
-    print(f"longwave: measuring {name}, once (measure=False plans without)", file=sys.stderr)
-    with tqdm(desc="longwave: measuring", unit="layer", leave=False, disable=None) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        profile = calibrate(
+    return made_once(
+        lambda advance: calibrate(
             model,
             tokenizer,
             own_texts()[: effort.windows],
@@ -133,15 +123,12 @@ def _measured(model: PreTrainedModel, shape: CacheShape, method: Any, tokenizer:
             probes=effort.probes,
             batch=effort.batch,
             progress=advance,
-        )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        profile.save(path)
-        where = f"kept in {path}"
-    except OSError as error:
-        where = f"not kept, so the next process measures again: {error}"
-    print(f"longwave: measured in {time.perf_counter() - began:.0f} s, {where}", file=sys.stderr)
-    return profile
+        ),
+        path,
+        f"measuring {name_of(model)}, once (measure=False plans without)",
+        ("measuring", "measured", "measures"),
+        "layer",
+    )
 
 
 def _folder() -> Path:

@@ -201,6 +201,19 @@ def drawn(logp: torch.Tensor, windows: Windows, probes: int, first: int = 0) -> 
         yield (logp.gather(1, said)[:, 0] * weight).sum()
 
 
+def slopes(scores: Iterator[torch.Tensor], at: list[torch.Tensor]) -> Iterator[tuple[tuple[torch.Tensor, ...], float]]:
+    """Of every score the gradients at some tensors, times the number beside them: those of float16 would vanish."""
+    scale = SCALE if at[0].dtype == torch.float16 else 1.0
+    for score in scores:
+        grads = torch.autograd.grad(score * scale, at, retain_graph=True, allow_unused=True)
+        if any(g is None for g in grads):
+            raise NoGradients(UNREACHED)
+        while scale > 1 and not all(bool(torch.isfinite(g).all()) for g in grads):
+            scale /= 4
+            grads = torch.autograd.grad(score * scale, at, retain_graph=True)
+        yield grads, scale
+
+
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
     """Parameters that ask for no gradients, so that a pass keeps nothing for theirs."""
@@ -262,16 +275,9 @@ class Bench:
         16 bits, of float32's range.
         """
         outs = [layer.out for layer in self.layers]
-        scale = SCALE if outs[0].dtype == torch.float16 else 1.0
         kind = torch.bfloat16 if outs[0].element_size() == 2 else torch.float32
         found = [torch.empty(probes, *out.shape, dtype=kind, device=out.device) for out in outs]
-        for number, score in enumerate(drawn(logp, windows, probes, first)):
-            grads = torch.autograd.grad(score * scale, outs, retain_graph=True, allow_unused=True)
-            if any(g is None for g in grads):
-                raise NoGradients(UNREACHED)
-            while scale > 1 and not all(bool(torch.isfinite(g).all()) for g in grads):
-                scale /= 4
-                grads = torch.autograd.grad(score * scale, outs, retain_graph=True)
+        for number, (grads, scale) in enumerate(slopes(drawn(logp, windows, probes, first), outs)):
             for kept, g in zip(found, grads, strict=True):
                 kept[number] = g.float() * (temperature / scale)
         return found

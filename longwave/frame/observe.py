@@ -168,22 +168,22 @@ class Queries:
 
     def later(self, rotary: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The queries of layer `index` as models of later ones: q [batch, query_heads, width, head_dim], and int64
-        [batch, width] how many tokens of its row each one sees, 0 or less where nothing is remembered.
+        [batch, width], on the host, how many tokens of its row each one sees, 0 or less where nothing is remembered.
 
         A query close by is no model of a later one: each is turned by up to `LATER` tokens, by its number in the row,
         so that the order of calls cannot matter, and sees all that its row has seen. Without a `rotary` (rotary.py)
-        they stay as they are.
+        they stay as they are. Nothing waits for the device.
         """
         assert self.q is not None
         assert self.positions is not None
-        number = self.numbers().to(self.q.device)
+        number = self.numbers()
         if rotary is None:
             return self.q, number
         module = next((module for module in rotary.turns if module.layer_idx == index), None)
         by = ((number.double() * GOLDEN).frac() * LATER).long().clamp(min=0)
-        seen = torch.tensor(self.seen, device=number.device)[:, None].expand_as(number)
-        turned = rotary.shift(module, self.q, self.positions, self.positions + by)
-        return turned, seen.where(number > 0, torch.zeros_like(number))
+        later = self.positions + by.to(self.positions.device, non_blocking=True)
+        seen = torch.tensor(self.seen)[:, None].expand_as(number)
+        return rotary.shift(module, self.q, self.positions, later), seen.where(number > 0, torch.zeros_like(number))
 
     def _room(self, q: torch.Tensor) -> None:
         if self.q is None:

@@ -15,7 +15,7 @@ from longwave.frame.observe import probing
 from longwave.methods.base import Bound, CacheShape, Method
 from longwave.ops import mass as attention_mass
 from longwave.ops.attention.reference import group_heads, last_attention, query_block, visible_mask
-from longwave.ops.merge import merge
+from longwave.ops.merge import merge_heads
 from longwave.ops.spectral.layout import Layout
 from longwave.plan.plan import Plan
 from longwave.store.pages import PageStore
@@ -165,7 +165,7 @@ class SegmentedLayer(MemoryLayer):
         self.position = bound.shape.memory_layers.index(index)
         self.sinks, self.window, self.segment = bound.dense_tokens
         own = bound.plan[self.position : self.position + 1]  # a period has none
-        self.merges = any(code.merged for layer in own for code in layer.k)
+        self.merged = [head for layer in own for head, code in enumerate(layer.k) if code.merged]
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
@@ -217,28 +217,15 @@ class SegmentedLayer(MemoryLayer):
             if probes is None:
                 self.store.append(row, middle_k, middle_v)
             else:
-                self.store.append(row, *self.merged(middle_k, middle_v, *(x[rows] for x in probes)))
+                q, lse = (x[rows] for x in probes)
+                merged = merge_heads(q, middle_k, middle_v, lse, self.scaling, self.segment, self.merged)
+                self.store.append(row, *merged)
         self.dense.drop(self.sinks, due)
-
-    def merged(
-        self, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor, lse: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """K and V of whole segments [b, H, N * T, D] with the tokens of merged heads as what they become, and their
-        bias [b, H, N]; by remembered queries q [b, Hq, P, D] and their `lse`."""
-        own = torch.tensor(self.store.layout.merged, device=k.device)
-        q, lse = (x.unflatten(1, (k.shape[1], -1))[:, own].flatten(1, 2) for x in (q, lse))
-        keys, values, raised = merge(q, k[:, own], v[:, own], lse, self.scaling, self.segment)
-        k, v = k.clone(), v.clone()
-        for x, means in ((k, keys), (v, values)):
-            x[:, own] = means.to(x.dtype).repeat_interleave(self.segment, 2)
-        bias = raised.new_zeros(*k.shape[:2], raised.shape[2])
-        bias[:, own] = raised
-        return k, v, bias
 
     def _probes(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The remembered queries as later ones [B, Hq, P, D], and the log of what their softmax divides by [B, Hq, P],
         -inf where none is remembered; None where no head is merged, or nothing was ever asked."""
-        if not self.merges:
+        if not self.merged:
             return None
         assert self.queries is not None
         wanted, queries = probing(self.window), self.queries
@@ -248,11 +235,13 @@ class SegmentedLayer(MemoryLayer):
             return None
         k, _ = self.dense.view()
         q, sees = queries.later(self.progress.rotary, self.index)
-        behind = torch.tensor(self.store.tokens, device=k.device) // self.segment * self.bound.span
-        lse = attention_mass.log_sum_exp(q, k, self.scaling, (sees - behind[:, None]).clamp(min=0))
+        behind = torch.tensor(self.store.tokens) // self.segment * self.bound.span
+        near = (sees - behind[:, None]).clamp(min=0).to(k.device, non_blocking=True)
+        lse = attention_mass.log_sum_exp(q, k, self.scaling, near)
         if any(self.store.tokens):
             lse = torch.logaddexp(lse, self._far(q, self.scaling).to(lse.dtype))
-        return q, lse.masked_fill(sees[:, None] <= 0, float("-inf"))
+        missing = sees[:, None] <= 0
+        return q, lse.masked_fill(missing.to(k.device), float("-inf")) if missing.any() else lse
 
     def _check_shape(self, k: torch.Tensor, v: torch.Tensor) -> None:
         shape = self.bound.shape
@@ -297,7 +286,7 @@ class SegmentedLayer(MemoryLayer):
                 continue
             dense, middle = self.dense.lengths[row], self.store.tokens[row]
             first = min(self.sinks, dense) if middle else dense
-            beside = BESIDE if self.merges else 0
+            beside = BESIDE if self.merged else 0
             wide_k, wide_v = self.progress.scratch.take(held_k, dense + middle, beside)
             k, v = wide_k[..., : q.shape[3]], wide_v[..., : q.shape[3]]
             for whole, held in ((k, held_k), (v, held_v)):

@@ -27,7 +27,7 @@ from longwave.frame.attention import Handle
 from longwave.frame.observe import probing
 from longwave.ops import mass
 from longwave.ops.attention.reference import group_heads, query_block
-from longwave.ops.merge import merge
+from longwave.ops.merge import merge_heads
 from longwave.plan.plan import LayerCodes
 from longwave.plan.profile import SIDES, Sensitivity
 from longwave.plan.recall import Windows
@@ -297,11 +297,9 @@ class Bench:
         queries = layer.queries
         assert queries is not None
         q, sees = queries.later(layer.progress.rotary, layer.index)
-        lse = mass.log_sum_exp(q, k, layer.scaling, sees)
+        lse = mass.log_sum_exp(q, k, layer.scaling, sees.to(k.device))
         k, v = (x[:, :, self.middle] for x in (k, v))
-        keys, values, bias = merge(q, k, v, lse, layer.scaling, segment)
-        keys, values = (x.to(k.dtype).repeat_interleave(segment, 2) for x in (keys, values))
-        return keys, values, bias
+        return merge_heads(q, k, v, lse, layer.scaling, segment, range(k.shape[1]))
 
     def dots(
         self, position: int, changed: Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]

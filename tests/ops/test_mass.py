@@ -26,6 +26,7 @@ CASES = [
     (2, 2, 3, 19, 35, 8, "any"),
     (2, 1, 2, 3, 5, 8, "nothing"),
     (1, 1, 1, 3, 5, 256, "causal"),
+    (2, 1, 3, 5, 1100, 16, "any"),  # few queries, many tokens: these are split
 ]
 
 

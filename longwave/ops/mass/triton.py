@@ -1,6 +1,7 @@
 """reference.py in Triton: two passes over the scores, which never leave the chip.
 
-    `_rows_kernel`     a program has some query rows of a KV head, goes over the tokens, and writes their log-sum-exp
+    `_rows_kernel`     a program has some query rows of a KV head, goes over the tokens, and writes their log-sum-exp;
+                       over a part of the tokens where there are too few rows to fill a GPU
     `_columns_kernel`  a program has some tokens, goes over the query rows, and writes their sums
 
 Row r of a KV head is query r // G of its query head r % G, so that rows side by side see about the same tokens, and
@@ -17,6 +18,8 @@ from longwave.ops.kernels import on_device
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+PROGRAMS = 256  # with fewer, tokens are split into parts,
+PART = 512  # of no fewer than this
 
 
 @triton.jit
@@ -31,18 +34,19 @@ def _vectors(base, at, held, stride, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def _rows_kernel(
-    q_ptr, k_ptr, visible_ptr, lse_ptr, factor, Q, L,
+    q_ptr, k_ptr, visible_ptr, lse_ptr, part, factor, Q, L,
     q_b, q_h, q_q, q_d, k_b, k_h, k_t, k_d,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    begin = tl.program_id(2) * part
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     i, head = r // G, h * G + r % G
     held = i < Q
     visible = tl.minimum(tl.load(visible_ptr + b * Q + i, mask=held, other=0), L)
     q = _vectors(q_ptr + b * q_b, head * q_h + i * q_q, held, q_d, D, BD)
     most, total = tl.full([BR], -INF, tl.float32), tl.zeros([BR], tl.float32)
-    for start in range(0, tl.max(visible, 0), BC):
+    for start in range(begin, tl.minimum(tl.max(visible, 0), begin + part), BC):
         c = start + tl.arange(0, BC)
         k = _vectors(k_ptr + b * k_b + h * k_h, c.to(tl.int64) * k_t, c < L, k_d, D, BD)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
@@ -52,7 +56,8 @@ def _rows_kernel(
         total = total * tl.exp2(most - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
         most = new
     out = (most + tl.log2(tl.where(total == 0, 1.0, total))) * LN2
-    tl.store(lse_ptr + (b * H * G + head) * Q + i, out, mask=held)
+    to = tl.program_id(2).to(tl.int64) * tl.num_programs(1) * G + (tl.program_id(1) * G + r % G).to(tl.int64)
+    tl.store(lse_ptr + to * Q + i, out, mask=held)
 
 
 @triton.jit
@@ -96,12 +101,15 @@ def fits(q: torch.Tensor, k: torch.Tensor) -> str | None:
 
 def log_sum_exp(q: torch.Tensor, k: torch.Tensor, scaling: float, visible: torch.Tensor | None) -> torch.Tensor:
     """As in __init__.py, of what `fits`."""
-    out = torch.full(q.shape[:3], -float("inf"), dtype=torch.float32, device=q.device)
+    own, other, options = _blocks(q)
+    rows = triton.cdiv(q.shape[1] // k.shape[1] * q.shape[2], own)
+    parts = max(1, min(PROGRAMS // max(1, rows * k.shape[0] * k.shape[1]), k.shape[2] // PART))
+    out = torch.full((parts, *q.shape[:3]), -float("inf"), dtype=torch.float32, device=q.device)
     if out.numel() and k.numel():
-        own, other, options = _blocks(q)
-        rows = triton.cdiv(q.shape[1] // k.shape[1] * q.shape[2], own)
-        _launch(_rows_kernel, rows, q, k, scaling, _counts(q, k, visible), out, BR=own, BC=other, **options)
-    return out
+        part = triton.cdiv(triton.cdiv(k.shape[2], parts), other) * other
+        counts = _counts(q, k, visible)
+        _launch(_rows_kernel, (rows, parts), q, k, scaling, counts, out, part, BR=own, BC=other, **options)
+    return out[0] if parts == 1 else torch.logsumexp(out, 0)
 
 
 def mass(
@@ -120,7 +128,9 @@ def mass(
         columns = torch.arange(0, k.shape[2], own, dtype=torch.int32, device=q.device).repeat(q.shape[0], 1)
         # for each block of columns the first query whose count, or one before, goes beyond the block's first column
         first = torch.searchsorted(counts.cummax(1).values, columns, right=True, out_int32=True)
-        _launch(_columns_kernel, columns.shape[1], q, k, scaling, counts, lse, first, out, BR=other, BC=own, **options)
+        _launch(
+            _columns_kernel, (columns.shape[1], 1), q, k, scaling, counts, lse, first, out, BR=other, BC=own, **options
+        )
     return out
 
 
@@ -143,9 +153,9 @@ def _blocks(q: torch.Tensor) -> tuple[int, int, dict[str, int]]:
     return 128, 64, dict(num_warps=8, num_stages=3)
 
 
-def _launch(kernel, blocks, q, k, scaling, *rest, **options):
+def _launch(kernel, programs, q, k, scaling, *rest, **options):
     with on_device(q.device):
-        kernel[blocks, k.shape[0] * k.shape[1]](
+        kernel[programs[0], k.shape[0] * k.shape[1], programs[1]](
             q, k, *rest, scaling * LOG2E.value, q.shape[2], k.shape[2], *q.stride(), *k.stride(),
             H=k.shape[1], G=q.shape[1] // k.shape[1], D=q.shape[3], BD=max(16, triton.next_power_of_2(q.shape[3])),
             **options,

@@ -16,7 +16,6 @@ contiguous. Shapes, with h heads in the group:
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -169,11 +168,6 @@ class Layout:
                 raise ValueError("channels that are not kept need at least one state")
             groups.append(group)
         return groups
-
-    @functools.cached_property
-    def merged(self) -> list[int]:
-        """The heads whose segments are merged."""
-        return sorted(head for group in self.k if group.code.merged for head in group.heads.tolist())
 
     @property
     def index_bytes(self) -> int:

@@ -12,6 +12,7 @@ what it was paid for. The weights are those of WeightedKV's merge, arXiv 2503.01
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -42,6 +43,27 @@ def merge(
     kept = torch.logsumexp(score, 2) + math.log(segment)
     bias = total.clamp(min=torch.finfo(total.dtype).tiny).log() - kept
     return keys, values, bias.where(kept > -torch.inf, torch.zeros_like(bias)).clamp(-MOST, MOST)
+
+
+def merge_heads(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    scaling: float,
+    segment: int,
+    heads: Sequence[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As in __init__.py."""
+    own = torch.tensor(heads, dtype=torch.long, device=k.device)
+    q, lse = (x.unflatten(1, (k.shape[1], -1))[:, own].flatten(1, 2) for x in (q, lse))
+    keys, values, raised = merge(q, k[:, own], v[:, own], lse, scaling, segment)
+    k, v = k.clone(), v.clone()
+    for x, means in ((k, keys), (v, values)):
+        x[:, own] = means.to(x.dtype).repeat_interleave(segment, 2)
+    bias = raised.new_zeros(*k.shape[:2], raised.shape[2])
+    bias[:, own] = raised
+    return k, v, bias
 
 
 def _means(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

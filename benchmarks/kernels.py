@@ -13,6 +13,7 @@ as far as memory reaches. A case that fails is recorded with its error, and the 
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import statistics
@@ -62,10 +63,7 @@ def layouts(name):
 
 def wider(code):
     """The same code for a head of twice the channels."""
-    return Code(
-        tuple((bits, 2 * n) for bits, n in code.runs),
-        code.states, code.axis, code.residual, code.state_bits, code.zero, code.fit, code.group,
-    )  # fmt: skip
+    return dataclasses.replace(code, runs=tuple((bits, 2 * n) for bits, n in code.runs))
 
 
 class Source:
@@ -78,8 +76,9 @@ class Source:
         self.layout = layout
         self.basis = table("dct", 4, SEGMENT, torch.float32, torch.device(DEVICE))
         sample = torch.randn(2, 1, HEADS, 16 * SEGMENT, DIM, generator=g, device=DEVICE).to(DTYPE)
-        some = reference.encode(layout, sample[0], sample[1], self.basis)[0]
-        self.some = some.view(torch.int64)  # drawing eight bytes at a time is faster
+        some = reference.encode(layout, sample[0], sample[1], self.basis)
+        reference.write_bias(layout, some, torch.randn(1, HEADS, 16, generator=g, device=DEVICE))  # of merged heads
+        self.some = some[0].view(torch.int64)  # drawing eight bytes at a time is faster
         self.tables = kernel.tables_of(layout)
 
     def nbytes(self, batch, context):

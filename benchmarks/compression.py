@@ -93,9 +93,7 @@ def main():
     layers = {}
     for name in args.layouts.split(","):
         layers[name], share, worse, off = [], 0.0, 0.0, 0.0
-        for i, layout in enumerate(layouts(name)):
-            for group in (*layout.k, *layout.v):
-                group.heads, group.order = group.heads.cuda(), group.order.cuda()
+        for i, layout in enumerate(layout.on(torch.device("cuda")) for layout in layouts(name)):
             if problem := kernel.fits(layout) or unpack.fits(layout):
                 raise SystemExit(f"layout {name}: {problem}")
             both = kernel.tables_of(layout), unpack.tables_of(layout)

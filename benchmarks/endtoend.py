@@ -203,9 +203,7 @@ def sample(model, bound, position):
     held = SAMPLES.setdefault((id(model), bound.method.title), {})
     if position not in held:
         device = model.device
-        layout, states = bound.layout(position), bound.plan[position].states
-        for group in (*layout.k, *layout.v):
-            group.heads, group.order = group.heads.to(device), group.order.to(device)
+        layout, states = bound.layout(position).on(device), bound.plan[position].states
         g = torch.Generator(device).manual_seed(position)
         k, v = torch.randn(2, 1, layout.heads, 16 * SEGMENT, layout.dim, generator=g, device=device).to(DTYPE)
         some = reference.encode(layout, k, v, table("dct", states, SEGMENT, torch.float32, device))[0]

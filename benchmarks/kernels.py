@@ -71,9 +71,7 @@ class Source:
 
     def __init__(self, layout, seed):
         g = torch.Generator(DEVICE).manual_seed(seed)
-        for group in (*layout.k, *layout.v):
-            group.heads, group.order = group.heads.to(DEVICE), group.order.to(DEVICE)
-        self.layout = layout
+        self.layout = layout = layout.on(torch.device(DEVICE))
         self.basis = table("dct", 4, SEGMENT, torch.float32, torch.device(DEVICE))
         sample = torch.randn(2, 1, HEADS, 16 * SEGMENT, DIM, generator=g, device=DEVICE).to(DTYPE)
         some = reference.encode(layout, sample[0], sample[1], self.basis)

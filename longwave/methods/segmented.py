@@ -88,8 +88,12 @@ class SegmentedBound(Bound):
         return tuple(tables)
 
     def layout(self, position: int) -> Layout:
-        """The pages of memory layer number `position`."""
-        return self.plan[position].layout(self.dense_tokens[2], self.shape.dtype)
+        """The pages of memory layer number `position`: always the same object, which keeps what kernels make of it."""
+        return self._layouts[position]
+
+    @functools.cached_property
+    def _layouts(self) -> list[Layout]:
+        return [layer.layout(self.dense_tokens[2], self.shape.dtype) for layer in self.plan]
 
     @functools.cached_property
     def _sizes(self) -> list[tuple[int, int]]:

@@ -25,15 +25,11 @@ class PageStore:
     """The middle of a batch: pages uint8 [batch, segments, page bytes]; row b fills its first `counts[b]` pages."""
 
     def __init__(self, batch: int, layout: Layout, basis: str, states: int, device: torch.device):
-        self.layout, self.basis, self.states = layout, basis, states
+        self.layout, self.basis, self.states = layout.on(device), basis, states
         self.counts = [0] * batch
         self.pages = torch.zeros(batch, 0, layout.page_bytes, dtype=torch.uint8, device=device)
-        # where the kernels find what: like basis tables, not counted as held
-        self._tables: cpu.Tables | None = None
-        self._triton_tables: dict[str, Any] = {}  # of Triton's modules, or why they cannot read or make these pages
         self._ends: torch.Tensor | None = None  # `counts` where the GPU kernel reads them
         self._answered: dict[str, None] = {}  # what has attended over these pages, in order
-        self.move(device)
 
     @property
     def tokens(self) -> list[int]:
@@ -96,10 +92,10 @@ class PageStore:
         if kernels is None:
             return reference.encode(self.layout, k, v, rows)
         with on_device(k.device):
-            return kernels.encode(self._triton_tables["triton_encode"], k, v, rows)
+            return kernels.encode(self.layout.tables["triton_encode"], k, v, rows)
 
     def _triton(self, name: str, cannot: str, device: torch.device, rows: int = 0) -> Any:
-        """The module ops/spectral/`name`, with `_triton_tables` of these pages; None where the reference answers.
+        """The module ops/spectral/`name`, with its `Layout.tables`; None where the reference answers.
 
         rows: query rows a KV head; a block of a prompt has too many: it is made of products that torch does well.
         """
@@ -108,16 +104,16 @@ class PageStore:
         try:
             module = importlib.import_module(f"longwave.ops.spectral.{name}")
         except ImportError:
-            self._triton_tables[name] = "Triton is not installed"
+            self.layout.tables[name] = "Triton is not installed"
         else:
             if rows and rows > module.ROWS:
                 return None
-            if name not in self._triton_tables:
-                self._triton_tables[name] = module.fits(self.layout) or module.tables_of(self.layout)
-        if not isinstance(self._triton_tables[name], str):
+            if name not in self.layout.tables:
+                self.layout.tables[name] = module.fits(self.layout) or module.tables_of(self.layout)
+        if not isinstance(self.layout.tables[name], str):
             return module
         if choice() == "triton":
-            raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the {cannot}: {self._triton_tables[name]}")
+            raise RuntimeError(f"LONGWAVE_KERNELS=triton, but the {cannot}: {self.layout.tables[name]}")
         return None
 
     def reserve(self, segments: int) -> None:
@@ -160,15 +156,15 @@ class PageStore:
             seen = visible.to(q.device, torch.int32).expand(q.shape[0], q.shape[2]).contiguous()
         basis = self._table(q.dtype, q.device)
         with on_device(q.device):
-            return fused.attend(self._triton_tables["triton"], self.pages, counts, basis, q, scaling, k, v, seen)
+            return fused.attend(self.layout.tables["triton"], self.pages, counts, basis, q, scaling, k, v, seen)
 
     def _kernel(self, usable: bool) -> cpu.Tables | None:
         """The CPU kernel's tables, where it is usable and may answer."""
         if choice() == "reference" or not usable:
             return None
-        if self._tables is None:
-            self._tables = cpu.tables_of(self.layout)
-        return self._tables
+        if "cpu" not in self.layout.tables:
+            self.layout.tables["cpu"] = cpu.tables_of(self.layout)
+        return self.layout.tables["cpu"]
 
     def _who(self, tables: Any, q: torch.Tensor) -> str:
         """What `scores` and `mix` are computed by."""
@@ -176,7 +172,7 @@ class PageStore:
             return "the numba kernel"
         if choice() == "reference":
             return "plain torch (LONGWAVE_KERNELS=reference)"
-        why = self._triton_tables.get("triton") if q.device.type == "cuda" else cpu.why_not(self.layout, q)
+        why = self.layout.tables.get("triton") if q.device.type == "cuda" else cpu.why_not(self.layout, q)
         return f"plain torch ({why})" if isinstance(why, str) else "plain torch"
 
     def scores(self, q: torch.Tensor) -> torch.Tensor:
@@ -201,7 +197,7 @@ class PageStore:
         if kernels is not None:
             who = "the Triton kernel"
             with on_device(out_k.device):
-                kernels.expand(self._triton_tables["triton_expand"], pages, rows, out_k, out_v)
+                kernels.expand(self.layout.tables["triton_expand"], pages, rows, out_k, out_v)
         elif (tables := self._kernel(cpu.can_expand(self.layout, out_k))) is not None:
             who = "the numba kernel"
             cpu.expand(tables, pages, rows, out_k, out_v)
@@ -251,9 +247,7 @@ class PageStore:
 
     def move(self, device: torch.device | str) -> None:
         self.pages = self.pages.to(device)
-        self._triton_tables, self._ends = {}, None
-        for group in (*self.layout.k, *self.layout.v):
-            group.heads, group.order = group.heads.to(device), group.order.to(device)
+        self.layout, self._ends = self.layout.on(self.pages.device), None
 
     def select(self, rows: torch.Tensor) -> None:
         self.counts = [self.counts[row] for row in rows.tolist()]

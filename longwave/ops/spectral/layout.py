@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -127,10 +128,31 @@ class Layout:
         """k, v: a code for each head. order_k, order_v [H, D]: channels by falling importance."""
         self.segment, self.dtype = segment, dtype
         self.heads, self.dim = order_k.shape
+        self.tables: dict[str, Any] = {}  # what kernels made of it, by their module, or why they cannot
+        self._by_device: dict[torch.device, Layout] = {}
         self._end = 0
         self.k = self._side(k, order_k, True)
         self.v = self._side(v, order_v, False)
         self.page_bytes = self._end
+
+    def on(self, device: torch.device) -> Layout:
+        """This layout with what names heads and channels on a device: the same one whenever it is asked for."""
+        if device == self.k[0].heads.device:
+            return self
+        if device not in self._by_device:
+            made = object.__new__(Layout)
+            vars(made).update(vars(self), tables={})
+            for side in ("k", "v"):
+                groups = (replace(g, heads=g.heads.to(device), order=g.order.to(device)) for g in getattr(self, side))
+                setattr(made, side, list(groups))
+            self._by_device |= {self.k[0].heads.device: self, device: made}
+        return self._by_device[device]
+
+    def __deepcopy__(self, memo: object) -> Layout:
+        return self  # nothing in it changes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"tables": {}, "_by_device": {}}
 
     def _side(self, codes: Sequence[Code], order: torch.Tensor, keys: bool) -> list[Group]:
         groups = []

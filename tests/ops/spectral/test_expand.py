@@ -127,14 +127,8 @@ def test_triton_is_near_float64(name, dtype, batch, pages):
 
 
 def launched(layout, pages, *outs):
-    groups = (*layout.k, *layout.v)
-    for group in groups:
-        group.heads, group.order = group.heads.to(DEVICE), group.order.to(DEVICE)
-    try:
-        kernel.expand(kernel.tables_of(layout), pages.to(DEVICE), rows(layout, device=DEVICE), *outs)
-    finally:
-        for group in groups:
-            group.heads, group.order = group.heads.cpu(), group.order.cpu()
+    tables = kernel.tables_of(layout.on(torch.device(DEVICE)))
+    kernel.expand(tables, pages.to(DEVICE), rows(layout, device=DEVICE), *outs)
 
 
 @needs_triton

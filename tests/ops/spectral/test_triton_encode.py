@@ -78,14 +78,8 @@ def made(name, dtype, batch=1, segments=1, seed=0):
 
 def run(layout, k, v, basis):
     """Pages, made on the device."""
-    groups = (*layout.k, *layout.v)
-    for group in groups:
-        group.heads, group.order = group.heads.to(DEVICE), group.order.to(DEVICE)
-    try:
-        return kernel.encode(kernel.tables_of(layout), k.to(DEVICE), v.to(DEVICE), basis.to(DEVICE)).cpu()
-    finally:
-        for group in groups:
-            group.heads, group.order = group.heads.cpu(), group.order.cpu()
+    tables = kernel.tables_of(layout.on(torch.device(DEVICE)))
+    return kernel.encode(tables, k.to(DEVICE), v.to(DEVICE), basis.to(DEVICE)).cpu()
 
 
 def poisoned(monkeypatch):

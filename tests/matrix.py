@@ -28,6 +28,13 @@ class OftenPyramid(longwave.PyramidKV):
 
 
 @dataclass(frozen=True)
+class OftenAda(longwave.AdaKV):
+    """And of adakv."""
+
+    every: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
 class OftenExpected(longwave.ExpectedAttention):
     """And of expected_attention."""
 
@@ -97,13 +104,22 @@ LOSSY = {
         model, OftenExpected(queries=6, stride=2, ahead=20, eps=0.01, **ENDS), budget=0.3
     ),
     "pyramidkv": lambda model: longwave.cache(model, OftenPyramid(**ENDS), budget=0.3),
+    "adakv": lambda model: longwave.cache(model, OftenAda(**ENDS), budget=0.3),
 }
 
 # Methods that share a base with one in IDENTITY: everything is observed as if it were needed, and there is room for all
 ROOMY = {
     method.name: lambda model, method=method: longwave.cache(model, method(tokens=4096))
     for method in (
-        *(longwave.H2O, longwave.PyramidKV, longwave.Tova, longwave.TreeKV, longwave.WeightedKV, longwave.CaM),
+        *(
+            longwave.H2O,
+            longwave.PyramidKV,
+            longwave.AdaKV,
+            longwave.Tova,
+            longwave.TreeKV,
+            longwave.WeightedKV,
+            longwave.CaM,
+        ),
         *(longwave.KNorm, longwave.ExpectedAttention),
     )
 }

@@ -159,6 +159,13 @@ class Queries:
     def tensors(self) -> list[torch.Tensor]:
         return [x for x in (self.q, self.positions) if x is not None]
 
+    def of_heads(self, heads: slice) -> Queries:
+        """Those of some query heads, not copied."""
+        made = Queries(self.width, len(self.seen), self.every)
+        made.seen, made.counts, made.positions = self.seen, self.counts, self.positions
+        made.q = None if self.q is None else self.q[:, heads]
+        return made
+
     def numbers(self) -> torch.Tensor:
         """int64 [batch, width]: each one's number in its row, from 1 on; 0 or less where nothing is remembered."""
         newest = torch.tensor([seen // self.every * self.every for seen in self.seen])

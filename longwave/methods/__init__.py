@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from longwave.checks import nearest
+from longwave.methods.adakv import AdaKV
 from longwave.methods.base import Bound, Method
 from longwave.methods.cam import CaM
 from longwave.methods.dense import Dense
@@ -29,7 +30,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         *(Dense, Fourier, FourierPaper, Kivi, Quest),
-        *(Streaming, SnapKV, PyramidKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, WeightedKV, CaM),
+        *(Streaming, SnapKV, PyramidKV, AdaKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, WeightedKV, CaM),
     )
 }
 
@@ -61,6 +62,7 @@ def get_method(name: str, /, **options: object) -> Method:
 __all__ = [
     "H2O",
     "METHODS",
+    "AdaKV",
     "Bound",
     "CaM",
     "Dense",

@@ -31,6 +31,7 @@ ABOUT = {
         "2406.02069",
         "as snapkv; models whose last layers look far back",
     ),
+    "adakv": ("2407.11550", "as snapkv; heads that seem to need little, until they do"),
     "h2o": ("2306.14048", "sums favour old tokens: [evicting](evicting.md)"),
     "tova": ("2401.06104", "one query speaks for all heads; heads of other habits"),
     "treekv": ("2501.04987", "old facts: far back one token stands for a stretch"),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Quest,
         Segmented,
         Selecting,
+        SirLLM,
         SnapKV,
         Streaming,
         Tova,
@@ -55,8 +56,8 @@ _HOMES = {
     **dict.fromkeys(
         (
             "AdaKV", "Bound", "CaM", "Dense", "Evicting", "ExpectedAttention", "Fourier", "FourierPaper", "H2O",
-            "KNorm", "Kivi", "Method", "PyramidKV", "Quest", "Segmented", "Selecting", "SnapKV", "Streaming", "Tova",
-            "TreeKV", "WeightedKV", "register",
+            "KNorm", "Kivi", "Method", "PyramidKV", "Quest", "Segmented", "Selecting", "SirLLM", "SnapKV", "Streaming",
+            "Tova", "TreeKV", "WeightedKV", "register",
         ),
         "longwave.methods",
     ),
@@ -83,6 +84,7 @@ __all__ = [
     "SavedCacheError",
     "Segmented",
     "Selecting",
+    "SirLLM",
     "SnapKV",
     "StaticDecoder",
     "Streaming",

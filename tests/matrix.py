@@ -41,6 +41,13 @@ class OftenExpected(longwave.ExpectedAttention):
     every: ClassVar[int] = 8
 
 
+@dataclass(frozen=True)
+class OftenSir(longwave.SirLLM):
+    """And of sirllm."""
+
+    every: ClassVar[int] = 8
+
+
 # budget 1: nothing is dropped or compressed
 IDENTITY = {
     "dense": lambda model: longwave.cache(model, "dense"),
@@ -104,6 +111,8 @@ LOSSY = {
         model, OftenExpected(queries=6, stride=2, ahead=20, eps=0.01, **ENDS), budget=0.3
     ),
     "pyramidkv": lambda model: longwave.cache(model, OftenPyramid(**ENDS), budget=0.3),
+    "sirllm": lambda model: longwave.cache(model, OftenSir(decay=0.7, **ENDS), budget=0.3),
+    "sirllm-slots": lambda model: longwave.cache(model, OftenSir(tokens=24, positions="slots", **ENDS)),
     "adakv": lambda model: longwave.cache(model, OftenAda(**ENDS), budget=0.3),
 }
 
@@ -120,6 +129,6 @@ ROOMY = {
             longwave.WeightedKV,
             longwave.CaM,
         ),
-        *(longwave.KNorm, longwave.ExpectedAttention),
+        *(longwave.KNorm, longwave.ExpectedAttention, longwave.SirLLM),
     )
 }

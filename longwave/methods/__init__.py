@@ -20,6 +20,7 @@ from longwave.methods.pyramidkv import PyramidKV
 from longwave.methods.quest import Quest
 from longwave.methods.segmented import Segmented
 from longwave.methods.selecting import Selecting
+from longwave.methods.sirllm import SirLLM
 from longwave.methods.snapkv import SnapKV
 from longwave.methods.streaming import Streaming
 from longwave.methods.tova import Tova
@@ -30,7 +31,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         *(Dense, Fourier, FourierPaper, Kivi, Quest),
-        *(Streaming, SnapKV, PyramidKV, AdaKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, WeightedKV, CaM),
+        *(Streaming, SnapKV, PyramidKV, AdaKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, WeightedKV, CaM, SirLLM),
     )
 }
 
@@ -77,6 +78,7 @@ __all__ = [
     "Quest",
     "Segmented",
     "Selecting",
+    "SirLLM",
     "SnapKV",
     "Streaming",
     "Tova",

@@ -174,6 +174,8 @@ class EvictingLayer(MemoryLayer):
     # steps
 
     def unsteady(self) -> str | None:
+        if self.needs.surprise:
+            return "it judges tokens by logits, behind the last layer, which a step does not hand back"
         return None
 
     def reserve(self, new: int) -> None:

@@ -45,6 +45,7 @@ ABOUT = {
         "LCTmppB165",
         "norms of values grow, and it is random (seed)",
     ),
+    "sirllm": ("2405.12528", "it asks no query; a prompt lies dense in all layers until it is read"),
 }
 HEAD = ("method", "paper", "idea", "holds `tokens`", "slots", "pages", "device steps", "4D masks", "where it loses")
 

@@ -48,6 +48,13 @@ class OftenSir(longwave.SirLLM):
     every: ClassVar[int] = 8
 
 
+@dataclass(frozen=True)
+class OftenThink(longwave.ThinK):
+    """think that packs a few tokens at a time."""
+
+    segment: ClassVar[int] = 8
+
+
 # budget 1: nothing is dropped or compressed
 IDENTITY = {
     "dense": lambda model: longwave.cache(model, "dense"),
@@ -111,6 +118,7 @@ LOSSY = {
         model, OftenExpected(queries=6, stride=2, ahead=20, eps=0.01, **ENDS), budget=0.3
     ),
     "pyramidkv": lambda model: longwave.cache(model, OftenPyramid(**ENDS), budget=0.3),
+    "think": lambda model: longwave.cache(model, OftenThink(queries=6, **ENDS), budget=0.8),
     "sirllm": lambda model: longwave.cache(model, OftenSir(decay=0.7, **ENDS), budget=0.3),
     "sirllm-slots": lambda model: longwave.cache(model, OftenSir(tokens=24, positions="slots", **ENDS)),
     "adakv": lambda model: longwave.cache(model, OftenAda(**ENDS), budget=0.3),

@@ -23,6 +23,7 @@ from longwave.methods.selecting import Selecting
 from longwave.methods.sirllm import SirLLM
 from longwave.methods.snapkv import SnapKV
 from longwave.methods.streaming import Streaming
+from longwave.methods.think import ThinK
 from longwave.methods.tova import Tova
 from longwave.methods.treekv import TreeKV
 from longwave.methods.weightedkv import WeightedKV
@@ -30,7 +31,7 @@ from longwave.methods.weightedkv import WeightedKV
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(Dense, Fourier, FourierPaper, Kivi, Quest),
+        *(Dense, Fourier, FourierPaper, Kivi, ThinK, Quest),
         *(Streaming, SnapKV, PyramidKV, AdaKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, WeightedKV, CaM, SirLLM),
     )
 }
@@ -81,6 +82,7 @@ __all__ = [
     "SirLLM",
     "SnapKV",
     "Streaming",
+    "ThinK",
     "Tova",
     "TreeKV",
     "WeightedKV",

@@ -6,7 +6,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,6 +28,8 @@ BESIDE = 8  # channels beside K's for a bias: fused kernels want multiples of 8
 @dataclass(frozen=True)
 class Segmented(Method):
     """Options: `sinks`, `window` (first and last tokens, dense) and how many are compressed together."""
+
+    pages: ClassVar[bool] = True  # whether others may put what they keep into its pages
 
     @property
     @abstractmethod
@@ -375,8 +377,8 @@ class SegmentedLayer(MemoryLayer):
         answer = self.store.attend(p.q, p.scaling, k, v, step.seen, step.counts)
         if answer is not None:
             return answer
-        middle = self.store.pages.shape[1] * self.segment
-        return store_attention(self.store, p.q, p.scaling, k, v, step.seen, step.counts * self.segment, middle)
+        ends = step.counts * self.segment
+        return store_attention(self.store, p.q, p.scaling, k, v, step.seen, ends, self.store.room)
 
     # what it holds
 

@@ -18,6 +18,10 @@ ABOUT = {
     "fourier": ("2506.11886", "below a tenth of the bytes: [fourier](fourier.md)"),
     "fourier-paper": ("2506.11886", "long contexts: [fourier](fourier.md)"),
     "kivi": ("2402.02750", "2 bits: [kivi](kivi.md)"),
+    "think": (
+        "2407.21018",
+        "bytes: values stay whole, never below half; queries that ask other channels: [think](think.md)",
+    ),
     "quest": ("2406.10774", "bytes: it holds everything: [quest](quest.md)"),
     "streaming": (
         "2309.17453",

@@ -20,7 +20,7 @@ ABOUT = {
     "kivi": ("2402.02750", "2 bits: [kivi](kivi.md)"),
     "think": (
         "2407.21018",
-        "bytes: values stay whole, never below half; queries that ask other channels: [think](think.md)",
+        "bytes: values stay whole, never below half; later queries may ask otherwise: [think](think.md)",
     ),
     "quest": ("2406.10774", "bytes: it holds everything: [quest](quest.md)"),
     "streaming": (

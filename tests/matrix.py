@@ -119,6 +119,9 @@ LOSSY = {
     ),
     "pyramidkv": lambda model: longwave.cache(model, OftenPyramid(**ENDS), budget=0.3),
     "think": lambda model: longwave.cache(model, OftenThink(queries=6, **ENDS), budget=0.8),
+    "snapkv-think": lambda model: longwave.cache(
+        model, longwave.SnapKV(store=OftenThink(queries=6), store_budget=0.8, **ENDS), budget=0.45
+    ),
     "sirllm": lambda model: longwave.cache(model, OftenSir(decay=0.7, **ENDS), budget=0.3),
     "sirllm-slots": lambda model: longwave.cache(model, OftenSir(tokens=24, positions="slots", **ENDS)),
     "adakv": lambda model: longwave.cache(model, OftenAda(**ENDS), budget=0.3),
@@ -139,4 +142,4 @@ ROOMY = {
         ),
         *(longwave.KNorm, longwave.ExpectedAttention, longwave.SirLLM),
     )
-}
+} | {"think": lambda model: longwave.cache(model, longwave.ThinK(window=4096))}

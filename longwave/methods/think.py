@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -37,7 +37,6 @@ class ThinK(Segmented):
     """
 
     name: ClassVar[str] = "think"
-    pages: ClassVar[bool] = False
     segment: ClassVar[int] = 64  # tokens packed together
 
     ratio: float | None = None
@@ -105,51 +104,46 @@ class ThinkBound(SegmentedBound):
         return 0 if self.whole else super().absorbed(tokens)
 
     def layer(self, index: int) -> MemoryLayer:
-        return MemoryLayer(index) if self.whole else ThinkLayer(index, self)
+        return MemoryLayer(index) if self.whole else SegmentedLayer(index, self)
 
     def new_store(self, position: int, batch: int, device: torch.device) -> PackedStore:
         shape, segment = self.shape, self.method.segment
         return PackedStore(batch, shape.kv_heads, self.channels, shape.head_dim, segment, shape.dtype, device)
 
-    def page_fraction(self) -> float:
-        return (self.channels / self.shape.head_dim + 1) / 2
+    def prepare(self, layer: SegmentedLayer, rows: slice) -> None:
+        for row in range(layer.batch_size)[rows]:
+            if not layer.store.decided[row]:
+                layer.store.decide(row, energy(layer, row, self.method.queries))
+
+    @property
+    def _sizes(self) -> list[tuple[int, int]]:
+        shape, segment = self.shape, self.method.segment
+        page = segment * shape.kv_heads * (self.channels + shape.head_dim) * shape.dtype.itemsize
+        return [(page, 2 * shape.kv_heads * self.channels)] * len(shape.memory_layers)
+
+    def store_bytes(self, index: int, pages: int) -> int:
+        page, names = self._sizes[0]
+        segment = self.method.segment
+        return capacity(pages * segment) * page // segment + names
 
     def shared_bytes(self, index: int, tokens: int) -> int:
         return 0  # every row has channels of its own
-
-    def _bytes(self, index: int, dense: int, middle: int) -> int:
-        shape, needs = self.shape, self.needs
-        total = capacity(dense) * shape.token_bytes
-        total += needs.nbytes(shape.query_heads, shape.head_dim, shape.dtype.itemsize)
-        if middle:
-            each = shape.kv_heads * (self.channels + shape.head_dim) * shape.dtype.itemsize
-            total += capacity(middle) * each + 2 * shape.kv_heads * self.channels
-        return total
 
     def peak_bytes(self, tokens: int, batch: int = 1) -> int:
         return self.nbytes(tokens, batch) if self.whole else super().peak_bytes(tokens, batch)
 
 
-class ThinkLayer(SegmentedLayer):
-    """Channels are chosen when the first tokens of a row leave its window."""
+def energy(layer: SegmentedLayer, row: int, queries: int) -> torch.Tensor:
+    """What each channel is worth to the last so many queries of a row, over all keys held: float [kv_heads, head_dim].
 
-    store: Any
-
-    def chosen(self, rows: slice, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        for row in range(self.batch_size)[rows]:
-            if not self.store.decided[row]:
-                self.store.decide(row, self.energy(row))
-        return super().chosen(rows, count)
-
-    def energy(self, row: int) -> torch.Tensor:
-        """What each channel is worth to the remembered queries, over all keys held: float [kv_heads, head_dim].
-
-        The sum over queries and their group of q^2 times that over keys of k^2: squares of the norms, in their order.
-        """
-        k = self.dense.view()[0][row, :, : self.dense.lengths[row]]
-        wide = torch.float64 if k.dtype == torch.float64 else torch.float32
-        keys = k.to(wide).square().sum(1)
-        if self.queries is None or self.queries.q is None:  # written without a pass
-            return keys
-        asked = self.queries.q[row, :, self.queries.width - self.queries.counts[row] :]
-        return keys * asked.to(wide).square().sum(1).unflatten(0, (k.shape[0], -1)).sum(1)
+    The sum over queries and their group of q^2 times that over keys of k^2: squares of the norms, in their order.
+    """
+    k = layer.dense.view()[0][row, :, : layer.dense.lengths[row]]
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    keys = k.to(wide).square().sum(1)
+    if layer.queries is None or layer.queries.q is None:  # written without a pass
+        return keys
+    last = layer.queries.last(queries, 1)  # others may remember more
+    assert last.q is not None
+    asked = last.q[row, :, last.width - last.counts[row] :]
+    return keys * asked.to(wide).square().sum(1).unflatten(0, (k.shape[0], -1)).sum(1)

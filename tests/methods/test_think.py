@@ -193,6 +193,19 @@ def test_two_ratios_are_two_plans():
     assert longwave.ThinK().bind(naive.shape(), None, None).channels == D - int(0.4 * D)
 
 
+def test_tokens_and_channels_multiply(llama):
+    """What an evicting method keeps is packed: a quarter of the bytes is two fifths of the tokens at 0.625."""
+    method = longwave.H2O(store=longwave.ThinK(queries=5), store_budget=0.625, **SMALL)
+    memory = longwave.cache(llama, method, budget=0.25)
+    read_in(llama, memory, tokens(2, 480), (470, 1, 9))
+    layer = next(memory.memory_layers())
+    assert layer.store.held.k.shape[3] == 2  # of 8
+    assert layer.store.tokens == [128, 128]
+    assert layer.store.counts[0] * memory.method.span == 320
+    assert memory.method.page_fraction() == pytest.approx(0.25)
+    assert set(layer.store.decided) == {True}
+
+
 # the store
 
 
@@ -253,7 +266,6 @@ def test_what_does_not_fit_together_is_refused(name, change):
         (lambda: longwave.ThinK(ratio=True), "got True"),
         (lambda: longwave.ThinK(queries=0), "queries"),
         (lambda: longwave.ThinK(ratio=0.4).bind(naive.shape(), None, 0.8), "a budget or a ratio, not both"),
-        (lambda: longwave.SnapKV(store="think"), "store is a method of pages"),
     ],
 )
 def test_wrong_options(make, message):

@@ -291,3 +291,15 @@ def test_a_ragged_buffer_refuses_what_does_not_fit_together():
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         longwave.AdaKV(**options)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_size_is_spent_and_not_exceeded(llama, batch):
+    dense = longwave.cache(llama, "dense").method.nbytes(400, batch)
+    memory = longwave.cache(llama, Often(**SMALL), f"{dense // 2}B", max_tokens=400, batch=batch)
+    ids = tokens(batch, 400)
+    with torch.no_grad():
+        for start, stop in ((0, 300), (300, 360), *((i, i + 1) for i in range(360, 400))):
+            llama(ids[:, start:stop], **into(memory))
+            assert memory.nbytes <= dense // 2
+    assert memory.nbytes > 0.4 * dense

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from longwave.frame import LongCache, MemoryLayer
     from longwave.methods import (
         H2O,
+        AdaKV,
         Bound,
         CaM,
         Dense,
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
         Quest,
         Segmented,
         Selecting,
+        SirLLM,
         SnapKV,
         Streaming,
+        ThinK,
         Tova,
         TreeKV,
         WeightedKV,
@@ -53,9 +56,9 @@ _HOMES = {
     "save": "longwave.saved",
     **dict.fromkeys(
         (
-            "Bound", "CaM", "Dense", "Evicting", "ExpectedAttention", "Fourier", "FourierPaper", "H2O", "KNorm", "Kivi",
-            "Method", "PyramidKV", "Quest", "Segmented", "Selecting", "SnapKV", "Streaming", "Tova", "TreeKV",
-            "WeightedKV", "register",
+            "AdaKV", "Bound", "CaM", "Dense", "Evicting", "ExpectedAttention", "Fourier", "FourierPaper", "H2O",
+            "KNorm", "Kivi", "Method", "PyramidKV", "Quest", "Segmented", "Selecting", "SirLLM", "SnapKV", "Streaming",
+            "ThinK", "Tova", "TreeKV", "WeightedKV", "register",
         ),
         "longwave.methods",
     ),
@@ -63,6 +66,7 @@ _HOMES = {
 
 __all__ = [
     "H2O",
+    "AdaKV",
     "Bound",
     "CaM",
     "Dense",
@@ -81,9 +85,11 @@ __all__ = [
     "SavedCacheError",
     "Segmented",
     "Selecting",
+    "SirLLM",
     "SnapKV",
     "StaticDecoder",
     "Streaming",
+    "ThinK",
     "Tova",
     "TreeKV",
     "WeightedKV",

@@ -3,7 +3,7 @@ layer can stand in its attention at all."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -144,6 +144,7 @@ class CacheShape:
     head_dim: int
     dtype: torch.dtype
     query_heads: int = 0  # 0: as many as kv_heads
+    hidden_size: int = field(default=0, repr=False, compare=False)  # it decides no plan
 
     @classmethod
     def of(cls, config: PretrainedConfig, dtype: torch.dtype) -> CacheShape:
@@ -162,6 +163,7 @@ class CacheShape:
             head_dim=channels,
             dtype=dtype,
             query_heads=layers[memory[0]].num_attention_heads,
+            hidden_size=getattr(config, "hidden_size", 0),
         )
 
     @property

@@ -28,10 +28,31 @@ class OftenPyramid(longwave.PyramidKV):
 
 
 @dataclass(frozen=True)
+class OftenAda(longwave.AdaKV):
+    """And of adakv."""
+
+    every: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
 class OftenExpected(longwave.ExpectedAttention):
     """And of expected_attention."""
 
     every: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
+class OftenSir(longwave.SirLLM):
+    """And of sirllm."""
+
+    every: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
+class OftenThink(longwave.ThinK):
+    """think that packs a few tokens at a time."""
+
+    segment: ClassVar[int] = 8
 
 
 # budget 1: nothing is dropped or compressed
@@ -97,13 +118,28 @@ LOSSY = {
         model, OftenExpected(queries=6, stride=2, ahead=20, eps=0.01, **ENDS), budget=0.3
     ),
     "pyramidkv": lambda model: longwave.cache(model, OftenPyramid(**ENDS), budget=0.3),
+    "think": lambda model: longwave.cache(model, OftenThink(queries=6, **ENDS), budget=0.8),
+    "snapkv-think": lambda model: longwave.cache(
+        model, longwave.SnapKV(store=OftenThink(queries=6), store_budget=0.8, **ENDS), budget=0.45
+    ),
+    "sirllm": lambda model: longwave.cache(model, OftenSir(decay=0.7, **ENDS), budget=0.3),
+    "sirllm-slots": lambda model: longwave.cache(model, OftenSir(tokens=24, positions="slots", **ENDS)),
+    "adakv": lambda model: longwave.cache(model, OftenAda(**ENDS), budget=0.3),
 }
 
 # Methods that share a base with one in IDENTITY: everything is observed as if it were needed, and there is room for all
 ROOMY = {
     method.name: lambda model, method=method: longwave.cache(model, method(tokens=4096))
     for method in (
-        *(longwave.H2O, longwave.PyramidKV, longwave.Tova, longwave.TreeKV, longwave.WeightedKV, longwave.CaM),
-        *(longwave.KNorm, longwave.ExpectedAttention),
+        *(
+            longwave.H2O,
+            longwave.PyramidKV,
+            longwave.AdaKV,
+            longwave.Tova,
+            longwave.TreeKV,
+            longwave.WeightedKV,
+            longwave.CaM,
+        ),
+        *(longwave.KNorm, longwave.ExpectedAttention, longwave.SirLLM),
     )
-}
+} | {"think": lambda model: longwave.cache(model, longwave.ThinK(window=4096))}

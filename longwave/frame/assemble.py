@@ -13,6 +13,7 @@ from longwave.frame.cache import LongCache, Origin
 from longwave.frame.hidden import Watch
 from longwave.frame.layer import MemoryLayer
 from longwave.frame.observe import Needs
+from longwave.frame.surprise import Listener
 from longwave.rotary import Rotary
 from longwave.shape import check_supported, other_layers, states_beside
 
@@ -23,7 +24,7 @@ def assemble(model: PreTrainedModel, layer: Callable[[int], MemoryLayer], needs:
     others, states = other_layers(config), states_beside(config)
     rotary = _rotary(model, needs)  # before anything is selected: it may refuse
     indices = tuple(index for index, other in enumerate(others) if other is None)
-    watch = Watch(model, indices) if needs.hidden else None
+    watch = (Watch(model, indices) if needs.hidden else None, Listener(model) if needs.surprise else None)
     layers = [layer(index) if other is None else other for index, other in enumerate(others)]
     layers = [with_state(made, states[index]) if index in states else made for index, made in enumerate(layers)]
     use_longwave_attention(model)

@@ -29,6 +29,7 @@ class Counting(CacheLayerMixin):
     max_rows: int | None
     planned: torch.dtype | None
     queries: Queries | None
+    heard: Queries | None
     is_compileable = False
     is_sliding = False
     is_croppable = True
@@ -96,8 +97,9 @@ class Counting(CacheLayerMixin):
         counts = self.check_crop(tokens_to_remove)
         if any(counts):
             self.drop_last(counts)
-            if self.queries is not None:
-                self.queries.drop_last(counts)
+            for remembered in (self.queries, self.heard):
+                if remembered is not None:
+                    remembered.drop_last(counts)
         if self.is_initialized and int(tokens_to_remove):
             self.rows = [row - c for row, c in zip(self.rows, counts, strict=True)]
             self._run = [max(0, run + int(tokens_to_remove)) for run in self._run]

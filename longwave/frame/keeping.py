@@ -37,7 +37,9 @@ class Keeping(Counting):
             "dtype": str(self.dtype).removeprefix("torch."),
             **under("dense", self.dense.state()),
         }
-        return made if self.queries is None else made | under("queries", self.queries.state())
+        for name, remembered in (("queries", self.queries), ("heard", self.heard)):
+            made |= {} if remembered is None else under(name, remembered.state())
+        return made
 
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Hold what `state` gave, the tensors where they lie, as a layer of a model on `device`.
@@ -67,6 +69,11 @@ class Keeping(Counting):
             asked = self.needs.queries, self.needs.every, self.batch_size
             found = self.queries.width, self.queries.every, len(self.queries.seen)
             demand(found == asked, f"(width, every, rows) of the queries are {found}, not {asked}")
+        heard = within("heard", state)
+        if heard:
+            self.heard = Queries.of_state(heard)
+            found = self.heard.width, self.heard.every, len(self.heard.seen)
+            demand(found == (self.needs.surprise, 1, self.batch_size), f"(width, every, rows) heard are {found}")
         self._before = list(self.dense.lengths)
         self.is_initialized = True
 

@@ -33,6 +33,7 @@ class MemoryLayer(Keeping):
     """
 
     queries: Queries | None  # of the last tokens, where `needs` says so
+    heard: Queries | None  # what went into the model's head, in the place of queries: in one layer of a cache
     hints = False  # whether remembered queries only hint at something: then no harm is done where a mask hid tokens
     _sources: list[torch.Tensor]  # what was given to `update` with a gradient to follow, until attention asks
 
@@ -209,18 +210,22 @@ class MemoryLayer(Keeping):
             parts["columns"] = list(self.dense.columns.values())
         if self.queries is not None:
             parts["queries"] = self.queries.tensors()
+        if self.heard is not None:
+            parts["heard"] = self.heard.tensors()
         return parts
 
     def move(self, device: torch.device | str) -> None:
         self.progress.check_lent()
         self.dense.move(device)
-        if self.queries is not None:
-            self.queries.move(device)
+        for remembered in (self.queries, self.heard):
+            if remembered is not None:
+                remembered.move(device)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         self.dense.select(rows)
-        if self.queries is not None:
-            self.queries.select(rows)
+        for remembered in (self.queries, self.heard):
+            if remembered is not None:
+                remembered.select(rows)
 
     # what transformers calls
 
@@ -310,10 +315,10 @@ class MemoryLayer(Keeping):
                 out = self._share_with_sinks(p, out)
             self.observe(p)
             self._fresh = False
-            if self.record_past and q.shape[2] <= self.patience():
-                self._unsettled = True
+            if self.needs.surprise:
+                self.progress.unheard = True  # `hear` settles
             else:
-                self.settle()
+                self._settle_pass(q.shape[2])
         except BaseException:  # whatever it was, memory included: layers now hold different tokens
             self.progress.broken = True
             raise
@@ -322,6 +327,31 @@ class MemoryLayer(Keeping):
                 self.progress.scratch.clear()
                 self.progress.mask = None
         return out
+
+    def _settle_pass(self, tokens: int) -> None:
+        """Settle behind a pass of so many tokens, or leave it to `crop` and the next one."""
+        if self.record_past and tokens <= self.patience():
+            self._unsettled = True
+        else:
+            self.settle()
+
+    def hear(self, surprise: list[torch.Tensor]) -> None:
+        """Take how little each real token of the pass was expected, float [their number] of each row, and settle."""
+        column = self.dense.columns["surprise"]
+        for row, own in enumerate(surprise):
+            end = self.dense.lengths[row]
+            column[row, :, end - len(own) : end] = own
+        tokens = max(map(len, surprise)) if self._valid is None else self._valid.shape[1]
+        with own_arithmetic(self.device.type):
+            self._settle_pass(tokens)
+
+    def remember(self, hidden: torch.Tensor) -> None:
+        """Of what goes into the model's head, [batch, tokens, hidden_size], what `needs` says."""
+        if self.heard is None:
+            self.heard = Queries(self.needs.surprise, self.batch_size)
+        self.heard.add(
+            hidden[:, None], torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device), self._valid
+        )
 
     def _open(
         self,
@@ -354,6 +384,11 @@ class MemoryLayer(Keeping):
                 )
         if self.needs.hidden:
             p.hidden = take_hidden(module)
+        if self.needs.surprise and self.progress.ids is None:
+            raise ValueError(
+                "what this model expects is not heard, and the cache's method judges tokens by it: the cache came "
+                "without its model, so build it with longwave.cache on the very model that uses it"
+            )
         if self.needs.unrotated:
             p.known_positions()
         if p.rotary is not None:
@@ -458,6 +493,8 @@ class MemoryLayer(Keeping):
             )
         columns = {name: source.dense.column(name) for name in self.needs.columns() if name in source.dense.columns}
         self.take(*source.materialize(), source.rows, source.scaling, columns, source.queries)
+        if self.needs.surprise and source.heard is not None:
+            self.heard = source.heard.last(self.needs.surprise, 1)
 
     def take(
         self,
@@ -502,7 +539,7 @@ class MemoryLayer(Keeping):
         self.columns = 0
         self.rows = []
         self.dense = TokenBuffer(0)
-        self.queries = None
+        self.queries = self.heard = None
         self._run = []
         self._new = self._valid = None
         self._sources = []

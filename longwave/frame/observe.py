@@ -24,7 +24,9 @@ class Needs:
     of the token store. votes: what it got from the last so many queries of the latest pass that brought its row tokens,
     a column for each number named. positions: of each stored token, a column too. unrotated: a model whose rotation can
     be undone (`Pass.rotary`). hidden: the input of the attention module, in `Pass.hidden`. shifts: `Queries.later`,
-    which turns queries where the model's rotation can be undone.
+    which turns queries where the model's rotation can be undone. surprise: how little each token was expected, a column
+    that is known once a pass is through all layers, so that they settle then (surprise.py); of so many last tokens a
+    cache's first memory layer remembers what went into the head: one, and those that `crop` may take back.
     """
 
     queries: int = 0
@@ -35,6 +37,7 @@ class Needs:
     hidden: bool = False
     votes: tuple[int, ...] = ()
     shifts: bool = False
+    surprise: int = 0
 
     def __or__(self, other: Needs) -> Needs:
         asked = [needs for needs in (self, other) if needs.queries]
@@ -50,12 +53,13 @@ class Needs:
             self.hidden or other.hidden,
             tuple(sorted({*self.votes, *other.votes})),
             self.shifts or other.shifts,
+            max(self.surprise, other.surprise),
         )
 
     def columns(self) -> dict[str, torch.dtype]:
         """The side columns that a token store keeps for this."""
-        attention = [*(["mass"] if self.mass else []), *map(votes_of, self.votes)]
-        return ({"position": torch.int32} if self.positions else {}) | dict.fromkeys(attention, torch.float32)
+        told = [*(["mass"] if self.mass else []), *map(votes_of, self.votes), *(["surprise"] if self.surprise else [])]
+        return ({"position": torch.int32} if self.positions else {}) | dict.fromkeys(told, torch.float32)
 
     @property
     def watches(self) -> bool:
@@ -158,6 +162,13 @@ class Queries:
 
     def tensors(self) -> list[torch.Tensor]:
         return [x for x in (self.q, self.positions) if x is not None]
+
+    def of_heads(self, heads: slice) -> Queries:
+        """Those of some query heads, not copied."""
+        made = Queries(self.width, len(self.seen), self.every)
+        made.seen, made.counts, made.positions = self.seen, self.counts, self.positions
+        made.q = None if self.q is None else self.q[:, heads]
+        return made
 
     def numbers(self) -> torch.Tensor:
         """int64 [batch, width]: each one's number in its row, from 1 on; 0 or less where nothing is remembered."""

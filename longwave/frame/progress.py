@@ -21,12 +21,14 @@ class Progress:
     lent: object | None = None  # of the decoder that holds the layers' storage and counts for them
     rotary: Any = None  # of the model, where a method needs it (rotary.py)
     switch: int | None = None  # tokens beyond which the model rotates all of them otherwise (longrope)
+    ids: Any = None  # of the running pass's tokens, where a method needs to know them (surprise.py)
+    unheard: bool = False  # layers wait behind a pass for what its last layer says
     mask: tuple[Any, Any, list[int]] | None = None  # a pass's 4D mask, the plain one that it is, tokens of rows before
     scratch: Scratch = field(default_factory=Scratch)  # what one layer's pass may take at a time
 
     def check(self) -> None:
         self.check_here()
-        if self.broken or self.reached not in (None, self.last):
+        if self.broken or self.unheard or self.reached not in (None, self.last):
             raise ValueError(
                 "the last forward pass failed half-way and layers hold different tokens: call cache.reset()"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from longwave.checks import nearest
+from longwave.methods.adakv import AdaKV
 from longwave.methods.base import Bound, Method
 from longwave.methods.cam import CaM
 from longwave.methods.dense import Dense
@@ -19,8 +20,10 @@ from longwave.methods.pyramidkv import PyramidKV
 from longwave.methods.quest import Quest
 from longwave.methods.segmented import Segmented
 from longwave.methods.selecting import Selecting
+from longwave.methods.sirllm import SirLLM
 from longwave.methods.snapkv import SnapKV
 from longwave.methods.streaming import Streaming
+from longwave.methods.think import ThinK
 from longwave.methods.tova import Tova
 from longwave.methods.treekv import TreeKV
 from longwave.methods.weightedkv import WeightedKV
@@ -28,8 +31,8 @@ from longwave.methods.weightedkv import WeightedKV
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(Dense, Fourier, FourierPaper, Kivi, Quest),
-        *(Streaming, SnapKV, PyramidKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, WeightedKV, CaM),
+        *(Dense, Fourier, FourierPaper, Kivi, ThinK, Quest),
+        *(Streaming, SnapKV, PyramidKV, AdaKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, WeightedKV, CaM, SirLLM),
     )
 }
 
@@ -61,6 +64,7 @@ def get_method(name: str, /, **options: object) -> Method:
 __all__ = [
     "H2O",
     "METHODS",
+    "AdaKV",
     "Bound",
     "CaM",
     "Dense",
@@ -75,8 +79,10 @@ __all__ = [
     "Quest",
     "Segmented",
     "Selecting",
+    "SirLLM",
     "SnapKV",
     "Streaming",
+    "ThinK",
     "Tova",
     "TreeKV",
     "WeightedKV",

@@ -64,7 +64,7 @@ class EvictingLayer(MemoryLayer):
     def due(self, row: int, undecided: int = 0) -> bool:
         """Whether a row holds more than it may: a token too many after a prompt or chunk, `every` of them after
         steps."""
-        over = self.dense.lengths[row] - self._allowed(row, undecided)
+        over = self.held()[row] - self._allowed(row, undecided)
         return over >= (self.bound.method.every if self._arrived[row] <= 1 else 1)
 
     def _allowed(self, row: int, undecided: int) -> int:
@@ -174,6 +174,8 @@ class EvictingLayer(MemoryLayer):
     # steps
 
     def unsteady(self) -> str | None:
+        if self.needs.surprise:
+            return "it judges tokens by logits, behind the last layer, which a step does not hand back"
         return None
 
     def reserve(self, new: int) -> None:

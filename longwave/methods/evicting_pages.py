@@ -55,7 +55,8 @@ class PagedBound(SegmentedBound):
 
     @property
     def needs(self) -> Needs:
-        return self.method.needs() | super().needs
+        assert self.inner is not None
+        return self.method.needs() | self.inner.needs
 
     def __str__(self) -> str:
         assert self.inner is not None
@@ -65,6 +66,27 @@ class PagedBound(SegmentedBound):
     def layout(self, position: int) -> Any:
         assert self.inner is not None
         return self.inner.layout(position)
+
+    @property
+    def _sizes(self) -> list[tuple[int, int]]:
+        assert self.inner is not None
+        return self.inner._sizes
+
+    def store_bytes(self, index: int, pages: int) -> int:
+        assert self.inner is not None
+        return self.inner.store_bytes(index, pages)
+
+    def shared_bytes(self, index: int, tokens: int) -> int:
+        assert self.inner is not None
+        return self.inner.shared_bytes(index, tokens) if self.absorbed(tokens) else 0
+
+    def new_store(self, position: int, batch: int, device: torch.device) -> Any:
+        assert self.inner is not None
+        return self.inner.new_store(position, batch, device)
+
+    def prepare(self, layer: SegmentedLayer, rows: slice) -> None:
+        assert self.inner is not None
+        self.inner.prepare(layer, rows)
 
     def layer(self, index: int) -> MemoryLayer:
         return PagedLayer(index, self)

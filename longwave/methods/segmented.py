@@ -104,6 +104,9 @@ class SegmentedBound(Bound):
     def new_store(self, position: int, batch: int, device: torch.device) -> Any:
         return PageStore(batch, self.layout(position), self.basis, self.plan[position].states, device)
 
+    def prepare(self, layer: SegmentedLayer, rows: slice) -> None:
+        """What is to be decided of some rows whose first tokens are about to go into `layer.store`."""
+
     @property
     def span(self) -> int:
         """Middle tokens that make a page: a segment, or more where some of them are left out."""
@@ -131,10 +134,12 @@ class SegmentedBound(Bound):
         columns = shape.kv_heads * sum(dtype.itemsize for dtype in needs.columns().values())
         total = capacity(dense) * (shape.token_bytes + columns)
         total += needs.nbytes(shape.query_heads, shape.head_dim, shape.dtype.itemsize)
-        if middle:
-            page, names = self._sizes[shape.memory_layers.index(index)]
-            total += middle // self.span * page + names
-        return total
+        return total + (self.store_bytes(index, middle // self.span) if middle else 0)
+
+    def store_bytes(self, index: int, pages: int) -> int:
+        """Of one row with so many pages in a layer, and of what names the channels."""
+        page, names = self._sizes[self.shape.memory_layers.index(index)]
+        return pages * page + names
 
     def peak_bytes(self, tokens: int, batch: int = 1) -> int:
         """Besides what layers hold, one row of one layer dense: a turn over pages takes that while it is read."""
@@ -215,6 +220,7 @@ class SegmentedLayer(MemoryLayer):
         del k, v
         probes = self._probes()
         for row, rows, count in batches:
+            self.bound.prepare(self, rows)
             middle_k, middle_v = self.chosen(rows, count)
             if middle_k.device.type != "cpu":  # on the CPU every token was checked when it was written
                 self._refuse_nan(middle_k, middle_v, None)
@@ -368,8 +374,8 @@ class SegmentedLayer(MemoryLayer):
         answer = self.store.attend(p.q, p.scaling, k, v, step.seen, step.counts)
         if answer is not None:
             return answer
-        middle = self.store.pages.shape[1] * self.segment
-        return store_attention(self.store, p.q, p.scaling, k, v, step.seen, step.counts * self.segment, middle)
+        ends = step.counts * self.segment
+        return store_attention(self.store, p.q, p.scaling, k, v, step.seen, ends, self.store.room)
 
     # what it holds
 

@@ -46,8 +46,9 @@ def device_of(model: PreTrainedModel, index: int) -> torch.device:
 def settle_into(model: PreTrainedModel, empty: LongCache, prompt: Prompt) -> None:
     """Fill an empty cache of any method. ValueError where the method needs of the prompt what nobody knows any more."""
     needs = next(empty.memory_layers()).needs
-    if needs.mass or needs.hidden:
+    if needs.mass or needs.hidden or needs.surprise:
         what = "the attention that each token got" if needs.mass else "the input of each layer"
+        what = "how little each token was expected" if needs.surprise else what
         raise ValueError(
             f"{empty.method} needs {what} while the text was read, and {prompt.path} does not hold that: let the model "
             "read the text again, or restore into dense, fourier, kivi, snapkv, streaming or quest"

@@ -32,6 +32,11 @@ class PageStore:
         self._answered: dict[str, None] = {}  # what has attended over these pages, in order
 
     @property
+    def room(self) -> int:
+        """Tokens that `scores` speaks of: there is room for them, whether a row has them or not."""
+        return self.pages.shape[1] * self.layout.segment
+
+    @property
     def tokens(self) -> list[int]:
         """Middle tokens held, per row."""
         return [count * self.layout.segment for count in self.counts]

@@ -60,7 +60,8 @@ def mixed(*pairs):
 
 
 DENSE = (longwave.Dense(), None)
-STEPPED = {name: make for name, make in LOSSY.items() if name != "fourier-paper"}
+UNSTEPPED = {"fourier-paper", "sirllm", "sirllm-slots"}
+STEPPED = {name: make for name, make in LOSSY.items() if name not in UNSTEPPED}
 MIXED = {
     "dense and h2o": mixed(DENSE, (longwave.H2O(**ENDS), 0.3)),
     "h2o and dense": mixed((longwave.H2O(**ENDS), 0.3), DENSE),

@@ -18,6 +18,10 @@ ABOUT = {
     "fourier": ("2506.11886", "below a tenth of the bytes: [fourier](fourier.md)"),
     "fourier-paper": ("2506.11886", "long contexts: [fourier](fourier.md)"),
     "kivi": ("2402.02750", "2 bits: [kivi](kivi.md)"),
+    "think": (
+        "2407.21018",
+        "bytes: values stay whole, never below half; worse than codes of an eighth: [think](think.md)",
+    ),
     "quest": ("2406.10774", "bytes: it holds everything: [quest](quest.md)"),
     "streaming": (
         "2309.17453",
@@ -31,6 +35,7 @@ ABOUT = {
         "2406.02069",
         "as snapkv; models whose last layers look far back",
     ),
+    "adakv": ("2407.11550", "as snapkv, and no better with three heads: [evicting](evicting.md)"),
     "h2o": ("2306.14048", "sums favour old tokens: [evicting](evicting.md)"),
     "tova": ("2401.06104", "one query speaks for all heads; heads of other habits"),
     "treekv": ("2501.04987", "old facts: far back one token stands for a stretch"),
@@ -43,6 +48,10 @@ ABOUT = {
     "cam": (
         "LCTmppB165",
         "norms of values grow, and it is random (seed)",
+    ),
+    "sirllm": (
+        "2405.12528",
+        "a prompt lies dense in all layers until it is read; to streaming: [evicting](evicting.md)",
     ),
 }
 HEAD = ("method", "paper", "idea", "holds `tokens`", "slots", "pages", "device steps", "4D masks", "where it loses")

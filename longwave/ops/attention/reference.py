@@ -111,6 +111,38 @@ def step_attention(
     return (out / p.sum(-1, keepdim=True)).to(q.dtype).reshape(q.shape)
 
 
+def ragged_step_attention(
+    q: torch.Tensor,
+    far_k: torch.Tensor,
+    far_v: torch.Tensor,
+    ends: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scaling: float,
+    seen: torch.Tensor,
+) -> torch.Tensor:
+    """One query a row over heads that hold different numbers of tokens: q [B, Hq, 1, D] -> same shape.
+
+    far_k, far_v [B, F, D]: head h of row b has those from ends[b, h - 1] to ends[b, h], int [B, H]. k, v [B, H, L, D]:
+    of these row b sees the first seen[b, 0] in every head. Every query meets all F keys, which are read once; those of
+    other heads do not count. Nothing is read back and no shape depends on `ends` or `seen`.
+    """
+    heads, times = k.shape[1], torch.bmm if q.dtype in (torch.float32, torch.float64) else _product
+    x = group_heads(q, heads)
+    near = times(x.flatten(0, 1), k.flatten(0, 1).mT).unflatten(0, k.shape[:2]) * scaling
+    far = times(x.flatten(1, 2), far_k.mT).unflatten(1, x.shape[1:3]) * scaling
+    owner = (torch.arange(far_k.shape[1], device=q.device) >= ends[..., None]).sum(1)  # [B, F]; H behind the last end
+    own = owner[:, None] == torch.arange(heads, device=q.device)[:, None]
+    lowest = torch.finfo(near.dtype).min  # a row that sees nothing averages, not NaN
+    near = near.masked_fill(~visible_mask(seen, k.shape[2]), lowest)
+    far = far.masked_fill(~own[:, :, None], lowest)
+    most = torch.maximum(near.amax(-1, keepdim=True), far.amax(-1, keepdim=True))
+    near, far = torch.exp(near - most), torch.exp(far - most)  # not divided yet, as above
+    out = times(near.to(v.dtype).flatten(0, 1), v.flatten(0, 1)).unflatten(0, k.shape[:2])
+    out = out + times(far.to(v.dtype).flatten(1, 2), far_v).unflatten(1, x.shape[1:3])
+    return (out / (near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True))).to(q.dtype).reshape(q.shape)
+
+
 def subset_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, seen: torch.Tensor
 ) -> torch.Tensor:

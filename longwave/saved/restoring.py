@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from longwave import build
+from longwave.codec import codec_for, kept_codec
 from longwave.frame import LongCache, assemble, stored_dtype
 from longwave.frame.observe import Queries
 from longwave.frame.parked import give_states
@@ -20,7 +21,7 @@ from longwave.saved.coded import Coded, Coder, whole
 from longwave.saved.container import Reader, SavedCacheError
 from longwave.saved.identity import check_identity
 from longwave.saved.look import where
-from longwave.saved.saving import find_coder
+from longwave.saved.saving import coder_at
 from longwave.saved.settling import Prompt, device_of, settle_into
 from longwave.shape import CacheShape, check_supported
 from longwave.store.state import State, within
@@ -39,7 +40,8 @@ def restore(
 
     method, budget, options: as in `longwave.cache`, for K and V to be settled into it, layer after layer, as a prompt
         is. Without a method an exact file comes back as it was, a coded one dense.
-    coder: what the file was coded with, the model's own where none is given.
+    coder: what the file was coded with, the model's own where none is given; where that is not kept here it is fitted
+        again, once all is checked that can be without it.
 
     ids are int64 on the model's device, with those that were saved beyond what was read; `cache.mask()` says which
     columns are padding. Raises SavedCacheError, a ValueError, for a file that is cut, damaged, foreign or of another
@@ -64,7 +66,9 @@ def restore(
             if method is not None:
                 cache = _settled(model, method, budget, options, _prompt_of(cache, tensors["ids"], states, path))
         else:
-            coded = Coded(facts, tensors, find_coder(model) if coder is None else coder, path)
+            if coder is None and (kept := kept_codec(model)) is not None:
+                coder = coder_at(kept, model.device)
+            coded = Coded(facts, tensors, coder, lambda: coder_at(codec_for(model), model.device), path)
             prompt = _coded_prompt(coded, facts, tensors["ids"], states, path)
             cache = _settled(model, method or "dense", budget, options, prompt)
     return cache, ids

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from longwave.budget import human, parse_budget
-from longwave.codec import codec_for
+from longwave.codec import Codec, codec_for
 from longwave.frame import LongCache, MemoryLayer, stored_dtype
 from longwave.frame.parked import states_of
 from longwave.methods import Bound
 from longwave.saved import container
 from longwave.saved.binding import pack
-from longwave.saved.coded import Coder, encode, ends, segments, whole
+from longwave.saved.coded import Coder, encode, ends_of, segments, whole
 from longwave.saved.identity import identity
 from longwave.shape import CacheShape, check_supported
 from longwave.store.state import State
@@ -40,7 +40,8 @@ def save(
     ids: integers [batch, columns or more], all that the cache has read, padding included; more of them are kept with it
         (`generate` gives one that is not read yet).
     exact: the method's own storage, bit for bit. size: or K and V coded: a fraction of what the middle takes in 16 bits
-        ("5%", 0.05), or a size of the whole file ("20MiB"); the first 4 and last 128 tokens of a row stay exact.
+        ("5%", 0.05), or a size of the whole file ("20MiB"). Of a row the first 4 tokens stay exact, and the last 128
+        are kept in 8 bits; one of no more than these stays exact.
     coder: what codes, `longwave.codec`'s own where none is given. model: the one that the cache was built on, where the
         cache does not know it (after unpickling). about: what else to keep, of JSON.
 
@@ -51,6 +52,7 @@ def save(
         raise ValueError("say how to save: exact=True for the cache as it is, or size=0.05 for K and V coded")
     if coder is not None and exact:
         raise ValueError("coder decides nothing where exact=True: leave it out, or give size")
+    container.check_place(path := Path(path))  # before a codec is fitted
     columns = _check(cache)
     ids = _check_ids(cache, ids, columns)
     model = cache.origin() if model is None else model
@@ -91,18 +93,16 @@ def save(
         tensors |= {f"layers.{index}.{name}": x for name, x in state.items() if isinstance(x, torch.Tensor)}
     if not exact:
         fraction, most = parse_budget(size)  # type: ignore[arg-type]  # given, as was checked
-        coder = find_coder(model, fraction) if coder is None else coder
+        coder = coder_at(codec_for(model), model.device, fraction) if coder is None else coder
         facts |= {"coder": coder.fingerprint.hex(), "segment": coder.tokens}
-        tensors |= ends(cache)
+        tensors |= ends_of(cache, coder)
         tensors |= encode(cache, ids, coder, _room(facts, tensors, shape, coder, fraction, most))
-    return container.write(Path(path), facts, tensors)
+    return container.write(path, facts, tensors)
 
 
-def find_coder(model: Any, fraction: float | None = None) -> Coder:
-    """The codec of a model, fitted now where none is kept. fraction: of the bytes in 16 bits that is aimed at; None
-    leaves the sizes to whoever encodes."""
-    codec = codec_for(model)
-    return codec.at(max(codec.sizes) if fraction is None else fraction, device=model.device)
+def coder_at(codec: Codec, device: torch.device, fraction: float | None = None) -> Coder:
+    """What codes at a fraction of the bytes in 16 bits; None leaves the sizes to whoever encodes."""
+    return codec.at(max(codec.sizes) if fraction is None else fraction, device=device)
 
 
 def _check(cache: LongCache) -> int:
@@ -159,7 +159,7 @@ def _room(
     rest = sum(x.nbytes for x in tensors.values()) + 2 * len(json.dumps(facts)) + ENTRY * (len(tensors) + len(todo) + 4)
     if most < rest + middle:  # less than a byte a token of all layers is nobody's code
         raise ValueError(
-            f"{human(most)} is too little: what stays exact takes {human(rest)}, and {middle:,} tokens are coded; give "
+            f"{human(most)} is too little: what is not coded takes {human(rest)}, and {middle:,} tokens are; give "
             f"{human(rest + 64 * middle)} or so at least"
         )
     return most - rest

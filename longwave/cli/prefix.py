@@ -57,6 +57,44 @@ def read_prefix(model: Any, cache: Any, ids: Any, chunk: int | None) -> None:
             model(part, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
 
 
+def coder_for(model: Any, tokenizer: Any, memory: Any, size: str) -> Any:
+    """The model's own codec, fitted now where none is kept, at a size. Raises ValueError, before anything is read, for
+    a size that it has not, and where `memory` cannot be filled from a coded file."""
+    from longwave.budget import parse_budget
+    from longwave.codec import codec_for
+    from longwave.saved.saving import coder_at
+    from longwave.saved.settling import check_needs
+
+    check_needs(memory, "a coded file")
+    return coder_at(codec_for(model, tokenizer), model.device, parse_budget(size)[0])
+
+
+def keep_prefix(
+    model: Any,
+    memory: Any,
+    ids: Any,
+    path: Path,
+    size: str | None,
+    coder: Any,
+    chunk: int | None,
+    about: dict[str, Any],
+) -> None:
+    """Fill an empty cache with ids, and the file with what it holds. size: with the model's K and V coded instead, by
+    `coder`; the cache is then filled from the file, so that it holds what `--prefix` will find in it."""
+    import longwave
+    from longwave.frame import Needs, observing
+
+    if size is None:
+        read_prefix(model, memory, ids, chunk)
+        longwave.save(memory, ids, path, exact=True, about=about)
+        return
+    needs = next(memory.memory_layers()).needs
+    dense = observing(model, Needs(queries=needs.queries, every=needs.every))
+    read_prefix(model, dense, ids, chunk)
+    longwave.save(dense, ids, path, size=size, coder=coder, about=about)
+    longwave.restore(model, path, memory, coder=coder)
+
+
 def is_chat(kept: Any) -> bool:
     """Whether a saved text lies in a chat template. kept: what `longwave.saved.look` found of its file."""
     if not isinstance(kept.about.get("chat"), bool):
@@ -65,18 +103,35 @@ def is_chat(kept: Any) -> bool:
 
 
 def check_prefix(
-    ctx: Any, prompt: str | None, file: Path | None, save_prefix: Path | None, prefix: Path | None
-) -> None:
-    """Raise ValueError for options that do not go together."""
+    ctx: Any,
+    prompt: str | None,
+    file: Path | None,
+    save_prefix: Path | None,
+    save_size: str | None,
+    prefix: Path | None,
+) -> Any:
+    """What `longwave.saved.look` finds of a prefix, where one is given. Raises ValueError for options that do not go
+    together."""
     if save_prefix is not None and file is None:
         raise ValueError("--save-prefix keeps the text of --file: give one")
+    if save_size is not None:
+        from longwave.budget import parse_budget
+
+        if save_prefix is None:
+            raise ValueError("--save-size codes what --save-prefix keeps: give both")
+        parse_budget(save_size)
     if (prefix or save_prefix) and not (prompt and prompt.strip()):
         raise ValueError("a PROMPT goes with --prefix and --save-prefix: what is asked about their text")
     if prefix is None:
-        return
+        return None
     if file is not None:
         raise ValueError("--prefix stands for the text of --file: give one of the two")
-    for name in ("method", "budget", "profile", "option", "chat"):
+    from longwave.saved import look
+
+    kept = look(prefix)
+    decided = ("chat", "method", "budget", "profile", "option") if kept.kind == "exact" else ("chat",)
+    for name in decided:
         if ctx.get_parameter_source(name).name != "DEFAULT":
             said = "--chat/--no-chat" if name == "chat" else f"--{name}"
             raise ValueError(f"{said} was decided when the prefix was saved, and {prefix} has it: leave it out")
+    return kept

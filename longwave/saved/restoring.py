@@ -30,7 +30,7 @@ from longwave.store.state import State, within
 def restore(
     model: PreTrainedModel,
     path: str | Path,
-    method: str | Method | Bound | None = None,
+    method: str | Method | Bound | LongCache | None = None,
     budget: float | str | None = None,
     *,
     coder: Coder | None = None,
@@ -39,7 +39,8 @@ def restore(
     """(cache, ids) of a file that `save` wrote: the cache goes on as if it had just read ids [batch, columns].
 
     method, budget, options: as in `longwave.cache`, for K and V to be settled into it, layer after layer, as a prompt
-        is. Without a method an exact file comes back as it was, a coded one dense.
+        is. Or an empty cache of the model, to be filled. Without a method an exact file comes back as it was, a coded
+        one dense.
     coder: what the file was coded with, the model's own where none is given; where that is not kept here it is fitted
         again, once all is checked that can be without it.
 
@@ -52,6 +53,8 @@ def restore(
     if method is None and (budget is not None or options):
         given = ", ".join([*(["budget"] if budget is not None else []), *options])
         raise ValueError(f"{given} decides nothing without a method: give method= as well, or leave it out")
+    if isinstance(method, LongCache):
+        _check_empty(model, method, budget, options)
     shape = CacheShape.of(check_supported(model), stored_dtype(model.dtype, model.device.type))
     with open(path, "rb") as file:
         reader = Reader(file, path, where)
@@ -72,6 +75,13 @@ def restore(
             prompt = _coded_prompt(coded, facts, tensors["ids"], states, path)
             cache = _settled(model, method or "dense", budget, options, prompt)
     return cache, ids
+
+
+def _check_empty(model: PreTrainedModel, cache: LongCache, budget: Any, options: Mapping[str, Any]) -> None:
+    if budget is not None or options:
+        raise ValueError("budget and options were decided when the cache was built: leave them out")
+    if cache.origin() is not model or cache.get_seq_length():
+        raise ValueError("a cache to restore into is an empty one of the same model: longwave.cache(model, ...)")
 
 
 def _exact(
@@ -108,9 +118,20 @@ def _exact(
 
 
 def _settled(model: PreTrainedModel, method: Any, budget: Any, options: Mapping[str, Any], prompt: Prompt) -> LongCache:
+    if isinstance(method, LongCache):
+        return _filled(model, method, prompt)
     empty = build.cache(model, method, budget, **options)
     build.expect(model, empty, prompt.mask.shape[1], prompt.mask.shape[0])
     settle_into(model, empty, prompt)
+    return empty
+
+
+def _filled(model: PreTrainedModel, empty: LongCache, prompt: Prompt) -> LongCache:
+    try:
+        settle_into(model, empty, prompt)
+    except BaseException:
+        empty.reset()
+        raise
     return empty
 
 

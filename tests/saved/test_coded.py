@@ -142,6 +142,39 @@ def test_methods_that_ask_with_queries(made, text, name, remembered, path):
     check_state(state_of(twin), want, but=but, **loose)
 
 
+def test_into_an_empty_cache(made, text, path):
+    model = made["llama"]
+    method, budget, options = SETTLED["fourier"](model)
+    save(dense(model, text), text, path, coder := Raw(), "1MB")
+    empty = longwave.cache(model, method, budget, **options)
+    twin, _ = longwave.restore(model, path, empty, coder=coder)
+    assert twin is empty
+    check_state(state_of(twin), state_of(longwave.restore(model, path, method, budget, coder=coder, **options)[0]))
+    with pytest.raises(ValueError, match="is an empty one of the same model"):
+        longwave.restore(model, path, empty, coder=coder)
+    with pytest.raises(ValueError, match="is an empty one of the same model"):
+        longwave.restore(model, path, longwave.cache(build("llama"), "dense"), coder=coder)
+    with pytest.raises(ValueError, match="were decided when the cache was built"):
+        longwave.restore(model, path, longwave.cache(model, "dense"), 0.5, coder=coder)
+
+
+def test_what_fails_leaves_the_cache_empty(made, text, path):
+    model = made["llama"]
+    save(dense(model, text), text, path, Raw(), "1MB")
+
+    class Failing(Raw):
+        def decode(self, blob, k, v, *, layers=None, start=None):
+            if layers.start:
+                raise ValueError("nothing comes out")
+            super().decode(blob, k, v, layers=layers, start=start)
+
+    empty = longwave.cache(model, "dense")
+    with pytest.raises(longwave.SavedCacheError, match="nothing comes out"):
+        longwave.restore(model, path, empty, coder=Failing())
+    assert empty.get_seq_length() == 0
+    assert torch.equal(read(model, empty, *text), read(model, longwave.cache(model, "dense"), *text))
+
+
 def test_sliding_layers_cannot_be_asked_again(made, text, path):
     model = made["gemma3"]
     method, budget, options = ASKING["snapkv"](model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at m
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
 TopK = Annotated[int | None, typer.Option(min=1, help="Sample from this many tokens at most.")]
 TopP = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Sample from the tokens that make up this share.")]
+Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 PrefillChunk = Annotated[int | None, typer.Option(min=1, help="Read in chunks of this many tokens.")]
 
 
@@ -27,6 +29,13 @@ def why_python(device: Any, graph: bool | None) -> str | None:
     if graph is False:
         return "--no-graph"
     return f"a graph needs CUDA, and the model is on {device.type}" if device.type != "cuda" else None
+
+
+def loop_of(model: Any, why: str | None, compiled: bool = False) -> Callable[..., Any]:
+    """`generate` of transformers where there is a reason `why`, else ours."""
+    import longwave
+
+    return model.generate if why else partial(longwave.generate, model, compile=compiled)
 
 
 class Read:

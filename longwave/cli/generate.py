@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from longwave.checks import read_text
-from longwave.cli.answer import MaxNewTokens, PrefillChunk, Read, Temperature, TopK, TopP, sampling, why_python
+from longwave.cli.answer import (
+    MaxNewTokens,
+    PrefillChunk,
+    Read,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    loop_of,
+    sampling,
+    why_python,
+)
 from longwave.cli.common import (
     Budget,
     Device,
@@ -26,7 +36,7 @@ from longwave.cli.common import (
     named,
     parse_options,
 )
-from longwave.cli.console import show_json, stderr, user_errors, waiting
+from longwave.cli.console import say, show_json, user_errors, waiting
 from longwave.cli.prefix import as_input, check_prefix, coder_for, is_chat, keep_prefix, prefix_ids, prompt_ids
 
 
@@ -55,7 +65,7 @@ def command(
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
-    seed: int = 0,
+    seed: Seed = 0,
     chat: Annotated[bool, typer.Option(help="Use the model's chat template, if it has one.")] = True,
     prefill_chunk: PrefillChunk = None,
     graph: Annotated[
@@ -110,9 +120,9 @@ def command(
         loaded, tokenizer = source.load(), source.tokenizer
         memory: Any = None if decided else source.cache(loaded, chosen, budget, measured, coming, measure)
         if prefix is not None:
-            memory, before = longwave.restore(loaded, prefix, memory)
+            memory, before = longwave.restore(loaded, prefix, memory, tokenizer=tokenizer)
             encoded = as_input(before, encoded["input_ids"])
-        coder = None if save_size is None else coder_for(loaded, tokenizer, memory, save_size)
+        coder = None if save_size is None else coder_for(memory, loaded, tokenizer, save_size)
         encoded = {name: x.to(source.device) for name, x in encoded.items()}
         why = why_python(source.device, graph) or longwave.decode.supports(loaded, memory)
         check_loop(why, graph, compiled)
@@ -122,7 +132,7 @@ def command(
             torch.cuda.reset_peak_memory_stats(loaded.device)
         clock = Clock(loaded.device)
         given: dict[str, Any] = cache_argument(loaded, memory)
-        loop = loaded.generate if why else partial(longwave.generate, loaded, compile=compiled)
+        loop = loop_of(loaded, why, compiled)
         try:
             with waiting(f"reading {count - held:,} tokens") as done:
                 if save_prefix is not None:
@@ -145,8 +155,8 @@ def command(
             answer = tokenizer.decode(out[0, count:], skip_special_tokens=True)
             show_json({"text": answer, "prompt_tokens": count, "seed": seed, **pace, **memory.report().as_dict()})
         else:
-            for line in (show_pace(pace), str(memory.report())):  # brackets are words here, no markup
-                stderr.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
+            for line in (show_pace(pace), str(memory.report())):
+                say(line)
 
 
 def check_loop(why: str | None, graph: bool | None, compiled: bool) -> None:

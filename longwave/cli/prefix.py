@@ -38,6 +38,14 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Any:
     return ids_of(tokenizer, around(tokenizer, prompt, chat)[1], first=False)
 
 
+def turn_ids(tokenizer: Any, prompt: str) -> Any:
+    """Of a prompt that follows an answer in a chat template, and of what ends the answer before it."""
+    _, place, after = filled_in(tokenizer, "?", _PLACE, prompt).partition(_PLACE)
+    if not place:
+        raise ValueError("this tokenizer's chat template does not leave an answer as it is: a talk cannot go on")
+    return ids_of(tokenizer, after, first=False)
+
+
 def as_input(*parts: Any) -> dict[str, Any]:
     """What a model is given of ids [1, n] that follow each other."""
     import torch
@@ -57,7 +65,7 @@ def read_prefix(model: Any, cache: Any, ids: Any, chunk: int | None) -> None:
             model(part, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
 
 
-def coder_for(model: Any, tokenizer: Any, memory: Any, size: str) -> Any:
+def coder_for(memory: Any, model: Any, tokenizer: Any, size: str) -> Any:
     """The model's own codec, fitted now where none is kept, at a size. Raises ValueError, before anything is read, for
     a size that it has not, and where `memory` cannot be filled from a coded file."""
     from longwave.budget import parse_budget
@@ -99,6 +107,8 @@ def is_chat(kept: Any) -> bool:
     """Whether a saved text lies in a chat template. kept: what `longwave.saved.look` found of its file."""
     if not isinstance(kept.about.get("chat"), bool):
         raise ValueError(f"{kept.path} was not saved by `longwave generate --save-prefix`: restore it in Python")
+    if "answered" in kept.about:
+        raise ValueError(f"{kept.path} is a talk: /load it in `longwave chat`")
     return kept.about["chat"]
 
 

@@ -106,7 +106,7 @@ def encode(cache: LongCache, ids: torch.Tensor, coder: Coder, room: int) -> dict
         n = stop - start
         most = int(max(room * n / left, min(2 * share * n, room - share * (left - n) / 2)))
         k, v = _gathered(layers, row, start, stop)
-        blob = coder.encode(k, v, ids=ids[row][mask[row]][start:stop], start=start, max_bytes=most)
+        blob = coder.encode(k, v, ids=ids[row, : mask.shape[1]][mask[row]][start:stop], start=start, max_bytes=most)
         if len(blob) > most:
             raise ValueError(
                 f"the codec takes {len(blob):,} bytes for tokens {start} to {stop - 1} of row {row}, which may have "

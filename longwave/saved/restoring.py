@@ -34,6 +34,7 @@ def restore(
     budget: float | str | None = None,
     *,
     coder: Coder | None = None,
+    tokenizer: Any = None,
     **options: Any,
 ) -> tuple[LongCache, torch.Tensor]:
     """(cache, ids) of a file that `save` wrote: the cache goes on as if it had just read ids [batch, columns].
@@ -42,7 +43,7 @@ def restore(
         is. Or an empty cache of the model, to be filled. Without a method an exact file comes back as it was, a coded
         one dense.
     coder: what the file was coded with, the model's own where none is given; where that is not kept here it is fitted
-        again, once all is checked that can be without it.
+        again, once all is checked that can be without it. tokenizer: of the model, for that and for measuring it.
 
     ids are int64 on the model's device, with those that were saved beyond what was read; `cache.mask()` says which
     columns are padding. Raises SavedCacheError, a ValueError, for a file that is cut, damaged, foreign or of another
@@ -67,13 +68,15 @@ def restore(
         if facts["kind"] == "exact":
             cache = _exact(model, shape, facts, tensors, states, path)
             if method is not None:
-                cache = _settled(model, method, budget, options, _prompt_of(cache, tensors["ids"], states, path))
+                cache = _settled(
+                    model, method, budget, tokenizer, options, _prompt_of(cache, tensors["ids"], states, path)
+                )
         else:
             if coder is None and (kept := kept_codec(model)) is not None:
                 coder = coder_at(kept, model.device)
-            coded = Coded(facts, tensors, coder, lambda: coder_at(codec_for(model), model.device), path)
+            coded = Coded(facts, tensors, coder, lambda: coder_at(codec_for(model, tokenizer), model.device), path)
             prompt = _coded_prompt(coded, facts, tensors["ids"], states, path)
-            cache = _settled(model, method or "dense", budget, options, prompt)
+            cache = _settled(model, method or "dense", budget, tokenizer, options, prompt)
     return cache, ids
 
 
@@ -117,10 +120,12 @@ def _exact(
     return made
 
 
-def _settled(model: PreTrainedModel, method: Any, budget: Any, options: Mapping[str, Any], prompt: Prompt) -> LongCache:
+def _settled(
+    model: PreTrainedModel, method: Any, budget: Any, tokenizer: Any, options: Mapping[str, Any], prompt: Prompt
+) -> LongCache:
     if isinstance(method, LongCache):
         return _filled(model, method, prompt)
-    empty = build.cache(model, method, budget, **options)
+    empty = build.cache(model, method, budget, tokenizer=tokenizer, **options)
     build.expect(model, empty, prompt.mask.shape[1], prompt.mask.shape[0])
     settle_into(model, empty, prompt)
     return empty

@@ -33,6 +33,7 @@ def save(
     size: float | str | None = None,
     coder: Coder | None = None,
     model: Any = None,
+    tokenizer: Any = None,
     about: Mapping[str, Any] | None = None,
 ) -> int:
     """Write what a cache holds to a file that `restore` reads; the file's bytes.
@@ -43,7 +44,8 @@ def save(
         ("5%", 0.05), or a size of the whole file ("20MiB"). Of a row the first 4 tokens stay exact, and the last 128
         are kept in 8 bits; one of no more than these stays exact.
     coder: what codes, `longwave.codec`'s own where none is given. model: the one that the cache was built on, where the
-        cache does not know it (after unpickling). about: what else to keep, of JSON.
+        cache does not know it (after unpickling). tokenizer: of the model, where a codec is to be fitted and it is not
+        found where the model came from. about: what else to keep, of JSON.
 
     A parked cache can be saved. The file is a text in clear to whoever has the model; its owner alone may read it.
     Raises ValueError for what cannot be saved so, OSError for what the disk refuses; an old file at `path` stays then.
@@ -93,7 +95,7 @@ def save(
         tensors |= {f"layers.{index}.{name}": x for name, x in state.items() if isinstance(x, torch.Tensor)}
     if not exact:
         fraction, most = parse_budget(size)  # type: ignore[arg-type]  # given, as was checked
-        coder = coder_at(codec_for(model), model.device, fraction) if coder is None else coder
+        coder = coder_at(codec_for(model, tokenizer), model.device, fraction) if coder is None else coder
         facts |= {"coder": coder.fingerprint.hex(), "segment": coder.tokens}
         tensors |= ends_of(cache, coder)
         tensors |= encode(cache, ids, coder, _room(facts, tensors, shape, coder, fraction, most))

@@ -87,6 +87,18 @@ def test_what_is_coded_and_what_is_not(made, text, path):
     assert [token for ids in second for token in ids] == real[SINKS : len(real) - WINDOW]
 
 
+def test_ids_that_are_not_read_yet(made, text, path):
+    """`generate` gives one more than it read; they are kept, and nothing is coded by them."""
+    model, ids = made["llama"], text[0][:, : LENGTH + 1]
+    memory = dense(model, text)
+    longwave.save(memory, ids, path, size="1MB", coder=(one := Raw()))
+    twin, kept = longwave.restore(model, path, coder=one)
+    check_state(state_of(twin), state_of(memory))
+    assert torch.equal(kept, ids)
+    save(memory, text, path, other := Raw(), "1MB")
+    assert [asked[:2] for asked in one.asked] == [asked[:2] for asked in other.asked]
+
+
 def test_layers_that_are_decoded_together(made, text, path):
     model = made["llama"]
     memory = dense(model, text)

@@ -108,7 +108,7 @@ def fits(made, tmp_path, monkeypatch):
     """No codec is kept any more. A list of the models that one was fitted to since."""
     fitted = []
 
-    def fit(model):
+    def fit(model, tokenizer):
         fitted.append(model)
         return made.codec
 
@@ -143,7 +143,7 @@ def test_another_codec_that_is_kept(made, coded, fits, tmp_path, monkeypatch):
 
 
 def test_one_that_is_fitted_otherwise(made, coded, fits, monkeypatch):
-    monkeypatch.setattr(restoring, "codec_for", lambda model: build(made.read, predict=False))
+    monkeypatch.setattr(restoring, "codec_for", lambda *_: build(made.read, predict=False))
     with pytest.raises(longwave.SavedCacheError, match="another codec, or one fitted otherwise"):
         longwave.restore(made.model, coded[0])
 

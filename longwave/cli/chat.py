@@ -28,7 +28,7 @@ from longwave.cli.console import say, user_errors, waiting
 from longwave.cli.prefix import prefix_ids
 from longwave.cli.talk import SIZE, Talk
 
-ORDERS = f"/save PATH [SIZE or exact] (SIZE is {SIZE} of 16-bit bytes), /load PATH, /quit; Ctrl-C ends an answer"
+ORDERS = f"/save PATH [SIZE or exact; else {SIZE} of 16-bit bytes], /load PATH, /quit; Ctrl-C ends an answer"
 
 
 def command(
@@ -36,7 +36,7 @@ def command(
         str, typer.Argument(help='Hub id, local path, or "smollm2" (a small model from PyPI).')
     ] = "smollm2",
     file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="A document to talk about; repeats.")] = None,
-    method: MethodName = "fourier",
+    method: MethodName = "dense",  # of which the codec has K and V; what merges or drops tokens is saved exactly
     budget: Budget = None,
     profile: ProfilePath = None,
     measure: Measure = True,

@@ -33,7 +33,7 @@ def place(folder, tmp_path_factory):
 def talk(place):
     """What a talk prints: (answers, prompt lines, stderr) for what is typed."""
 
-    def run(*typed, more=("--method", "dense"), end=True):
+    def run(*typed, more=(), end=True):
         given = ["chat", place, "--max-new-tokens", NEW, *more]
         lines = "".join(f"{line}\n" for line in typed)
         result = CliRunner().invoke(app, [str(part) for part in given], input=lines)
@@ -81,14 +81,14 @@ def test_documents_come_first(talk, expected, tmp_path):
     for name, text in (("a", TEXT[:90]), ("b", TEXT[90:150])):
         (tmp_path / name).write_text(text)
         files += ["--file", tmp_path / name]
-    answers, prompts, _ = talk("Is it?", "Sure?", more=["--method", "dense", *files])
+    answers, prompts, _ = talk("Is it?", "Sure?", more=files)
     before = f"<user>{TEXT[:90]}\n\n{TEXT[90:150]}"
     assert answers[:2] == expected("\n\nIs it?", "Sure?", before=before)
     assert prompts[0].startswith(f"{len(before)} tokens in ")
 
 
 def test_a_method_holds_less(talk):
-    fourier = ["--budget", "0.3", "--no-measure", *SEGMENTS]
+    fourier = ["--method", "fourier", "--budget", "0.3", "--no-measure", *SEGMENTS]
     _, prompts, _ = talk("x" * 300, "/quit", more=fourier)
     found = re.fullmatch(r"\d+ tokens in ([\d.]+) KiB, dense ([\d.]+) KiB", prompts[1])
     assert float(found[1]) < 0.7 * float(found[2])
@@ -101,7 +101,7 @@ def test_an_end_of_turn_is_the_templates(place, talk, expected, tmp_path):
     shutil.copytree(place, other)
     end = {chr(code): code - 30 for code in range(32, 127)}[answer[4]]
     (other / "generation_config.json").write_text(f'{{"eos_token_id": {end}}}')
-    result = CliRunner().invoke(app, ["chat", str(other), "--method", "dense"], input="What?\n/quit\n")
+    result = CliRunner().invoke(app, ["chat", str(other)], input="What?\n/quit\n")
     stopped = answer[: answer.index(answer[4])]
     kept = re.findall(r"\[(\d+) tokens", result.stdout)
     assert int(kept[0]) == len("<user>What?</><assistant>") + len(stopped)
@@ -109,7 +109,7 @@ def test_an_end_of_turn_is_the_templates(place, talk, expected, tmp_path):
 
 def test_save_and_load_exactly(talk, tmp_path):
     path = tmp_path / "my talk"
-    fourier = ["--budget", "0.3", "--no-measure", *SEGMENTS]
+    fourier = ["--method", "fourier", "--budget", "0.3", "--no-measure", *SEGMENTS]
     question = "y" * 200
     whole, held, _ = talk(question, f"/save '{path}' exact", "And?", more=fourier)
     again, there, said = talk(f"/load '{path}'", "And?")  # its method comes with it
@@ -127,7 +127,9 @@ def test_save_and_load_coded(talk, codecs, tmp_path):
     again, there, _ = talk(f"/load {path}", "And?")
     assert there[1:3] == held[2:4]
     assert len(again[1]) == len(whole[2])
-    _, there, _ = talk(f"/load {path}", "And?", more=["--budget", "0.3", "--no-measure", *SEGMENTS])
+    _, there, _ = talk(
+        f"/load {path}", "And?", more=["--method", "fourier", "--budget", "0.3", "--no-measure", *SEGMENTS]
+    )
     assert there[1] != held[2]  # the talk's own method took it
     assert "is a talk: /load it" in refused("generate", "What?", "--prefix", path, "--max-new-tokens", 2)
 
@@ -240,10 +242,10 @@ def test_what_is_refused_before_the_talk(place, folder, tmp_path):
     assert "exceed this model's context of 512" in refused("chat", place, "--file", tmp_path / "long")
     assert "absent" in refused("chat", place, "--file", tmp_path / "absent")
     assert "give a --temperature" in refused("chat", place, "--top-k", 3)
-    assert "smallest that fourier can do" in refused("chat", place, "--budget", "1KB", *SEGMENTS)
+    assert "smallest that fourier can do" in refused("chat", place, "--method", "fourier", "--budget", "1KB", *SEGMENTS)
 
 
 def test_sampling_repeats_with_its_seed(talk):
-    more = ["--method", "dense", "--temperature", "1.5", "--seed"]
+    more = ["--temperature", "1.5", "--seed"]
     first, other = talk("What?", more=[*more, 1])[0], talk("What?", more=[*more, 2])[0]
     assert first == talk("What?", more=[*more, 1])[0] != other

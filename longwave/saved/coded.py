@@ -92,29 +92,50 @@ def ends_of(cache: LongCache, coder: Coder) -> State:
     return made
 
 
-def encode(cache: LongCache, ids: torch.Tensor, coder: Coder, room: int) -> dict[str, torch.Tensor]:
-    """Every segment as "rows.ROW.segments.NUMBER" uint8 [bytes], together in `room` bytes at most.
+class Room:
+    """Bytes that all segments of so many tokens have together. One takes up to twice its share, as long as half of
+    theirs is left to those after it."""
 
-    ids int64 [batch, columns]. A segment takes up to twice its share, as long as half of theirs is left to those after
-    it. ValueError where the coder takes more than it is given.
-    """
-    layers, mask = list(cache.memory_layers()), cache.mask()
-    todo = list(segments(layers[0].rows, coder.tokens))
-    left, made = sum(stop - start for *_, start, stop in todo), {}
-    share = room / max(1, left)
-    for row, number, start, stop in todo:
+    def __init__(self, room: int, tokens: int):
+        self._room, self._left, self._share = room, tokens, room / max(1, tokens)
+
+    def encode(
+        self, layers: list[MemoryLayer], coder: Coder, ids: torch.Tensor, row: int, start: int, stop: int
+    ) -> Any:
+        """The blob of a segment of a row, with its ids [n]. ValueError where the coder takes more than it may."""
         n = stop - start
-        most = int(max(room * n / left, min(2 * share * n, room - share * (left - n) / 2)))
+        most = int(
+            max(self._room * n / self._left, min(2 * self._share * n, self._room - self._share * (self._left - n) / 2))
+        )
         k, v = _gathered(layers, row, start, stop)
-        blob = coder.encode(k, v, ids=ids[row, : mask.shape[1]][mask[row]][start:stop], start=start, max_bytes=most)
+        blob = coder.encode(k, v, ids=ids, start=start, max_bytes=most)
         if len(blob) > most:
             raise ValueError(
                 f"the codec takes {len(blob):,} bytes for tokens {start} to {stop - 1} of row {row}, which may have "
-                f"{most:,} ({human(room)} are left for {left:,} tokens): give a larger size"
+                f"{most:,} ({human(self._room)} are left for {self._left:,} tokens): give a larger size"
             )
-        made[f"rows.{row}.segments.{number}"] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
-        room, left = room - len(blob), left - n
+        self._room, self._left = self._room - len(blob), self._left - n
+        return blob
+
+
+def encode(cache: LongCache, ids: torch.Tensor, coder: Coder, room: int) -> dict[str, torch.Tensor]:
+    """Every segment as "rows.ROW.segments.NUMBER" uint8 [bytes], together in `room` bytes at most.
+
+    ids int64 [batch, columns or more]. ValueError where the coder takes more than it is given.
+    """
+    layers, mask = list(cache.memory_layers()), cache.mask()
+    made: dict[str, torch.Tensor] = {}
+    todo = list(segments(layers[0].rows, coder.tokens))
+    left = Room(room, sum(stop - start for *_, start, stop in todo))
+    for row, number, start, stop in todo:
+        own = ids[row, : mask.shape[1]][mask[row]][start:stop]
+        made |= segment(row, number, left.encode(layers, coder, own, row, start, stop))
     return made
+
+
+def segment(row: int, number: int, blob: Any) -> dict[str, torch.Tensor]:
+    """A blob as a file has it."""
+    return {f"rows.{row}.segments.{number}": torch.frombuffer(bytearray(blob), dtype=torch.uint8)}
 
 
 def _gathered(layers: list[MemoryLayer], row: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -60,19 +60,8 @@ def save(
     model = cache.origin() if model is None else model
     if model is None:
         raise ValueError("the model that this cache was built on is not there any more: pass model=")
-    config = check_supported(model)
-    shape = CacheShape.of(config, stored_dtype(model.dtype, model.device.type))
-    report = cache.report()
-    facts: dict[str, Any] = {
-        "kind": "exact" if exact else "coded",
-        "model": identity(model, shape),
-        "method": str(cache.method),
-        "tokens": columns,
-        "rows": list(next(cache.memory_layers()).rows),
-        "held_nbytes": report.nbytes,
-        "dense_nbytes": report.dense_nbytes,
-        "about": dict(about or {}),
-    }
+    shape = CacheShape.of(check_supported(model), stored_dtype(model.dtype, model.device.type))
+    facts = facts_of(cache, model, shape, "exact" if exact else "coded", about)
     states = states_of(cache.layers)
     tensors = {"ids": ids}
     if exact:
@@ -85,14 +74,8 @@ def save(
     else:
         whole(cache)
         cache.mask()  # ValueError where it is not known which ids are whose
-        states = [
-            _beside(state) if isinstance(layer, MemoryLayer) else state
-            for layer, state in zip(cache.layers, states, strict=True)
-        ]
-    facts["layers"] = []
-    for index, state in enumerate(states):
-        facts["layers"].append({name: x for name, x in state.items() if not isinstance(x, torch.Tensor)})
-        tensors |= {f"layers.{index}.{name}": x for name, x in state.items() if isinstance(x, torch.Tensor)}
+        states = beside(cache)
+    put_states(facts, tensors, states)
     if not exact:
         fraction, most = parse_budget(size)  # type: ignore[arg-type]  # given, as was checked
         coder = coder_at(codec_for(model, tokenizer), model.device, fraction) if coder is None else coder
@@ -100,6 +83,32 @@ def save(
         tensors |= ends_of(cache, coder)
         tensors |= encode(cache, ids, coder, _room(facts, tensors, shape, coder, fraction, most))
     return container.write(path, facts, tensors)
+
+
+def facts_of(
+    cache: LongCache, model: Any, shape: CacheShape, kind: str, about: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What a file says of a cache."""
+    report = cache.report()
+    first = next(cache.memory_layers())
+    return {
+        "kind": kind,
+        "model": identity(model, shape),
+        "method": str(cache.method),
+        "tokens": first.columns,
+        "rows": list(first.rows),
+        "held_nbytes": report.nbytes,
+        "dense_nbytes": report.dense_nbytes,
+        "about": dict(about or {}),
+    }
+
+
+def put_states(facts: dict[str, Any], tensors: dict[str, torch.Tensor], states: list[State]) -> None:
+    """Have facts and tensors of a file say what each layer holds."""
+    facts["layers"] = []
+    for index, state in enumerate(states):
+        facts["layers"].append({name: x for name, x in state.items() if not isinstance(x, torch.Tensor)})
+        tensors |= {f"layers.{index}.{name}": x for name, x in state.items() if isinstance(x, torch.Tensor)}
 
 
 def coder_at(codec: Codec, device: torch.device, fraction: float | None = None) -> Coder:
@@ -138,10 +147,21 @@ def _check_ids(cache: LongCache, ids: torch.Tensor, columns: int) -> torch.Tenso
     return ids
 
 
-def _beside(state: State) -> State:
-    """Of a memory layer's state what is no K or V, nor follows from the method: counts, queries, a recurrent state."""
+def beside(cache: LongCache) -> list[State]:
+    """What layers hold beside K and V: all of transformers' own; of memory layers what does not follow from the method:
+    counts, queries, a recurrent state."""
     counts = ("columns", "rows", "run", "scaling", "came", "beyond")
-    return {name: value for name, value in state.items() if name in counts or name.startswith(("queries.", "beside."))}
+    return [
+        {name: x for name, x in state.items() if name in counts or name.startswith(("queries.", "beside."))}
+        if isinstance(layer, MemoryLayer)
+        else state
+        for layer, state in zip(cache.layers, states_of(cache.layers), strict=True)
+    ]
+
+
+def share_of(fraction: float, tokens: int, shape: CacheShape) -> int:
+    """Bytes: a fraction of what K and V of so many tokens take in 16 bits."""
+    return int(fraction * tokens * len(shape.memory_layers) * shape.kv_heads * shape.head_dim * 2 * 2)
 
 
 def _room(
@@ -157,7 +177,7 @@ def _room(
     middle = sum(stop - start for *_, start, stop in todo)
     if most is None:
         assert fraction is not None
-        return int(fraction * middle * len(shape.memory_layers) * shape.kv_heads * shape.head_dim * 2 * 2)
+        return share_of(fraction, middle, shape)
     rest = sum(x.nbytes for x in tensors.values()) + 2 * len(json.dumps(facts)) + ENTRY * (len(tensors) + len(todo) + 4)
     if most < rest + middle:  # less than a byte a token of all layers is nobody's code
         raise ValueError(

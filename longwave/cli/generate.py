@@ -81,7 +81,7 @@ def command(
 ) -> None:
     """Answer a prompt, with a report of the bytes held and of the time taken."""
     with user_errors():
-        kept = check_prefix(ctx, prompt, file, save_prefix, save_size, prefix)
+        kept = check_prefix(ctx, prompt, file, save_prefix, save_size, prefill_chunk, prefix)
         parts = [read_text(file, blank=False)] if file else []
         parts += [prompt] if prompt and prompt.strip() else []
         if not parts:

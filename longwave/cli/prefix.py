@@ -88,18 +88,23 @@ def keep_prefix(
     about: dict[str, Any],
 ) -> None:
     """Fill an empty cache with ids, and the file with what it holds. size: with the model's K and V coded instead, by
-    `coder`; the cache is then filled from the file, so that it holds what `--prefix` will find in it."""
+    `coder`; the cache is then filled from the file, so that it holds what `--prefix` will find in it. chunk: read in
+    passes of so many tokens; what is coded is coded behind each."""
     import longwave
     from longwave.frame import Needs, observing
+    from longwave.saved import read_coded
 
     if size is None:
         read_prefix(model, memory, ids, chunk)
         longwave.save(memory, ids, path, exact=True, about=about)
         return
-    needs = next(memory.memory_layers()).needs
-    dense = observing(model, Needs(queries=needs.queries, every=needs.every))
-    read_prefix(model, dense, ids, chunk)
-    longwave.save(dense, ids, path, size=size, coder=coder, about=about)
+    asked = next(memory.memory_layers()).needs
+    needs = Needs(queries=asked.queries, every=asked.every)
+    if chunk is None:
+        read_prefix(model, dense := observing(model, needs), ids, None)
+        longwave.save(dense, ids, path, size=size, coder=coder, about=about)
+    else:
+        read_coded(model, ids, path, size=size, chunk=chunk, coder=coder, needs=needs, about=about)
     longwave.restore(model, path, memory, coder=coder)
 
 
@@ -118,6 +123,7 @@ def check_prefix(
     file: Path | None,
     save_prefix: Path | None,
     save_size: str | None,
+    prefill_chunk: int | None,
     prefix: Path | None,
 ) -> Any:
     """What `longwave.saved.look` finds of a prefix, where one is given. Raises ValueError for options that do not go
@@ -129,7 +135,8 @@ def check_prefix(
 
         if save_prefix is None:
             raise ValueError("--save-size codes what --save-prefix keeps: give both")
-        parse_budget(save_size)
+        if parse_budget(save_size)[0] is None and prefill_chunk is not None:
+            raise ValueError("--save-size is a fraction with --prefill-chunk: what is coded is coded while it is read")
     if (prefix or save_prefix) and not (prompt and prompt.strip()):
         raise ValueError("a PROMPT goes with --prefix and --save-prefix: what is asked about their text")
     if prefix is None:

@@ -61,12 +61,23 @@ def test_coded(generate, save, codecs, tmp_path):
     assert sized["nbytes"] <= 200_000
 
 
+def test_coded_while_it_is_read(generate, save, codecs, tmp_path):
+    path = tmp_path / "kept"
+    first = save("What does it do?", "--save-size", "0.15", "--prefill-chunk", 50)
+    assert (look(path).kind, look(path).tokens, look(path).segments) == ("coded", 300, 2)
+    again = json.loads(succeeds(*generate, "What does it do?", "--prefix", path, "--no-measure", *SEGMENTS).stdout)
+    assert [again[name] for name in ("text", "nbytes", "method")] == [
+        first[name] for name in ("text", "nbytes", "method")
+    ]
+
+
 def test_what_cannot_be_coded_is_refused_before_it_is_read(generate, short, codecs, tmp_path, monkeypatch):
     monkeypatch.setattr("longwave.cli.prefix.read_prefix", lambda *_: pytest.fail("the text is read"))
     given = [*generate, "What?", "--file", short, "--no-measure", "--save-prefix", tmp_path / "kept"]
     for more, words in (
         (["--save-size", "0.9"], "size is a fraction of the bytes in 16 bits"),
         (["--save-size", "little"], "a budget is a fraction"),
+        (["--save-size", "1MB", "--prefill-chunk", 50], "is a fraction with --prefill-chunk"),
         (["--save-size", "0.1", "--method", "h2o"], "needs the attention that each token got"),
     ):
         result = call(*given, *more)  # beside it stderr says what is fitted, and how the method is planned

@@ -63,6 +63,7 @@ def test_never_dense_as_a_whole(made, plenty, path, monkeypatch):
 
     def attending(self, p):
         most.append(self.dense.longest)
+        assert self.dense.longest >= min(self.rows[0], SINKS + WINDOW + p.q.shape[2])  # exact before each chunk
         return attend(self, p)
 
     def decoding(self, layer, like):

@@ -8,7 +8,7 @@ class Raw:
 
     def __init__(self, dtype=torch.float32, tokens=16, group=1, name=b"raw"):
         self.dtype, self.tokens, self.group, self.calls = dtype, tokens, group, []
-        self.fingerprint = name + str(dtype).encode()
+        self.fingerprint, self.lossless = name + str(dtype).encode(), dtype == torch.float32
 
     def bound(self, n, max_bytes=None):
         return n * 1 << 16

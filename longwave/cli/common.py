@@ -120,8 +120,9 @@ class Source:
         if limit is not None and tokens + new > limit:
             raise ValueError(f"{tokens} tokens of prompt and {new} new ones exceed this model's context of {limit}")
 
-    def cache(self, loaded: Any, method: Any, budget: Any, profile: Any, coming: int, measure: bool) -> Any:
-        """An empty cache on the loaded model. A budget given as a size is spent on the `coming` tokens."""
+    def cache(self, loaded: Any, method: Any, budget: Any, profile: Any, coming: int | None, measure: bool) -> Any:
+        """An empty cache on the loaded model. A budget given as a size is spent on the `coming` tokens, on the
+        model's window where that is None."""
         import longwave
         from longwave.build import sized
 
@@ -156,17 +157,17 @@ def encode(tokenizer: Any, text: str, chat: bool) -> Any:
     return _template(tokenizer, text, return_tensors="pt", return_dict=True)
 
 
-def filled_in(tokenizer: Any, text: str) -> str:
-    """A user's turn in the chat template, as text."""
-    return _template(tokenizer, text, tokenize=False)
+def filled_in(tokenizer: Any, *said: str) -> str:
+    """What a user said, the model, the user ... in the chat template, as text, up to where an answer begins."""
+    return _template(tokenizer, *said, tokenize=False)
 
 
-def _template(tokenizer: Any, text: str, **options: Any) -> Any:
+def _template(tokenizer: Any, *said: str, **options: Any) -> Any:
     from jinja2 import TemplateError
 
-    turn = [{"role": "user", "content": text}]
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
     try:
-        return tokenizer.apply_chat_template(turn, add_generation_prompt=True, **options)
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, **options)
     except TemplateError as error:
         raise ValueError(f"this tokenizer's chat template fails ({error}): pass --no-chat") from None
 

@@ -25,6 +25,11 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(2)
 
 
+def say(line: str) -> None:
+    """A line beside the answer, on stderr. Brackets are words in it, no markup."""
+    stderr.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn what a user can get wrong into one line; anything else is a bug and keeps its traceback."""

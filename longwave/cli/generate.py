@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from longwave.checks import read_text
+from longwave.cli.answer import (
+    MaxNewTokens,
+    PrefillChunk,
+    Read,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    loop_of,
+    sampling,
+    why_python,
+)
 from longwave.cli.common import (
     Budget,
     Device,
@@ -26,8 +36,8 @@ from longwave.cli.common import (
     named,
     parse_options,
 )
-from longwave.cli.console import show_json, stderr, user_errors, waiting
-from longwave.cli.prefix import as_input, check_prefix, is_chat, prefix_ids, prompt_ids, read_prefix
+from longwave.cli.console import say, show_json, user_errors, waiting
+from longwave.cli.prefix import as_input, check_prefix, coder_for, is_chat, keep_prefix, prefix_ids, prompt_ids
 
 
 def command(
@@ -35,7 +45,12 @@ def command(
     prompt: Annotated[str | None, typer.Argument(help="The prompt, or a question about --file.")] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Text to read before the prompt.")] = None,
     save_prefix: Annotated[
-        Path | None, typer.Option(help="Keep what was read of --file here, for --prefix: the cache, exactly as it is.")
+        Path | None,
+        typer.Option(help="Keep what was read of --file here, for --prefix: the cache as it is, or by --save-size."),
+    ] = None,
+    save_size: Annotated[
+        str | None,
+        typer.Option(help='Code it: K and V in this fraction of their 16-bit bytes ("0.05"), or a file of this size.'),
     ] = None,
     prefix: Annotated[
         Path | None, typer.Option(help="A text that --save-prefix kept, instead of --file: it is not read again.")
@@ -46,17 +61,13 @@ def command(
     profile: ProfilePath = None,
     measure: Measure = True,
     option: OptionList = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from this many tokens at most.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, help="Sample from the tokens that make up this share.")
-    ] = None,
-    seed: int = 0,
+    max_new_tokens: MaxNewTokens = 200,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
     chat: Annotated[bool, typer.Option(help="Use the model's chat template, if it has one.")] = True,
-    prefill_chunk: Annotated[
-        int | None, typer.Option(min=1, help="Read the prompt in chunks of this many tokens.")
-    ] = None,
+    prefill_chunk: PrefillChunk = None,
     graph: Annotated[
         bool | None,
         typer.Option("--graph/--no-graph", help="Decode by a CUDA graph, or not; otherwise on CUDA where it can be."),
@@ -70,19 +81,14 @@ def command(
 ) -> None:
     """Answer a prompt, with a report of the bytes held and of the time taken."""
     with user_errors():
-        check_prefix(ctx, prompt, file, save_prefix, prefix)
+        kept = check_prefix(ctx, prompt, file, save_prefix, save_size, prefill_chunk, prefix)
         parts = [read_text(file, blank=False)] if file else []
         parts += [prompt] if prompt and prompt.strip() else []
         if not parts:
             raise ValueError("the prompt is empty: give a PROMPT, a --file, or both")
-        if not temperature and (top_k, top_p) != (None, None):
-            raise ValueError("--top-k and --top-p choose what is sampled from: give a --temperature above 0")
-        sampling: dict[str, Any] = (
-            {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        )
-        sampling |= {name: value for name, value in (("top_k", top_k), ("top_p", top_p)) if value is not None}
+        choice = sampling(temperature, top_k, top_p)
         if prefill_chunk:
-            sampling["prefill_chunk_size"] = prefill_chunk
+            choice["prefill_chunk_size"] = prefill_chunk
         import torch
         from transformers import TextStreamer
 
@@ -91,15 +97,14 @@ def command(
         from longwave.frame import cache_argument
         from longwave.methods import get_method
         from longwave.plan.profile import Profile
-        from longwave.saved import look
 
         chosen = get_method(method, **parse_options(option))
         measured = Profile.load(profile) if profile is not None else None
         source = Source(model, device, dtype)
         check_loop(why_python(source.device, graph), graph, compiled)
         held = 0  # tokens of the prompt that a saved prefix has
-        if prefix is not None:
-            held = (kept := look(prefix)).tokens
+        if kept is not None:
+            held = kept.tokens
             encoded = as_input(prompt_ids(source.tokenizer, parts[-1], is_chat(kept)))
         elif save_prefix is not None:
             first = prefix_ids(source.tokenizer, parts[0], chat)
@@ -109,14 +114,15 @@ def command(
         count = held + encoded["input_ids"].shape[1]
         source.check_length(count, max_new_tokens)
         coming = count + max_new_tokens - 1  # the last new token is not read
-        if prefix is None:
+        decided = kept is not None and kept.kind == "exact"
+        if not decided:
             source.check(chosen, budget, coming)
         loaded, tokenizer = source.load(), source.tokenizer
+        memory: Any = None if decided else source.cache(loaded, chosen, budget, measured, coming, measure)
         if prefix is not None:
-            memory, before = longwave.restore(loaded, prefix)
+            memory, before = longwave.restore(loaded, prefix, memory, tokenizer=tokenizer)
             encoded = as_input(before, encoded["input_ids"])
-        else:
-            memory = source.cache(loaded, chosen, budget, measured, coming, measure)
+        coder = None if save_size is None else coder_for(memory, loaded, tokenizer, save_size)
         encoded = {name: x.to(source.device) for name, x in encoded.items()}
         why = why_python(source.device, graph) or longwave.decode.supports(loaded, memory)
         check_loop(why, graph, compiled)
@@ -126,12 +132,11 @@ def command(
             torch.cuda.reset_peak_memory_stats(loaded.device)
         clock = Clock(loaded.device)
         given: dict[str, Any] = cache_argument(loaded, memory)
-        loop = loaded.generate if why else partial(longwave.generate, loaded, compile=compiled)
+        loop = loop_of(loaded, why, compiled)
         try:
             with waiting(f"reading {count - held:,} tokens") as done:
                 if save_prefix is not None:
-                    read_prefix(loaded, memory, first, prefill_chunk)
-                    longwave.save(memory, first, save_prefix, exact=True, about={"chat": chat})
+                    keep_prefix(loaded, memory, first, save_prefix, save_size, coder, prefill_chunk, {"chat": chat})
                 out = loop(
                     **encoded,
                     **given,
@@ -140,7 +145,7 @@ def command(
                     logits_processor=[Read(done)],
                     stopping_criteria=[clock],
                     pad_token_id=tokenizer.pad_token_id,
-                    **sampling,
+                    **choice,
                 )
         except Unsupported as error:  # seen late: much of the answer may be out
             raise ValueError(f"{error}: {'leave out --compile' if compiled else 'pass --no-graph'}") from error
@@ -150,15 +155,8 @@ def command(
             answer = tokenizer.decode(out[0, count:], skip_special_tokens=True)
             show_json({"text": answer, "prompt_tokens": count, "seed": seed, **pace, **memory.report().as_dict()})
         else:
-            for line in (show_pace(pace), str(memory.report())):  # brackets are words here, no markup
-                stderr.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
-
-
-def why_python(device: Any, graph: bool | None) -> str | None:
-    """Why transformers' own loop decodes, as far as the device and the options say it."""
-    if graph is False:
-        return "--no-graph"
-    return f"a graph needs CUDA, and the model is on {device.type}" if device.type != "cuda" else None
+            for line in (show_pace(pace), str(memory.report())):
+                say(line)
 
 
 def check_loop(why: str | None, graph: bool | None, compiled: bool) -> None:
@@ -167,17 +165,6 @@ def check_loop(why: str | None, graph: bool | None, compiled: bool) -> None:
         raise ValueError(f"--graph: {why}")
     if compiled and why:
         raise ValueError(f"--compile is for the steps of a graph, and there is none: {why}")
-
-
-class Read:
-    """A logits processor that changes nothing: the first call says that the prompt is read."""
-
-    def __init__(self, done: Callable[[], None]):
-        self.done = done
-
-    def __call__(self, ids: Any, scores: Any) -> Any:
-        self.done()
-        return scores
 
 
 class Clock:

@@ -4,7 +4,7 @@ from longwave.codec.blob import CodecError, Header, peek
 from longwave.codec.calibrate import Calibration, Effort, calibrate
 from longwave.codec.file import Codec
 from longwave.codec.fit import build, fit
-from longwave.codec.kept import codec_for
+from longwave.codec.kept import codec_for, kept_codec
 from longwave.codec.segment import SegmentCodec
 
 __all__ = [
@@ -18,5 +18,6 @@ __all__ = [
     "calibrate",
     "codec_for",
     "fit",
+    "kept_codec",
     "peek",
 ]

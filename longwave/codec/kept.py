@@ -37,6 +37,11 @@ def codec_for(model: PreTrainedModel, tokenizer: Any = None) -> Codec:
         return _fitted(model, tokenizer, shape)
 
 
+def kept_codec(model: PreTrainedModel) -> Codec | None:
+    """The codec of `model` that is kept from before, None where none is."""
+    return _kept(model, CacheShape.of(check_supported(model), model.dtype))
+
+
 def _stem(shape: CacheShape) -> str:
     return f"codec-{len(shape.memory_layers)}x{shape.kv_heads}x{shape.head_dim}"
 

@@ -3,7 +3,8 @@
 from longwave.saved.coded import Coder
 from longwave.saved.container import SavedCacheError
 from longwave.saved.look import Saved, look
+from longwave.saved.reading import read_coded
 from longwave.saved.restoring import restore
 from longwave.saved.saving import save
 
-__all__ = ["Coder", "Saved", "SavedCacheError", "look", "restore", "save"]
+__all__ = ["Coder", "Saved", "SavedCacheError", "look", "read_coded", "restore", "save"]

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-FORMAT, VERSION = "longwave-cache", "1"
+FORMAT, VERSION = "longwave-cache", "2"
 HEADER = 1 << 28  # bytes at most, so that a damaged length asks for no memory
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -44,15 +44,20 @@ def _bytes(x: torch.Tensor) -> Any:
     return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def check_place(path: Path) -> None:
+    """OSError where no file can be."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}: make it first")
+
+
 def write(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> int:
     """Write a file, whole or not at all; its bytes. One tensor at a time is copied to the host.
 
     The file is readable for its owner alone: it is a text in clear. OSError leaves the old file and no other.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file in it")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent}: make it first")
+    check_place(path)
     kinds = {name: (_NAMES[x.dtype], list(x.shape)) for name, x in tensors.items()}
     index, end = {}, 0
     for name, x in tensors.items():

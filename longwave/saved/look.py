@@ -69,7 +69,7 @@ def where(name: str, facts: Mapping[str, Any]) -> str:
     if kind == "layers":
         return f"layer {int(parts[0])} ({'.'.join(parts[1:])}), of tokens 0 to {max(facts['rows']) - 1}"
     row = int(parts[0])
-    if len(parts) == 2:
+    if parts[1] != "segments":
         return f"the first and last tokens of row {row} ({parts[1].upper()})"
     found = {(row, number): span for row, number, *span in segments(facts["rows"], facts["segment"])}
     start, stop = found[row, int(parts[2])]

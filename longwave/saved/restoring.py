@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from longwave import build
+from longwave.codec import codec_for, kept_codec
 from longwave.frame import LongCache, assemble, stored_dtype
 from longwave.frame.observe import Queries
 from longwave.frame.parked import give_states
@@ -20,7 +21,7 @@ from longwave.saved.coded import Coded, Coder, whole
 from longwave.saved.container import Reader, SavedCacheError
 from longwave.saved.identity import check_identity
 from longwave.saved.look import where
-from longwave.saved.saving import find_coder
+from longwave.saved.saving import coder_at
 from longwave.saved.settling import Prompt, device_of, settle_into
 from longwave.shape import CacheShape, check_supported
 from longwave.store.state import State, within
@@ -29,17 +30,20 @@ from longwave.store.state import State, within
 def restore(
     model: PreTrainedModel,
     path: str | Path,
-    method: str | Method | Bound | None = None,
+    method: str | Method | Bound | LongCache | None = None,
     budget: float | str | None = None,
     *,
     coder: Coder | None = None,
+    tokenizer: Any = None,
     **options: Any,
 ) -> tuple[LongCache, torch.Tensor]:
     """(cache, ids) of a file that `save` wrote: the cache goes on as if it had just read ids [batch, columns].
 
     method, budget, options: as in `longwave.cache`, for K and V to be settled into it, layer after layer, as a prompt
-        is. Without a method an exact file comes back as it was, a coded one dense.
-    coder: what the file was coded with, the model's own where none is given.
+        is. Or an empty cache of the model, to be filled. Without a method an exact file comes back as it was, a coded
+        one dense.
+    coder: what the file was coded with, the model's own where none is given; where that is not kept here it is fitted
+        again, once all is checked that can be without it. tokenizer: of the model, for that and for measuring it.
 
     ids are int64 on the model's device, with those that were saved beyond what was read; `cache.mask()` says which
     columns are padding. Raises SavedCacheError, a ValueError, for a file that is cut, damaged, foreign or of another
@@ -50,6 +54,8 @@ def restore(
     if method is None and (budget is not None or options):
         given = ", ".join([*(["budget"] if budget is not None else []), *options])
         raise ValueError(f"{given} decides nothing without a method: give method= as well, or leave it out")
+    if isinstance(method, LongCache):
+        _check_empty(model, method, budget, options)
     shape = CacheShape.of(check_supported(model), stored_dtype(model.dtype, model.device.type))
     with open(path, "rb") as file:
         reader = Reader(file, path, where)
@@ -62,12 +68,23 @@ def restore(
         if facts["kind"] == "exact":
             cache = _exact(model, shape, facts, tensors, states, path)
             if method is not None:
-                cache = _settled(model, method, budget, options, _prompt_of(cache, tensors["ids"], states, path))
+                cache = _settled(
+                    model, method, budget, tokenizer, options, _prompt_of(cache, tensors["ids"], states, path)
+                )
         else:
-            coded = Coded(facts, tensors, find_coder(model) if coder is None else coder, path)
+            if coder is None and (kept := kept_codec(model)) is not None:
+                coder = coder_at(kept, model.device)
+            coded = Coded(facts, tensors, coder, lambda: coder_at(codec_for(model, tokenizer), model.device), path)
             prompt = _coded_prompt(coded, facts, tensors["ids"], states, path)
-            cache = _settled(model, method or "dense", budget, options, prompt)
+            cache = _settled(model, method or "dense", budget, tokenizer, options, prompt)
     return cache, ids
+
+
+def _check_empty(model: PreTrainedModel, cache: LongCache, budget: Any, options: Mapping[str, Any]) -> None:
+    if budget is not None or options:
+        raise ValueError("budget and options were decided when the cache was built: leave them out")
+    if cache.origin() is not model or cache.get_seq_length():
+        raise ValueError("a cache to restore into is an empty one of the same model: longwave.cache(model, ...)")
 
 
 def _exact(
@@ -103,10 +120,23 @@ def _exact(
     return made
 
 
-def _settled(model: PreTrainedModel, method: Any, budget: Any, options: Mapping[str, Any], prompt: Prompt) -> LongCache:
-    empty = build.cache(model, method, budget, **options)
+def _settled(
+    model: PreTrainedModel, method: Any, budget: Any, tokenizer: Any, options: Mapping[str, Any], prompt: Prompt
+) -> LongCache:
+    if isinstance(method, LongCache):
+        return _filled(model, method, prompt)
+    empty = build.cache(model, method, budget, tokenizer=tokenizer, **options)
     build.expect(model, empty, prompt.mask.shape[1], prompt.mask.shape[0])
     settle_into(model, empty, prompt)
+    return empty
+
+
+def _filled(model: PreTrainedModel, empty: LongCache, prompt: Prompt) -> LongCache:
+    try:
+        settle_into(model, empty, prompt)
+    except BaseException:
+        empty.reset()
+        raise
     return empty
 
 

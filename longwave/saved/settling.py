@@ -43,16 +43,22 @@ def device_of(model: PreTrainedModel, index: int) -> torch.device:
     return model.device
 
 
-def settle_into(model: PreTrainedModel, empty: LongCache, prompt: Prompt) -> None:
-    """Fill an empty cache of any method. ValueError where the method needs of the prompt what nobody knows any more."""
+def check_needs(empty: LongCache, path: Any) -> Needs:
+    """What a method needs of a prompt that a file holds. ValueError where no file does."""
     needs = next(empty.memory_layers()).needs
     if needs.mass or needs.hidden or needs.surprise:
         what = "the attention that each token got" if needs.mass else "the input of each layer"
         what = "how little each token was expected" if needs.surprise else what
         raise ValueError(
-            f"{empty.method} needs {what} while the text was read, and {prompt.path} does not hold that: let the model "
-            "read the text again, or restore into dense, fourier, kivi, snapkv, streaming or quest"
+            f"{empty.method} needs {what} while the text was read, and {path} does not hold that: let the model read "
+            "the text again, or restore into dense, fourier, kivi, snapkv, streaming or quest"
         )
+    return needs
+
+
+def settle_into(model: PreTrainedModel, empty: LongCache, prompt: Prompt) -> None:
+    """Fill an empty cache of any method. ValueError where the method needs of the prompt what nobody knows any more."""
+    needs = check_needs(empty, prompt.path)
     limit = next(empty.memory_layers()).max_tokens
     if limit is not None and prompt.mask.shape[1] > limit:
         raise ValueError(f"{prompt.path} holds {prompt.mask.shape[1]:,} tokens, and max_tokens is {limit:,}: give more")

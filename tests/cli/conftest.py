@@ -1,8 +1,11 @@
 import pytest
 import torch
 
+from longwave import codec
+from longwave.plan import automatic
 from longwave.plan.automatic import Effort
 from tests.cli.calls import SEGMENTS, TEXT, succeeds
+from tests.codec.conftest import EFFORT
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -32,3 +35,16 @@ def profile(folder, text, tmp_path_factory):
 def commands_measure_nothing_by_themselves(monkeypatch):
     """They hand over a tokenizer; what they would measure would be kept, and found by other tests."""
     monkeypatch.setattr(Effort, "of", classmethod(lambda cls, model, method: None))
+
+
+@pytest.fixture(scope="session")
+def profiles(tmp_path_factory):
+    return tmp_path_factory.mktemp("profiles")
+
+
+@pytest.fixture
+def codecs(profiles, monkeypatch):
+    """The folder of codecs that the commands fitted: the small model's takes a second, once."""
+    monkeypatch.setattr(automatic, "_folder", lambda: profiles)
+    monkeypatch.setattr(codec.Effort, "of", classmethod(lambda cls, model: EFFORT))
+    return profiles

@@ -27,11 +27,11 @@ def test_no_command_shows_help():
     result = call("--help")
     assert result.exit_code == 0
     assert "inside a memory budget that you name" in result.stdout
-    for command in ("generate", "calibrate", "inspect", "eval", "demo"):
+    for command in ("generate", "chat", "calibrate", "inspect", "eval", "demo"):
         assert command in result.stdout
 
 
-@pytest.mark.parametrize("command", ["generate", "calibrate", "inspect"])
+@pytest.mark.parametrize("command", ["generate", "chat", "calibrate", "inspect"])
 def test_help_lists_the_methods(command):
     shown = " ".join(succeeds(command, "--help").stdout.split())
     for name, cls in METHODS.items():

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 import longwave
 from longwave.cli import app
 from longwave.saved import look
-from tests.cli.calls import SEGMENTS, TEXT, refused, succeeds
+from tests.cli.calls import SEGMENTS, TEXT, call, refused, succeeds
 from tests.conftest import into, tokens
 
 CHAT = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}<answer>"
@@ -39,6 +39,52 @@ def test_the_same_answer_without_reading_again(generate, save, tmp_path, chunk):
         assert again[name] == first[name]
     other = json.loads(succeeds(*generate, "And the blue one?", "--prefix", tmp_path / "kept").stdout)
     assert other["prompt_tokens"] == first["prompt_tokens"] + 1
+
+
+def test_coded(generate, save, codecs, tmp_path):
+    """The first answer is from the coded file as well; another method may take what it holds."""
+    path = tmp_path / "kept"
+    save("What does it do?")
+    exact = path.stat().st_size
+    first = save("What does it do?", "--save-size", "0.15")
+    assert path.stat().st_size < exact
+    kept = look(path)
+    assert (kept.kind, kept.tokens, kept.about) == ("coded", 300, {"chat": True})
+    prefix = [*generate, "What does it do?", "--prefix", path, "--no-measure"]
+    again = json.loads(succeeds(*prefix, *SEGMENTS).stdout)
+    for name in ("text", "prompt_tokens", "nbytes", "method", "tokens"):
+        assert again[name] == first[name]
+    kivi = json.loads(succeeds(*prefix, "--method", "kivi", "-o", "group=8").stdout)
+    assert kivi["method"].startswith("kivi")
+    assert kivi["prompt_tokens"] == first["prompt_tokens"]
+    sized = json.loads(succeeds(*prefix, *SEGMENTS, "--budget", "200KB").stdout)
+    assert sized["nbytes"] <= 200_000
+
+
+def test_coded_while_it_is_read(generate, save, codecs, tmp_path):
+    path = tmp_path / "kept"
+    first = save("What does it do?", "--save-size", "0.15", "--prefill-chunk", 50)
+    assert (look(path).kind, look(path).tokens, look(path).segments) == ("coded", 300, 2)
+    again = json.loads(succeeds(*generate, "What does it do?", "--prefix", path, "--no-measure", *SEGMENTS).stdout)
+    assert [again[name] for name in ("text", "nbytes", "method")] == [
+        first[name] for name in ("text", "nbytes", "method")
+    ]
+
+
+def test_what_cannot_be_coded_is_refused_before_it_is_read(generate, short, codecs, tmp_path, monkeypatch):
+    monkeypatch.setattr("longwave.cli.prefix.read_prefix", lambda *_: pytest.fail("the text is read"))
+    given = [*generate, "What?", "--file", short, "--no-measure", "--save-prefix", tmp_path / "kept"]
+    for more, words in (
+        (["--save-size", "0.9"], "size is a fraction of the bytes in 16 bits"),
+        (["--save-size", "little"], "a budget is a fraction"),
+        (["--save-size", "1MB", "--prefill-chunk", 50], "is a fraction with --prefill-chunk"),
+        (["--save-size", "0.1", "--method", "h2o"], "needs the attention that each token got"),
+    ):
+        result = call(*given, *more)  # beside it stderr says what is fitted, and how the method is planned
+        assert result.exit_code == 2
+        assert words in result.stderr.splitlines()[-1]
+    assert "--save-size codes what --save-prefix keeps" in refused(*generate, "What?", "--save-size", 0.1)
+    assert not (tmp_path / "kept").exists()
 
 
 def test_in_a_chat_template(folder, generate, save, tmp_path):

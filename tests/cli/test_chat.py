@@ -1,0 +1,251 @@
+"""A talk, driven by what is typed: turns, files, orders, Ctrl-C."""
+
+import re
+import shutil
+import signal
+
+import pytest
+from transformers import LlamaForCausalLM, TextStreamer
+from typer.testing import CliRunner
+
+from longwave.cli import app
+from longwave.saved import look
+from tests.cli.calls import SEGMENTS, TEXT, refused
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+NEW = 12
+PROMPT = r"\[(nothing read|[\d,]+ tokens in [^\]]*)\] > "
+
+
+@pytest.fixture(scope="module")
+def place(folder, tmp_path_factory):
+    """The small model, with a chat template. One id a character, so that texts are read alike in parts and whole."""
+    path = tmp_path_factory.mktemp("chat") / "tiny"
+    shutil.copytree(folder, path)
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
+
+
+@pytest.fixture
+def talk(place):
+    """What a talk prints: (answers, prompt lines, stderr) for what is typed."""
+
+    def run(*typed, more=(), end=True):
+        given = ["chat", place, "--max-new-tokens", NEW, *more]
+        lines = "".join(f"{line}\n" for line in typed)
+        result = CliRunner().invoke(app, [str(part) for part in given], input=lines)
+        assert (result.exit_code == 0) == end, (result.stderr, result.exception)
+        prompts = re.findall(PROMPT, result.stdout)
+        answers = re.split(PROMPT, result.stdout)[2::2]
+        return [answer.removesuffix("\n") for answer in answers], prompts, result.stderr
+
+    return run
+
+
+@pytest.fixture
+def expected(place, tokenizer):
+    """The answers of stock transformers that reads the whole talk anew for each."""
+    model = LlamaForCausalLM.from_pretrained(place)
+
+    def run(*questions, before=""):
+        text, answers = before, []
+        for question in questions:
+            text += f"<user>{question}</><assistant>" if not (answers == [] and before) else f"{question}</><assistant>"
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            out = model.generate(ids, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+            answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+            text += f"{answers[-1]}</>"
+        return answers
+
+    return run
+
+
+def test_turns_are_those_of_the_template(talk, expected):
+    """Every turn is read once, behind what was answered, and nothing differs from reading the whole talk anew."""
+    questions = ["What is blue?", "And what is not?", "Why?"]
+    answers, prompts, said = talk(*questions, "/quit")
+    assert answers[:3] == expected(*questions)
+    assert prompts[0] == "nothing read"
+    held = [int(prompt.split()[0]) for prompt in prompts[1:]]
+    first = len("<user>What is blue?</><assistant>") + NEW - 1  # the last new token is not read
+    assert held[:2] == [first, first + len("</><user>And what is not?</><assistant>") + NEW]
+    assert prompts[1].startswith(f"{first} tokens in ")
+    assert "/save PATH" in said
+
+
+def test_documents_come_first(talk, expected, tmp_path):
+    files = []
+    for name, text in (("a", TEXT[:90]), ("b", TEXT[90:150])):
+        (tmp_path / name).write_text(text)
+        files += ["--file", tmp_path / name]
+    answers, prompts, _ = talk("Is it?", "Sure?", more=files)
+    before = f"<user>{TEXT[:90]}\n\n{TEXT[90:150]}"
+    assert answers[:2] == expected("\n\nIs it?", "Sure?", before=before)
+    assert prompts[0].startswith(f"{len(before)} tokens in ")
+
+
+def test_a_method_holds_less(talk):
+    fourier = ["--method", "fourier", "--budget", "0.3", "--no-measure", *SEGMENTS]
+    _, prompts, _ = talk("x" * 300, "/quit", more=fourier)
+    found = re.fullmatch(r"\d+ tokens in ([\d.]+) KiB, dense ([\d.]+) KiB", prompts[1])
+    assert float(found[1]) < 0.7 * float(found[2])
+
+
+def test_an_end_of_turn_is_the_templates(place, talk, expected, tmp_path):
+    """The token that ends an answer is not kept: the template has its own."""
+    (answer,) = expected("What?")
+    other = tmp_path / "ending"
+    shutil.copytree(place, other)
+    end = {chr(code): code - 30 for code in range(32, 127)}[answer[4]]
+    (other / "generation_config.json").write_text(f'{{"eos_token_id": {end}}}')
+    result = CliRunner().invoke(app, ["chat", str(other)], input="What?\n/quit\n")
+    stopped = answer[: answer.index(answer[4])]
+    kept = re.findall(r"\[(\d+) tokens", result.stdout)
+    assert int(kept[0]) == len("<user>What?</><assistant>") + len(stopped)
+
+
+def test_save_and_load_exactly(talk, tmp_path):
+    path = tmp_path / "my talk"
+    fourier = ["--method", "fourier", "--budget", "0.3", "--no-measure", *SEGMENTS]
+    question = "y" * 200
+    whole, held, _ = talk(question, f"/save '{path}' exact", "And?", more=fourier)
+    again, there, said = talk(f"/load '{path}'", "And?")  # its method comes with it
+    assert again[1] == whole[2]
+    assert there[1:3] == held[2:4]
+    assert "exact" in said
+    assert look(path).about == {"chat": True, "answered": True}
+
+
+def test_save_and_load_coded(talk, codecs, tmp_path):
+    path = tmp_path / "talk"
+    whole, held, said = talk("y" * 300, f"/save {path} 0.15", "And?")
+    assert (look(path).kind, look(path).rows) == ("coded", [int(held[1].split()[0])])
+    assert f"{path}: " in said
+    again, there, _ = talk(f"/load {path}", "And?")
+    assert there[1:3] == held[2:4]
+    assert len(again[1]) == len(whole[2])
+    _, there, _ = talk(
+        f"/load {path}", "And?", more=["--method", "fourier", "--budget", "0.3", "--no-measure", *SEGMENTS]
+    )
+    assert there[1] != held[2]  # the talk's own method took it
+    assert "is a talk: /load it" in refused("generate", "What?", "--prefix", path, "--max-new-tokens", 2)
+
+
+def test_a_text_that_generate_kept(place, talk, expected, tmp_path):
+    (tmp_path / "text").write_text(TEXT[:90])
+    given = ["generate", "What?", "--model", place, "--file", tmp_path / "text", "--max-new-tokens", 2]
+    given += ["--method", "dense", "--save-prefix", tmp_path / "kept"]
+    assert CliRunner().invoke(app, [str(part) for part in given]).exit_code == 0
+    answers, _, _ = talk(f"/load {tmp_path / 'kept'}", "Is it?")
+    assert answers[1:2] == expected("\n\nIs it?", before=f"<user>{TEXT[:90]}")
+
+
+def test_what_goes_wrong_leaves_the_talk(talk, expected, tmp_path):
+    (tmp_path / "text").write_text("no talk")
+    answers, prompts, said = talk(
+        f"/save {tmp_path / 'talk'}",
+        "What?",
+        f"/load {tmp_path / 'absent'}",
+        f"/load {tmp_path / 'text'}",
+        f"/save {tmp_path / 'no' / 'folder'} exact",
+        f"/save {tmp_path / 'talk'} much",
+        "/save",
+        "/save 'a",
+        "/help",
+        "z" * 500,
+        "",
+        "And?",
+    )
+    for words in (
+        "no token was read",
+        "absent",
+        "is not a saved cache",
+        "there is no folder",
+        "a budget is a fraction",
+        "there is /save PATH",
+        "No closing quotation",
+        "leave no room for an answer in the model's context of 512",
+    ):
+        assert words in said
+    assert [answers[1], answers[-2]] == expected("What?", "And?")
+    assert len(set(prompts[2:-1])) == 1
+    assert not (tmp_path / "talk").exists()
+
+
+def test_what_has_dropped_tokens_is_saved_exactly(talk, tmp_path):
+    path = tmp_path / "talk"
+    h2o = ["--method", "h2o", "--budget", "0.2", "-o", "window=16"]
+    _, _, said = talk("y" * 300, f"/save {path}", more=h2o)
+    assert f"has dropped tokens, whose K and V are not to be had: save with exact=True: /save {path} exact" in said
+    assert not path.exists()
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Ctrl-C is pressed when so many tokens of an answer are out, as often as said."""
+
+    def at(token, times=1):
+        put, seen = TextStreamer.put, []
+
+        def pressing(self, value):
+            put(self, value)
+            seen.append(value)
+            if len(seen) == token + 1:  # the first is the prompt
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(TextStreamer, "put", pressing)
+
+    return at
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_talk(talk, expected, interrupted):
+    (whole,) = expected("What?")
+    interrupted(3)
+    answers, prompts, _ = talk("What?", "And?")
+    assert whole.startswith(answers[0])
+    short = int(prompts[1].split()[0]) - len("<user>What?</><assistant>")
+    assert short in (2, 3)
+    assert len(answers[1]) == NEW
+    assert int(prompts[2].split()[0]) == int(prompts[1].split()[0]) + 1 + len("</><user>And?</><assistant>") + NEW - 1
+
+
+def test_ctrl_c_twice_ends_the_talk(talk, interrupted):
+    handler = signal.getsignal(signal.SIGINT)
+    interrupted(3, times=2)
+    answers, _, _ = talk("What?", "And?", end=False)
+    assert len(answers) == 1
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_ctrl_c_forgets_a_line(talk, expected, monkeypatch):
+    typed = iter([KeyboardInterrupt, "What?", EOFError])
+
+    def typing(prompt):
+        print(prompt, end="")
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", typing)
+    answers, _, _ = talk()
+    assert answers[1:2] == expected("What?")
+
+
+def test_what_is_refused_before_the_talk(place, folder, tmp_path):
+    (tmp_path / "long").write_text(TEXT)
+    assert "has no chat template" in refused("chat", folder)
+    assert "exceed this model's context of 512" in refused("chat", place, "--file", tmp_path / "long")
+    assert "absent" in refused("chat", place, "--file", tmp_path / "absent")
+    assert "give a --temperature" in refused("chat", place, "--top-k", 3)
+    assert "smallest that fourier can do" in refused("chat", place, "--method", "fourier", "--budget", "1KB", *SEGMENTS)
+
+
+def test_sampling_repeats_with_its_seed(talk):
+    more = ["--temperature", "1.5", "--seed"]
+    first, other = talk("What?", more=[*more, 1])[0], talk("What?", more=[*more, 2])[0]
+    assert first == talk("What?", more=[*more, 1])[0] != other

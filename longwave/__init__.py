@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         Segmented,
         Selecting,
         SnapKV,
+        SpecKV,
         Streaming,
         Tova,
         TreeKV,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     )
     from longwave.models import load
     from longwave.plan.profile import Profile
+    from longwave.prefill.ahead import look_ahead
+    from longwave.prefill.specpc import specpc
     from longwave.saved import SavedCacheError, restore, save
 
 __version__ = "0.1.0"
@@ -48,14 +51,16 @@ _HOMES = {
     "MemoryLayer": "longwave.frame",
     "load": "longwave.models",
     "Profile": "longwave.plan.profile",
+    "look_ahead": "longwave.prefill.ahead",
+    "specpc": "longwave.prefill.specpc",
     "SavedCacheError": "longwave.saved",
     "restore": "longwave.saved",
     "save": "longwave.saved",
     **dict.fromkeys(
         (
             "Bound", "CaM", "Dense", "Evicting", "ExpectedAttention", "Fourier", "FourierPaper", "H2O", "KNorm", "Kivi",
-            "Method", "PyramidKV", "Quest", "Segmented", "Selecting", "SnapKV", "Streaming", "Tova", "TreeKV",
-            "WeightedKV", "register",
+            "Method", "PyramidKV", "Quest", "Segmented", "Selecting", "SnapKV", "SpecKV", "Streaming", "Tova",
+            "TreeKV", "WeightedKV", "register",
         ),
         "longwave.methods",
     ),
@@ -82,6 +87,7 @@ __all__ = [
     "Segmented",
     "Selecting",
     "SnapKV",
+    "SpecKV",
     "StaticDecoder",
     "Streaming",
     "Tova",
@@ -91,9 +97,11 @@ __all__ = [
     "cache",
     "generate",
     "load",
+    "look_ahead",
     "register",
     "restore",
     "save",
+    "specpc",
 ]
 
 

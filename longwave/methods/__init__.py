@@ -20,6 +20,7 @@ from longwave.methods.quest import Quest
 from longwave.methods.segmented import Segmented
 from longwave.methods.selecting import Selecting
 from longwave.methods.snapkv import SnapKV
+from longwave.methods.speckv import SpecKV
 from longwave.methods.streaming import Streaming
 from longwave.methods.tova import Tova
 from longwave.methods.treekv import TreeKV
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         *(Dense, Fourier, FourierPaper, Kivi, Quest),
         *(Streaming, SnapKV, PyramidKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, WeightedKV, CaM),
+        SpecKV,
     )
 }
 
@@ -76,6 +78,7 @@ __all__ = [
     "Segmented",
     "Selecting",
     "SnapKV",
+    "SpecKV",
     "Streaming",
     "Tova",
     "TreeKV",

@@ -337,7 +337,7 @@ def test_every_method_is_measured_from_one_reading(loader, llama, hay, tmp_path,
     methods = ["fourier-paper:keep=0.5,states=20,window=16", f"fourier:{SMALL}", "kivi:bits=4,group=8,window=16"]
     methods += ["streaming:window=16,tokens=40", "snapkv:window=16,tokens=40", "h2o:window=16,tokens=40"]
     methods += [f"{name}:window=16,tokens=40" for name in FAMILY]
-    methods += ["quest:window=16,chunk=8", "dense"]
+    methods += ["speckv:window=16,tokens=40,ahead=0", "quest:window=16,chunk=8", "dense"]
     assert {parse_spec(method)[0] for method in methods} == set(METHODS), "a method was added: measure it here"
     read = []
     real = runner.prefill

@@ -31,6 +31,10 @@ ABOUT = {
         "2406.02069",
         "as snapkv; models whose last layers look far back",
     ),
+    "speckv": (
+        "2506.08373",
+        "a draft that writes on otherwise; a prompt read without `longwave.look_ahead` is refused",
+    ),
     "h2o": ("2306.14048", "sums favour old tokens: [evicting](evicting.md)"),
     "tova": ("2401.06104", "one query speaks for all heads; heads of other habits"),
     "treekv": ("2501.04987", "old facts: far back one token stands for a stretch"),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         Selecting,
         SirLLM,
         SnapKV,
+        SpecKV,
         Streaming,
         ThinK,
         Tova,
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     )
     from longwave.models import load
     from longwave.plan.profile import Profile
+    from longwave.prefill.ahead import look_ahead
+    from longwave.prefill.specpc import specpc
     from longwave.saved import SavedCacheError, restore, save
 
 __version__ = "0.1.0"
@@ -51,14 +54,16 @@ _HOMES = {
     "MemoryLayer": "longwave.frame",
     "load": "longwave.models",
     "Profile": "longwave.plan.profile",
+    "look_ahead": "longwave.prefill.ahead",
+    "specpc": "longwave.prefill.specpc",
     "SavedCacheError": "longwave.saved",
     "restore": "longwave.saved",
     "save": "longwave.saved",
     **dict.fromkeys(
         (
             "AdaKV", "Bound", "CaM", "Dense", "Evicting", "ExpectedAttention", "Fourier", "FourierPaper", "H2O",
-            "KNorm", "Kivi", "Method", "PyramidKV", "Quest", "Segmented", "Selecting", "SirLLM", "SnapKV", "Streaming",
-            "ThinK", "Tova", "TreeKV", "WeightedKV", "register",
+            "KNorm", "Kivi", "Method", "PyramidKV", "Quest", "Segmented", "Selecting", "SirLLM", "SnapKV", "SpecKV",
+            "Streaming", "ThinK", "Tova", "TreeKV", "WeightedKV", "register",
         ),
         "longwave.methods",
     ),
@@ -87,6 +92,7 @@ __all__ = [
     "Selecting",
     "SirLLM",
     "SnapKV",
+    "SpecKV",
     "StaticDecoder",
     "Streaming",
     "ThinK",
@@ -97,9 +103,11 @@ __all__ = [
     "cache",
     "generate",
     "load",
+    "look_ahead",
     "register",
     "restore",
     "save",
+    "specpc",
 ]
 
 

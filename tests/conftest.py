@@ -66,6 +66,16 @@ def build(kind, dtype=torch.float32):
     return model.to(dtype).eval()
 
 
+def shallow(model, layers):
+    """A draft: the first layers of a model, with all else."""
+    made = copy.deepcopy(model)
+    made.model.layers = made.model.layers[:layers]
+    made.config.num_hidden_layers = layers
+    if getattr(made.config, "layer_types", None):
+        made.config.layer_types = made.config.layer_types[:layers]
+    return made
+
+
 @pytest.fixture(scope="session")
 def models():
     """name -> (model under test, untouched stock twin)."""

@@ -55,6 +55,14 @@ class OftenThink(longwave.ThinK):
     segment: ClassVar[int] = 8
 
 
+@dataclass(frozen=True)
+class OftenSpec(longwave.SpecKV):
+    """And of speckv; without a draft, which tests/prefill have."""
+
+    every: ClassVar[int] = 8
+    ahead: int = 0
+
+
 # budget 1: nothing is dropped or compressed
 IDENTITY = {
     "dense": lambda model: longwave.cache(model, "dense"),
@@ -125,6 +133,7 @@ LOSSY = {
     "sirllm": lambda model: longwave.cache(model, OftenSir(decay=0.7, **ENDS), budget=0.3),
     "sirllm-slots": lambda model: longwave.cache(model, OftenSir(tokens=24, positions="slots", **ENDS)),
     "adakv": lambda model: longwave.cache(model, OftenAda(**ENDS), budget=0.3),
+    "speckv": lambda model: longwave.cache(model, OftenSpec(**ENDS), budget=0.3),
 }
 
 # Methods that share a base with one in IDENTITY: everything is observed as if it were needed, and there is room for all
@@ -140,6 +149,6 @@ ROOMY = {
             longwave.WeightedKV,
             longwave.CaM,
         ),
-        *(longwave.KNorm, longwave.ExpectedAttention, longwave.SirLLM),
+        *(longwave.KNorm, longwave.ExpectedAttention, longwave.SirLLM, OftenSpec),
     )
 } | {"think": lambda model: longwave.cache(model, longwave.ThinK(window=4096))}

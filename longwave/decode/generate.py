@@ -20,6 +20,8 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from longwave.build import expect
 from longwave.decode.steps import StaticDecoder, Unsupported, check_compiles, check_room, supports
 from longwave.frame.argument import NAMES, cache_argument
+from longwave.prefill.ahead import Draft, ahead_of, drafted, read_ahead
+from longwave.prefill.draft import checked_mask
 
 # transformers' own, private, that the loop stands on, and how many arguments each is given: looked for before a prompt
 # is read. It loops by them itself since 5.17 at least.
@@ -33,13 +35,14 @@ def generate(
     *,
     graph: bool | None = None,
     compile: bool = False,
+    draft: Draft | None = None,
     **options: Any,
 ) -> Any:
     """`model.generate` with a `LongCache`, its steps taken by a `StaticDecoder`: same arguments, same answer.
 
     `cache` (or `past_key_values`) is the LongCache; the most new tokens decide the storage that is reserved, and with
     the prompt what a budget given as a size is spent on, where the cache was built without max_tokens. graph and
-    compile: as in `StaticDecoder`.
+    compile: as in `StaticDecoder`. draft: as in `longwave.look_ahead`, by which a `speckv` cache reads the prompt.
 
     Raises Unsupported, a ValueError, for what only model.generate does: what `supports` names, beams and other modes
     than greedy and sampling, assistants, custom_generate, synced_gpus, token_healing, use_cache=False, attentions and
@@ -63,6 +66,10 @@ def generate(
         reason = reason or "token_healing rewrites the prompt's last token"
     if reason:
         raise Unsupported(f"longwave.generate cannot do this: {reason}. model.generate works")
+    if draft is not None:
+        ahead_of(cache)
+        if asked("prefill_chunk_size"):
+            raise ValueError("a draft writes on from the whole prompt: leave prefill_chunk_size out")
     if graph and model.device.type != "cuda":
         raise ValueError(f"graph=True needs CUDA, and the model is on {model.device}")
     if compile:
@@ -85,7 +92,8 @@ def generate(
         generation_config: GenerationConfig,
         **inputs: Any,
     ) -> Any:
-        return _loop(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, steps, inputs)
+        about = (streamer, steps, draft)
+        return _loop(model, input_ids, logits_processor, stopping_criteria, generation_config, about, inputs)
 
     return model.generate(inputs, generation_config, custom_generate=loop, **cache_argument(model, cache), **options)  # type: ignore[operator]
 
@@ -114,11 +122,11 @@ def _loop(
     process: Any,
     stop: Any,
     config: Any,
-    streamer: Any,
-    steps: dict[str, Any],
+    about: tuple[Any, dict[str, Any], Draft | None],
     inputs: dict[str, Any],
 ) -> Any:
-    """What `GenerationMixin._sample` does, token for token."""
+    """What `GenerationMixin._sample` does, token for token. about: (streamer, what steps are given, draft)."""
+    streamer, steps, draft = about
     reasons = {
         f"{config.get_generation_mode().value} is not greedy or sampling": config.get_generation_mode()
         not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE),
@@ -147,7 +155,8 @@ def _loop(
         raise ValueError("all of the prompt is in the cache already: cache.reset(), or cache.crop(-1), and ask again")
     longest = config.max_length if stop.max_length is None else stop.max_length
     new = max(0, longest - ids.shape[1] - 1)  # the last new token is not read
-    expect(model, cache, prompt + new, ids.shape[0])
+    ahead = 0 if draft is None else ahead_of(cache)
+    expect(model, cache, prompt + max(new, ahead), ids.shape[0])
     if new:
         check_room(next(cache.memory_layers()), prompt, new)
     pad = config._pad_token_tensor
@@ -157,7 +166,11 @@ def _loop(
         "logits": () if config.return_dict_in_generate and config.output_logits else None,
     }
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
-    logits = model._prefill(ids, config, inputs).logits[:, -1]
+    if draft is None:
+        logits = model._prefill(ids, config, inputs).logits[:, -1]
+    else:
+        whole = checked_mask(ids, mask)
+        logits = read_ahead(model, cache, ids, drafted(model, cache, ids, draft, whole), whole)
     positions = inputs["position_ids"][:, -1:].expand(ids.shape[0], 1) + 1
     decoder: StaticDecoder | None = None
     try:

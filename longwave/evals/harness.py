@@ -188,7 +188,8 @@ class LongwaveLM(TemplateLM):
                 if name not in fields:
                     hint = nearest(name, [*own, *fields])
                     raise ValueError(f"{name!r} is neither an argument of longwave nor an option of {method}; {hint}")
-        get_method(method, **options)
+        if what := get_method(method, **options).beforehand():
+            raise ValueError(f"the harness's requests are read plainly, and {what}")
 
     # what the harness asks of a tokenizer
 

@@ -127,6 +127,8 @@ def check_names(recipe: Recipe) -> dict[str, Task]:
     for method, budget in map(read_method, recipe.methods):
         if isinstance(method, Quantized):
             method.check_backend()
+        elif what := method.beforehand():
+            raise ValueError(f"one reading of a prompt serves all methods, and {what}")
         elif budget is not None:
             parse_budget(budget)
     if recipe.profile is not None:

@@ -35,6 +35,14 @@ class Origin:
         return self
 
 
+def _cut(layer: Any) -> None:
+    """Have one of transformers' own layers hold what it counts, where that is a view of much more."""
+    for name in ("keys", "values"):
+        held = getattr(layer, name, None)
+        if isinstance(held, torch.Tensor) and held.untyped_storage().nbytes() > 1.25 * held.nbytes:
+            setattr(layer, name, held.clone())
+
+
 class LongCache(Cache):
     """A cache for `model.generate(past_key_values=...)`, made by `longwave.cache`.
 
@@ -81,10 +89,7 @@ class LongCache(Cache):
         self._progress.reached = layer_idx
         layer: Any = self.layers[layer_idx]
         if not isinstance(layer, MemoryLayer):
-            for name in ("keys", "values"):
-                held = getattr(layer, name, None)
-                if isinstance(held, torch.Tensor) and held.untyped_storage().nbytes() > 1.25 * held.nbytes:
-                    setattr(layer, name, held.clone())
+            _cut(layer)
         return returned
 
     def reset(self) -> None:
@@ -108,6 +113,7 @@ class LongCache(Cache):
         try:
             for layer in others:
                 layer.crop(tokens_to_remove)
+                _cut(layer)
         except BaseException as error:
             for layer, was in zip(others, before, strict=True):
                 vars(layer).clear()

@@ -22,6 +22,7 @@ from longwave.methods.segmented import Segmented
 from longwave.methods.selecting import Selecting
 from longwave.methods.sirllm import SirLLM
 from longwave.methods.snapkv import SnapKV
+from longwave.methods.speckv import SpecKV
 from longwave.methods.streaming import Streaming
 from longwave.methods.think import ThinK
 from longwave.methods.tova import Tova
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         *(Dense, Fourier, FourierPaper, Kivi, ThinK, Quest),
         *(Streaming, SnapKV, PyramidKV, AdaKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, WeightedKV, CaM, SirLLM),
+        SpecKV,
     )
 }
 
@@ -81,6 +83,7 @@ __all__ = [
     "Selecting",
     "SirLLM",
     "SnapKV",
+    "SpecKV",
     "Streaming",
     "ThinK",
     "Tova",

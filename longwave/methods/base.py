@@ -37,6 +37,11 @@ class Method(ABC):
         """Raise ValueError for a model on `device` that these options mean nothing to."""
         return None
 
+    def beforehand(self) -> str | None:
+        """What has to be done before a model can read a prompt into its cache, for whoever does not do it; None where
+        nothing has to."""
+        return None
+
     def measured_by(self) -> Any:
         """The method whose pages' costs a plan is made of, which `longwave.cache` measures on a model that has no
         profile; None where no plan is."""

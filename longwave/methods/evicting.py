@@ -44,6 +44,7 @@ class Evicting(Method):
     observes: ClassVar[Needs] = Needs()
     least_window: ClassVar[int] = 1  # 0 where the newest token may go at once
     takes_turns: ClassVar[bool] = False  # whether a number a row says whose turn it is (`next_turn`)
+    layers: ClassVar[type[EvictingLayer]] = EvictingLayer
     folds: ClassVar[bool] = False  # whether what goes leaves something in the values of what stays (`fold`)
 
     tokens: int | None = None
@@ -205,7 +206,7 @@ class EvictingBound(Bound):
         return min(seen, self.limit(seen, layer) + self.method.every - 1)
 
     def layer(self, index: int) -> MemoryLayer:
-        return EvictingLayer(index, self)
+        return self.method.layers(index, self)
 
     def layer_bytes(self, index: int, tokens: int) -> int:
         return self._bytes(self.limit(tokens, self.shape.memory_layers.index(index)))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from longwave.frame import MemoryLayer, Pass, Step
-from longwave.methods.held import evictable, held_by, rising, survivors
+from longwave.methods.held import Held, evictable, held_by, rising, survivors
 from longwave.store.state import State, demand
 
 
@@ -72,9 +72,17 @@ class EvictingLayer(MemoryLayer):
         undecided = min(undecided, self.rows[row])
         return self.bound.limit(self.rows[row] - undecided, self.position) + undecided
 
-    def settle(self) -> None:
+    def undecided(self) -> int:
+        """Tokens at the end of the pass that settles which `crop` may still take back."""
         # of a pass too long to wait for `crop` its last tokens do
-        undecided = self.patience() if self.record_past and not self._unsettled else 0
+        return self.patience() if self.record_past and not self._unsettled else 0
+
+    def survivors(self, held: Held, keep: torch.Tensor) -> torch.Tensor:
+        """As held.survivors."""
+        return survivors(self.bound.method, held, keep)
+
+    def settle(self) -> None:
+        undecided = self.undecided()
         self._unsettled |= undecided > 0
         due = [self.due(row, undecided) for row in range(self.batch_size)]
         if not any(due):
@@ -86,7 +94,7 @@ class EvictingLayer(MemoryLayer):
         ]
         held, method = held_by(self, layer=self.position, turn=self.turn), self.bound.method
         keep = torch.tensor(lengths, device=held.k.device)
-        kept = survivors(method, held, keep)
+        kept = self.survivors(held, keep)
         gone = held.lengths - keep
         if method.folds:
             real = torch.arange(kept.shape[2], device=kept.device) < held.lengths[:, None]

@@ -35,7 +35,8 @@ class Held:
     needed.
     scaling: of the scores. layer: number of the memory layer. turn int64 [batch]: where a method that `takes_turns`
     stands. room int64 [batch]: how many of the tokens that may go will stay, as steps have it. rotation: the layer's
-    own, for methods that need what is `unrotated`.
+    own, for methods that need what is `unrotated`. ahead: tokens behind each row's end, k's next ones, that ask as
+    well and are taken back (speckv).
     """
 
     k: torch.Tensor
@@ -48,6 +49,7 @@ class Held:
     turn: torch.Tensor | None = None
     room: torch.Tensor | None = None
     rotation: Rotation | None = None
+    ahead: int = 0
 
     def mean_mass(self) -> torch.Tensor:
         """Attention that each token got, over the number of queries that have seen it: as columns["mass"]."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from longwave.frame import MemoryLayer, Needs, Pass, Step
+from longwave.frame.later import later_queries
 from longwave.frame.observe import probing
 from longwave.methods.base import Bound, CacheShape, Method
 from longwave.ops import mass as attention_mass
@@ -237,21 +238,14 @@ class SegmentedLayer(MemoryLayer):
         -inf where none is remembered; None where no head is merged, or nothing was ever asked."""
         if not self.merged:
             return None
-        assert self.queries is not None
-        wanted, queries = probing(self.window), self.queries
-        if (queries.width, queries.every) != (wanted.queries, wanted.every):
-            queries = queries.last(wanted.queries, wanted.every)
-        if queries.q is None:  # written without a pass
+        found = later_queries(self, self.window, [held // self.segment * self.bound.span for held in self.store.tokens])
+        if found is None:
             return None
-        k, _ = self.dense.view()
-        q, sees = queries.later(self.progress.rotary, self.index)
-        behind = torch.tensor(self.store.tokens) // self.segment * self.bound.span
-        near = (sees - behind[:, None]).clamp(min=0).to(k.device, non_blocking=True)
-        lse = attention_mass.log_sum_exp(q, k, self.scaling, near)
+        q, sees, lse = found
         if any(self.store.tokens):
             lse = torch.logaddexp(lse, self._far(q, self.scaling).to(lse.dtype))
         missing = sees[:, None] <= 0
-        return q, lse.masked_fill(missing.to(k.device), float("-inf")) if missing.any() else lse
+        return q, lse.masked_fill(missing.to(lse.device), float("-inf")) if missing.any() else lse
 
     def _check_shape(self, k: torch.Tensor, v: torch.Tensor) -> None:
         shape = self.bound.shape

@@ -43,14 +43,19 @@ class SnapKV(Evicting):
     def needs(self) -> Needs:
         return super().needs() | Needs(queries=self.window)
 
+    def votes(self, q: torch.Tensor, k: torch.Tensor, scaling: float, visible: torch.Tensor) -> torch.Tensor:
+        """What the queries give each token: as `ops.mass`."""
+        return mass(q, k, scaling, visible)
+
     def score(self, held: Held) -> torch.Tensor:
         assert held.queries is not None
         assert held.queries.q is not None
         q = held.queries.q
         # the newest query sees all tokens, the one before it all but the last ...
+        seen = held.lengths[:, None] + held.ahead
         age = torch.arange(q.shape[2] - 1, -1, -1, device=q.device)
         known = age < torch.tensor(held.queries.counts, device=q.device)[:, None]
-        votes = mass(q, held.k, held.scaling, (held.lengths[:, None] - age).clamp(min=0) * known)
+        votes = self.votes(q, held.k, held.scaling, (seen - age).clamp(min=0) * known)
         slots = torch.arange(votes.shape[-1], device=q.device)
         votes = votes.masked_fill((slots >= (held.lengths - self.window)[:, None])[:, None], 0)
         if self.pool == "avg":

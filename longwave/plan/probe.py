@@ -24,8 +24,8 @@ from transformers import PreTrainedModel
 from longwave import plan as planner
 from longwave.frame import MemoryLayer, assemble, cache_argument
 from longwave.frame.attention import Handle
+from longwave.frame.later import later_queries
 from longwave.frame.observe import probing
-from longwave.ops import mass
 from longwave.ops.attention.reference import group_heads, query_block
 from longwave.ops.merge import merge_heads
 from longwave.plan.plan import LayerCodes
@@ -249,7 +249,7 @@ class Bench:
         count = max(0, context - sinks - window) // segment * segment
         if not count:
             raise ValueError(f"a window of {context} tokens is too short for {method.name} to compress anything")
-        self.middle = slice(sinks, sinks + count)
+        self.middle, self.window = slice(sinks, sinks + count), window
         needs = probing(window)
         memory = assemble(model, lambda index: Watched(index, needs), needs, "dense")
         with torch.no_grad():
@@ -293,12 +293,10 @@ class Bench:
         """The middle with every segment merged as a layer would: K and V [B, H, M, D], and the bias [B, H, M /
         segment]."""
         layer = self.layers[position]
-        k, v = layer.dense.view()
-        queries = layer.queries
-        assert queries is not None
-        q, sees = queries.later(layer.progress.rotary, layer.index)
-        lse = mass.log_sum_exp(q, k, layer.scaling, sees.to(k.device))
-        k, v = (x[:, :, self.middle] for x in (k, v))
+        found = later_queries(layer, self.window)
+        assert found is not None
+        q, _, lse = found
+        k, v = (x[:, :, self.middle] for x in layer.dense.view())
         return merge_heads(q, k, v, lse, layer.scaling, segment, range(k.shape[1]))
 
     def dots(

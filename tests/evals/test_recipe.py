@@ -338,7 +338,7 @@ def test_every_method_is_measured_from_one_reading(loader, llama, hay, tmp_path,
     methods += ["streaming:window=16,tokens=40", "snapkv:window=16,tokens=40", "h2o:window=16,tokens=40"]
     methods += [f"{name}:window=16,tokens=40" for name in FAMILY]
     methods += ["think:sinks=0,window=4,queries=4,ratio=0.75"]
-    methods += ["quest:window=16,chunk=8", "dense"]
+    methods += ["speckv:window=16,tokens=40,ahead=0", "quest:window=16,chunk=8", "dense"]
     assert {parse_spec(method)[0] for method in methods} == set(METHODS), "a method was added: measure it here"
     read = []
     real = runner.prefill

@@ -36,6 +36,10 @@ ABOUT = {
         "as snapkv; models whose last layers look far back",
     ),
     "adakv": ("2407.11550", "as snapkv, and no better with three heads: [evicting](evicting.md)"),
+    "speckv": (
+        "2506.08373",
+        "a draft that writes on otherwise; a prompt read without `longwave.look_ahead` is refused",
+    ),
     "h2o": ("2306.14048", "sums favour old tokens: [evicting](evicting.md)"),
     "tova": ("2401.06104", "one query speaks for all heads; heads of other habits"),
     "treekv": ("2501.04987", "old facts: far back one token stands for a stretch"),

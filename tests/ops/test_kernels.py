@@ -1,4 +1,7 @@
-"""LONGWAVE_KERNELS decides who answers, and every answer is the same attention."""
+"""LONGWAVE_KERNELS decides who answers, and every answer is the same attention.
+
+On a GPU where there is one, elsewhere in Triton's interpreter (tests/conftest.py switches it on).
+"""
 
 import pytest
 import torch
@@ -8,14 +11,15 @@ import longwave
 from longwave.store.pages import PageStore
 from tests.conftest import SMALL, into
 
-pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here is none")
+triton = pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here is none")
+DEVICE = "cuda" if torch.cuda.is_available() and not triton.knobs.runtime.interpret else "cpu"
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
     config = LlamaConfig(**SMALL | dict(hidden_size=64, num_attention_heads=8, head_dim=32), num_hidden_layers=2)
-    return LlamaForCausalLM(config).half().eval()
+    return LlamaForCausalLM(config).half().eval().to(DEVICE)
 
 
 def logits(model, monkeypatch, kernels, method="fourier", steps=(100, 3, 1, 1), **options):
@@ -29,14 +33,14 @@ def logits(model, monkeypatch, kernels, method="fourier", steps=(100, 3, 1, 1), 
         return out
 
     monkeypatch.setattr(PageStore, "attend", counted)
-    ids = torch.randint(97, (2, sum(steps)), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(97, (2, sum(steps)), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     cache = longwave.cache(model, method, sinks=2, window=8, **options)
     found, start = [], 0
     with torch.no_grad():
         for n in steps:
             found.append(model(ids[:, start : start + n], **into(cache)).logits[:, -1])
             start += n
-    return torch.stack(found).float(), sum(answers)
+    return torch.stack(found).float().cpu(), sum(answers)
 
 
 @pytest.mark.filterwarnings("ignore:no measurement of this model")

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longwave.ops.attention import reference as attention
-from longwave.ops.mass import add_step, log_sum_exp, mass
+from longwave.ops.mass import add_step, log_sum_exp, mass, peak
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEAR = {torch.float64: dict(rtol=1e-12, atol=1e-13)}  # of others: float32's, whatever the inputs
@@ -121,6 +121,28 @@ def test_blocks_of_queries(monkeypatch):
     check(log_sum_exp(q, k, 0.3, visible), lse, q.dtype)
     check(mass(q, k, 0.3, visible), sums, q.dtype)
     check(mass(q, k, 0.3, visible, lse), sums, q.dtype)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["alike", "weighted"])
+@pytest.mark.parametrize("case", [case for case in CASES if case[3] < 100], ids=named)
+def test_the_most_that_one_query_gives(case, weighted, monkeypatch):
+    monkeypatch.setattr(attention, "MASK_ELEMENTS", 4 * 35)  # few queries at a time
+    q, k, visible = made(case, torch.float64)
+    weight = torch.rand(q.shape[0], q.shape[2], dtype=torch.float64).to(DEVICE) if weighted else None
+    # each query alone: what it gives in the sum over a group's heads is what its heads give
+    each = [explicit(q[:, head :: q.shape[1]][:, :, [i]], k[:, [head // (q.shape[1] // k.shape[1])]], 0.3,
+                     None if visible is None else visible[:, [i]])[1][:, 0]
+            for head in range(q.shape[1]) for i in range(q.shape[2])]  # fmt: skip
+    most = torch.stack(each, 1).unflatten(1, (k.shape[1], -1, q.shape[2]))
+    if weight is not None:
+        most = most * weight[:, None, None, :, None]
+    check(peak(q, k, 0.3, visible, weight), most.amax((2, 3)), q.dtype)
+
+
+def test_weights_of_another_shape():
+    q, k, visible = made(CASES[1], torch.float32)
+    with pytest.raises(ValueError, match=r"weight is \[B, Q\] = \[2, 5\], got \[2, 4\]"):
+        peak(q, k, 0.3, visible, torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])

@@ -1,4 +1,4 @@
-"""Attention mass: how much attention every stored token got from the queries of a pass."""
+"""Attention mass: how much attention every stored token got from the queries of a pass, in all or at most from one."""
 
 import importlib
 from typing import Any
@@ -9,7 +9,7 @@ from longwave.ops.kernels import choice, wants_triton
 from longwave.ops.mass import reference
 from longwave.ops.mass.reference import add_step
 
-__all__ = ["add_step", "log_sum_exp", "mass"]
+__all__ = ["add_step", "log_sum_exp", "mass", "peak"]
 
 
 def log_sum_exp(q: torch.Tensor, k: torch.Tensor, scaling: float, visible: torch.Tensor | None) -> torch.Tensor:
@@ -37,6 +37,20 @@ def mass(
     """
     _check(q, k, visible, lse)
     return _answers(q, k).mass(q, k, scaling, visible, lse)
+
+
+def peak(
+    q: torch.Tensor, k: torch.Tensor, scaling: float, visible: torch.Tensor | None, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The most that a single query gives each stored token, over a KV head's query heads and all queries: as `mass`.
+
+    weight [B, Q] is what a query's attention counts; None counts all alike. In plain torch on every device: it is asked
+    of few queries. ValueError as there.
+    """
+    _check(q, k, visible, None)
+    if weight is not None and weight.shape != (q.shape[0], q.shape[2]):
+        raise ValueError(f"weight is [B, Q] = {[q.shape[0], q.shape[2]]}, got {list(weight.shape)}")
+    return reference.peak(q, k, scaling, visible, weight)
 
 
 def _answers(q: torch.Tensor, k: torch.Tensor) -> Any:

@@ -39,6 +39,20 @@ def mass(
 
 
 @torch.no_grad()
+def peak(
+    q: torch.Tensor, k: torch.Tensor, scaling: float, visible: torch.Tensor | None, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As in __init__.py."""
+    most = torch.zeros(k.shape[:3], dtype=_wide(q.dtype), device=q.device)
+    for at, some, held, seen in _blocks(q, k, visible):
+        got = _shares(_scores(some, held, scaling, seen), None)
+        if weight is not None:
+            got *= weight[:, None, None, at, None]
+        most[:, :, : got.shape[4]] = torch.maximum(most[:, :, : got.shape[4]], got.amax((2, 3)))
+    return most
+
+
+@torch.no_grad()
 def add_step(
     total: torch.Tensor,
     q: torch.Tensor,
@@ -86,7 +100,12 @@ def _scores(q: torch.Tensor, k: torch.Tensor, scaling: float, visible: torch.Ten
 
 
 def _column_sums(scores: torch.Tensor, lse: torch.Tensor | None) -> torch.Tensor:
-    """Sums [B, H, L] of exp(scores - lse), in the scores' memory; lse [B, Hq, Q], or None for their own."""
+    """Sums [B, H, L] of `_shares`."""
+    return _shares(scores, lse).sum((2, 3))
+
+
+def _shares(scores: torch.Tensor, lse: torch.Tensor | None) -> torch.Tensor:
+    """exp(scores - lse), in the scores' memory and shape; lse [B, Hq, Q], or None for their own."""
     lse = torch.logsumexp(scores, -1) if lse is None else lse.unflatten(1, scores.shape[1:3])
     lse = lse.masked_fill(lse == -INF, INF)  # saw nothing: exp(-inf - inf) is 0, exp(-inf + inf) is NaN
-    return scores.sub_(lse[..., None]).exp_().sum((2, 3))
+    return scores.sub_(lse[..., None]).exp_()

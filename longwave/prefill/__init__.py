@@ -1,0 +1,1 @@
+"""How a prompt is read: with a draft model that looks ahead (`ahead`), or shortened by one (`specpc`)."""

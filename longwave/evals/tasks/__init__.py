@@ -18,12 +18,14 @@ from longwave.evals.tasks.needle import Needle
 from longwave.evals.tasks.passkey import Passkey
 from longwave.evals.tasks.perplexity import Perplexity
 from longwave.evals.tasks.ruler import Ruler
+from longwave.evals.tasks.streaming import Streaming
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
     for task in (
         Needle,
         Perplexity,
+        Streaming,
         Divergence,
         LongBench,
         LEval,

@@ -10,6 +10,7 @@ from longwave.evals.spec import parse_spec
 from longwave.evals.task import Task
 from longwave.evals.tasks.divergence import Divergence
 from longwave.evals.tasks.infinitebench import InfiniteBench
+from longwave.evals.tasks.joint_recall import JointRecall
 from longwave.evals.tasks.keyvalue import KeyValue, Lines
 from longwave.evals.tasks.leval import LEval
 from longwave.evals.tasks.longbench import LongBench
@@ -35,6 +36,7 @@ TASKS: dict[str, type[Task]] = {
         Passkey,
         KeyValue,
         Lines,
+        JointRecall,
     )
 }
 

@@ -16,6 +16,7 @@ from longwave.evals.tasks.leval import LEval
 from longwave.evals.tasks.longbench import LongBench
 from longwave.evals.tasks.loogle import LooGLE
 from longwave.evals.tasks.needle import Needle
+from longwave.evals.tasks.needle_threading import NeedleThreading
 from longwave.evals.tasks.passkey import Passkey
 from longwave.evals.tasks.perplexity import Perplexity
 from longwave.evals.tasks.ruler import Ruler
@@ -37,6 +38,7 @@ TASKS: dict[str, type[Task]] = {
         KeyValue,
         Lines,
         JointRecall,
+        NeedleThreading,
     )
 }
 

@@ -14,6 +14,8 @@ from longwave.evals.tasks.joint_recall import JointRecall
 from longwave.evals.tasks.keyvalue import KeyValue, Lines
 from longwave.evals.tasks.leval import LEval
 from longwave.evals.tasks.longbench import LongBench
+from longwave.evals.tasks.longicl import LongICL
+from longwave.evals.tasks.longproc import LongProc, LongProcTrace
 from longwave.evals.tasks.loogle import LooGLE
 from longwave.evals.tasks.needle import Needle
 from longwave.evals.tasks.needle_threading import NeedleThreading
@@ -39,6 +41,9 @@ TASKS: dict[str, type[Task]] = {
         Lines,
         JointRecall,
         NeedleThreading,
+        LongICL,
+        LongProc,
+        LongProcTrace,
     )
 }
 

@@ -78,8 +78,8 @@ class JointRecall(LossTask):
         needed = max(self.contexts) + max(self.keys) + VALUES
         if len(tokens) < needed:
             raise ValueError(
-                f"{len(tokens)} of {len(WORDS.split())} words are one token of this tokenizer, and {needed} are needed: "
-                "fewer contexts and keys, or another model"
+                f"{len(tokens)} of {len(WORDS.split())} words are one token of this tokenizer, and {needed} are "
+                "needed: fewer contexts and keys, or another model"
             )
         filler: list[int] = []
         if max(self.gaps):

@@ -5,8 +5,8 @@ Kinds:
 - "single": the value of a key, at `depths`.
 - "multi": the values of `needles` keys that lie anywhere.
 - "conditional": the values of all keys that hold a sign which no other key holds.
-- "thread": a value may itself be a key; where the chain of `steps` pairs from a key ends. `direction` says how the chain
-  lies in the text: "forward", "backward" or "random".
+- "thread": a value may itself be a key; where the chain of `steps` pairs from a key ends. `direction` says how the
+  chain lies in the text: "forward", "backward" or "random".
 - "multi_thread": the ends of `needles` such chains.
 
 The object is the paper's (its published example is made again, byte for byte), and so is the question of "single"; the
@@ -22,6 +22,7 @@ import random
 import re
 import uuid
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from longwave.checks import whole
@@ -134,7 +135,7 @@ class NeedleThreading(TextTask):
         places = draw.sample(range(len(pairs)), threads * self.steps)
         chains = [self._order(places[n * self.steps : (n + 1) * self.steps]) for n in range(threads)]
         for chain in chains:
-            for one, following in zip(chain, chain[1:], strict=False):
+            for one, following in pairwise(chain):
                 pairs[one] = (pairs[one][0], pairs[following][0])
         starts, ends = [pairs[chain[0]][0] for chain in chains], [pairs[chain[-1]][1] for chain in chains]
         if threads == 1:

@@ -14,6 +14,7 @@ from longwave.evals.tasks.joint_recall import JointRecall
 from longwave.evals.tasks.keyvalue import KeyValue, Lines
 from longwave.evals.tasks.leval import LEval
 from longwave.evals.tasks.longbench import LongBench
+from longwave.evals.tasks.longbench2 import LongBench2, LongBench2Like
 from longwave.evals.tasks.longicl import LongICL
 from longwave.evals.tasks.longproc import LongProc, LongProcTrace
 from longwave.evals.tasks.loogle import LooGLE
@@ -32,6 +33,8 @@ TASKS: dict[str, type[Task]] = {
         Streaming,
         Divergence,
         LongBench,
+        LongBench2,
+        LongBench2Like,
         LEval,
         InfiniteBench,
         LooGLE,

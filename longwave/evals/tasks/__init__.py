@@ -18,6 +18,7 @@ from longwave.evals.tasks.longbench2 import LongBench2, LongBench2Like
 from longwave.evals.tasks.longicl import LongICL
 from longwave.evals.tasks.longproc import LongProc, LongProcTrace
 from longwave.evals.tasks.loogle import LooGLE
+from longwave.evals.tasks.m4le import M4LE, M4LELike
 from longwave.evals.tasks.needle import Needle
 from longwave.evals.tasks.needle_threading import NeedleThreading
 from longwave.evals.tasks.passkey import Passkey
@@ -37,6 +38,8 @@ TASKS: dict[str, type[Task]] = {
         LongBench2Like,
         LEval,
         InfiniteBench,
+        M4LE,
+        M4LELike,
         LooGLE,
         Ruler,
         Passkey,

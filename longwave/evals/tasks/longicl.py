@@ -7,6 +7,7 @@ Sets:
 - "banking77": 77 intents, from a folder (`source`) with train and test files in any format we read, records with "text"
   and "label", names or numbers of names.json; prompt and score are the benchmark's, accuracy.
 - "synthetic-like": made-up labels, each with three trigger words of which an item holds one; ours, for length sweeps.
+  Its prompts end in the cue alone, where the benchmark's end in a space that its examples do not have as a token.
 
 Examples lie `order`ed as the benchmark scatters them, "grouped" by label, or "reversed". No chat template, and nothing
 is cut: a round that does not fit is refused.
@@ -118,8 +119,8 @@ class LongICL(TextTask):
             form, head = "service query: {text}\nintent category: ", INTENTS
         else:
             train, test = synthetic(random.Random(f"longicl/{self.labels}/{setting.seed}"), self.labels, rounds, count)
-            form, head = "note: {text}\nclass: ", NOTES
-        examples = [(form.format(text=t) + label + "\n", label) for t, label in in_rounds(train, rounds)]
+            form, head = "note: {text}\nclass:", NOTES
+        examples = [(form.format(text=t).rstrip() + f" {label}\n", label) for t, label in in_rounds(train, rounds)]
         return head + "".join(self._ordered(examples)), [(form.format(text=t), (label,)) for t, label in test]
 
     def _ordered(self, examples: list[tuple[str, str]]) -> list[str]:

@@ -45,7 +45,10 @@ def run(
     ] = None,
     question: Annotated[
         str | None,
-        typer.Option(help='"after" (default): compress the context before the question is seen; "with": read both.'),
+        typer.Option(
+            help='"after" (default): compress the context before the question is seen; "inside": compress the question '
+            'with it; "with": read all of the prompt in one exact pass. A task may say it: needle:question=inside.'
+        ),
     ] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Use the model's chat template.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of evaluation data; else $LONGWAVE_DATA.")] = None,

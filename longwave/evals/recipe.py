@@ -6,7 +6,7 @@ import hashlib
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,9 @@ from longwave.evals.data import data_folder
 from longwave.evals.results import FORMAT, VERSION, Results
 from longwave.evals.spec import as_spec, parse_spec
 from longwave.evals.task import LossTask, Sample, Setting, Task
-from longwave.evals.tasks import parse_task
+from longwave.evals.tasks import get_task
 
-QUESTION = ("after", "with")
+QUESTION = ("after", "inside", "with")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Recipe:
 
     methods, tasks: specs, see `longwave.evals.spec`. out: folder of results. limit: samples per set of a task.
     max_tokens: where prompts of tasks with a truncation rule are cut. question: "after" compresses the context before
-    the question is seen, "with" reads both in one exact pass. batch: prompts per pass. batch_tokens: rows x longest.
+    the question is seen, "inside" compresses all of the prompt but its last token, question included, "with" reads all
+    of it in one exact pass; a task with an option `question` says it for itself. batch: prompts per pass.
+    batch_tokens: rows x longest.
     """
 
     out: Path
@@ -117,9 +119,23 @@ def read_method(spec: str) -> tuple[Any, Any]:
     return get_method(name, **options), budget
 
 
-def check_names(recipe: Recipe) -> dict[str, Task]:
-    """The tasks, with unknown names and options refused before a model is loaded. Methods are checked as far as that
-    is possible without one."""
+def read_task(spec: str) -> tuple[Task, str | None]:
+    """A task, and when its question is seen where its spec says so: "needle:kind=classic,question=inside"."""
+    name, options = parse_spec(spec)
+    question = options.pop("question", None)
+    task = get_task(name, **options)
+    if question is None:
+        return task, None
+    if isinstance(task, LossTask):
+        raise ValueError(f"{spec}: {name} asks no question, so it takes no option question")
+    if question not in QUESTION[:2]:
+        raise ValueError(f"{spec}: the question of a task is one of {', '.join(QUESTION[:2])}; got {question!r}")
+    return task, question
+
+
+def check_names(recipe: Recipe) -> dict[str, tuple[Task, str | None]]:
+    """The tasks with their own word on the question, unknown names and options refused before a model is loaded.
+    Methods are checked as far as that is possible without one."""
     from longwave.budget import parse_budget
     from longwave.evals.stock import Quantized
     from longwave.plan.profile import Profile
@@ -133,7 +149,7 @@ def check_names(recipe: Recipe) -> dict[str, Task]:
             parse_budget(budget)
     if recipe.profile is not None:
         Profile.load(recipe.profile)
-    return {spec: parse_task(spec) for spec in recipe.tasks}
+    return {spec: read_task(spec) for spec in recipe.tasks}
 
 
 def make_methods(model: Any, recipe: Recipe) -> tuple[dict[str, Callable[[int], Any]], dict[str, str], int]:
@@ -180,8 +196,10 @@ def in_words(bound: Any) -> str:
     return f"{bound}, {bound.digest[:16]}" if bound.method.uses_profile else str(bound)
 
 
-def prepare(tasks: Mapping[str, Task], setting: Setting) -> dict[str, tuple[Task, Sequence[Sample]]]:
-    """Every task's samples; errors name the task."""
+def prepare(
+    tasks: Mapping[str, Task], setting: Setting, inside: Collection[str] = ()
+) -> dict[str, tuple[Task, Sequence[Sample]]]:
+    """Every task's samples; errors name the task. inside: tasks whose question is compressed with the context."""
     prepared: dict[str, tuple[Task, Sequence[Sample]]] = {}
     for label, task in tasks.items():
         try:
@@ -193,6 +211,8 @@ def prepare(tasks: Mapping[str, Task], setting: Setting) -> dict[str, tuple[Task
         ids = [sample.id for sample in samples]
         if len(set(ids)) != len(ids):
             raise RuntimeError(f"{label} names two samples alike")
+        if label in inside:
+            samples = [replace(sample, context=len(sample.ids) - 1) for sample in samples]
         prepared[label] = (task, samples)
     return prepared
 
@@ -273,17 +293,26 @@ def evaluate(
     from longwave.evals.runner import Batch, run
     from longwave.shape import context_limit
 
-    tasks = check_names(recipe)
+    named = check_names(recipe)
+    tasks = {label: task for label, (task, _) in named.items()}
+    own = {label: question for label, (_, question) in named.items() if question is not None}
     losses = [label for label, task in tasks.items() if isinstance(task, LossTask)]
-    if recipe.question == "with" and losses:
-        raise ValueError(f"question=with is for tasks that ask: {', '.join(losses)} has none. Run it in another folder")
+    if recipe.question != "after" and losses:
+        raise ValueError(
+            f"question={recipe.question} is for tasks that ask: {', '.join(losses)} has none. Run it in another folder"
+        )
+    if recipe.question == "with" and own:
+        raise ValueError(f"question=with is for all tasks of a run: leave the option question out of {', '.join(own)}")
     recipe = replace(recipe, data=data_folder(recipe.data))
     model, tokenizer = load(recipe.model, recipe.device, recipe.dtype)
     makers, words, rows = make_methods(model, recipe)
     window = context_limit(model)
     setting = Setting(tokenizer, window, recipe.seed, recipe.limit, recipe.data, recipe.max_tokens, recipe.chat)
-    prepared = prepare(tasks, setting)
+    inside = [label for label in tasks if own.get(label, recipe.question) == "inside"]
+    prepared = prepare(tasks, setting, inside)
     header = make_header(replace(recipe, batch=rows), model, tokenizer, tasks, words, command)
+    for label, question in own.items():
+        header["tasks"][label]["question"] = question
     header["samples"] = {label: _counts(task, samples) for label, (task, samples) in prepared.items()}
     prompts = {(label, s.id): s.prompt_sha256 for label, (_, samples) in prepared.items() for s in samples}
     results = Results.open(recipe.out, header, prompts)

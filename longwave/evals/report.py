@@ -202,6 +202,7 @@ class Report:
         )
         lead += {
             "after": 'Question "after" (query-agnostic): the context is compressed before the question is seen.',
+            "inside": 'Question "inside" (query-aware): the question is compressed with its context.',
             "with": 'Question "with": context and question are read in one exact pass before anything is compressed.',
         }.get(header["question"], f"Question {header['question']!r}.")
         days = sorted({str(run.get("started", ""))[:10] for run in runs} - {""})

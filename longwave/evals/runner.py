@@ -258,19 +258,32 @@ def run_loss(
         if task.feed is not None:
             shares = _bytes(memory.report(), [len(s.ids) - 1 for s in samples])
         values = {"loss": scored.losses}
+        if task.recalls:
+            values["hit"] = scored.hits.float()
         if exact is not None:
             values["kl"], values["top1"] = scored.divergence(exact)
         cost = {"prefill_seconds": seconds, "decode_seconds": decode}
         rows = []
         for number, sample in enumerate(samples):
-            mine = {name: value[number] for name, value in values.items()}
+            counted = _counted(sample)
+            mine = {name: value[number, counted] for name, value in values.items()}
             metrics: dict[str, Any] = {name: float(value.mean()) for name, value in mine.items()}
             if exact is not None:
-                metrics["dense_loss"] = float(exact.losses[number].mean())
+                metrics["dense_loss"] = float(exact.losses[number, counted].mean())
             curve = {name: [round(float(x.mean()), 5) for x in value.split(BIN)] for name, value in mine.items()}
-            row = {"method": label, **_about(sample), "scored": last.shape[1] - 1, "score": metrics[task.metric]}
+            row = {"method": label, **_about(sample), "scored": len(mine["loss"]), "score": metrics[task.metric]}
             rows.append({**row, "metrics": metrics, "curve": curve, **cost, **shares[number]})
         yield rows
+
+
+def _counted(sample: Sample) -> Any:
+    """Which of a sample's scored tokens count, as an index; the first is that behind the one that is fed first."""
+    if sample.scored is None:
+        return slice(None)
+    index = torch.tensor(sample.scored) - sample.context - 1
+    if not len(index) or int(index[0]) < 0 or bool((index.diff() <= 0).any()):
+        raise RuntimeError(f"sample {sample.id} counts tokens that are not scored, or none")
+    return index
 
 
 def _about(sample: Sample) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Sample:
     ids: the whole prompt, int32 token ids.
     context: the first `context` ids are read and compressed before the rest, the question, is seen; 1 <= context <
         len(ids). In a loss task the first id after them is fed and every later one scored.
+    scored: of a loss task, the indices of the ids that count, rising, all behind the one that is fed first; None: all.
     meta: what the report groups by, such as {"length": 4000, "depth": 0.5}; JSON values.
     cut_from: tokens the prompt had before truncation, None where nothing was cut.
     stop_at_newline: generation ends at a newline token, but not before its first token.
@@ -42,6 +43,7 @@ class Sample:
     meta: Mapping[str, Any] = field(default_factory=dict)
     cut_from: int | None = None
     stop_at_newline: bool = False
+    scored: tuple[int, ...] | None = None
 
     @property
     def prompt_sha256(self) -> str:
@@ -257,12 +259,14 @@ class LossTask(Task):
 
     feed: tokens fed at a time through the compressed cache; None feeds all scored tokens in one pass.
     compares: whether next-token distributions are compared with the dense model's (metrics "kl" and "top1").
+    recalls: whether it counts where the most likely token is the text's own (metric "hit").
     metric: which of the metrics is the score.
     """
 
     unit: ClassVar[str] = "nats"
     lower: ClassVar[bool] = True
     compares: ClassVar[bool] = False
+    recalls: ClassVar[bool] = False
     metric: ClassVar[str] = "loss"
 
     @property

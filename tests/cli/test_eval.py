@@ -70,7 +70,7 @@ def evaluate(folder, out):
         (["--batch", "0"], "batch is a whole number, at least 1; got 0"),
         (["--batch-tokens=-1"], "batch_tokens is a whole number, at least 1; got -1"),
         (["--max-tokens", "0"], "max_tokens is a whole number, at least 1; got 0"),
-        (["--question", "sideways"], "question is one of after, with; got 'sideways'"),
+        (["--question", "sideways"], "question is one of after, inside, with; got 'sideways'"),
         (["--dtype", "int8"], "dtype is one of auto, float32"),
         (["--device", "toaster"], "cannot use device 'toaster'"),
         (["--model", "/nowhere/at/all"], "/nowhere/at/all"),

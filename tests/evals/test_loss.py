@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import longwave
+from longwave.evals import loss
 from longwave.evals.fork import fork, prefill
 from longwave.evals.loss import Scored, score
 from tests.conftest import random_profile, tokens
@@ -28,6 +29,32 @@ def test_score_is_the_loss_of_the_next_tokens(llama, models, dense):
     scored = score(llama, after(llama, dense), ids)
     assert scored.loss == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(scored.logprobs[0].double(), chances.log(), rtol=1e-3, atol=1e-3)
+
+
+def test_hits_are_where_the_most_likely_token_came(llama, dense):
+    ids = tokens(1, 31, seed=2)
+    scored = score(llama, after(llama, dense), ids)
+    assert not bool(scored.hits.all())
+    likely = scored.logprobs.argmax(-1)
+    assert torch.equal(scored.hits, likely == ids[:, 1:])
+    said = ids.clone()
+    said[:, 1] = likely[:, 0]
+    assert bool(score(llama, after(llama, dense), said).hits[0, 0])
+
+
+def test_single_tokens_are_decoded_in_place(llama, dense, monkeypatch):
+    """And a cache that cannot be is read by ordinary passes."""
+    ids, made = tokens(1, 31, seed=2), []
+    real = loss.StaticDecoder
+    monkeypatch.setattr(loss, "StaticDecoder", lambda *args, **more: made.append(more) or real(*args, **more))
+    options = {"tokens": 40, "sinks": 2, "window": 8}
+    stepped = score(llama, fork(dense, longwave.cache(llama, "streaming", **options)), ids, step=1)
+    assert made == [{"new_tokens": 30}]
+    monkeypatch.setattr(loss, "supports", lambda model, memory: "it does not")
+    passed = score(llama, fork(dense, longwave.cache(llama, "streaming", **options)), ids, step=1)
+    assert len(made) == 1
+    torch.testing.assert_close(stepped.losses, passed.losses, rtol=1e-4, atol=1e-4)
+    assert torch.equal(stepped.hits, passed.hits)
 
 
 @pytest.mark.parametrize("step", [1, 7, 30, 100])
@@ -91,8 +118,9 @@ def test_fewer_channels_diverge_more(llama, dense):
 
 
 def test_divergence_by_hand():
-    dense = Scored(torch.zeros(1, 2), torch.tensor([[[0.5, 0.5], [0.2, 0.8]]]).log())
-    other = Scored(torch.zeros(1, 2), torch.tensor([[[0.25, 0.75], [0.4, 0.6]]]).log())
+    nothing = torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.bool)
+    dense = Scored(*nothing, torch.tensor([[[0.5, 0.5], [0.2, 0.8]]]).log())
+    other = Scored(*nothing, torch.tensor([[[0.25, 0.75], [0.4, 0.6]]]).log())
     kl, same = other.divergence(dense)
     first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     second = 0.2 * math.log(0.2 / 0.4) + 0.8 * math.log(0.8 / 0.6)

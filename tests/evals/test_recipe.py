@@ -169,8 +169,8 @@ def test_missing_recipe(tmp_path):
         ({"batch_tokens": 0}, "batch_tokens is a whole number, at least 1; got 0"),
         ({"batch": None}, "batch is a whole number, at least 1; got None"),
         ({"seed": "x"}, "seed is a whole number; got 'x'"),
-        ({"question": "sideways"}, "question is one of after, with; got 'sideways'"),
-        ({"question": None}, "question is one of after, with; got None"),
+        ({"question": "sideways"}, "question is one of after, inside, with; got 'sideways'"),
+        ({"question": None}, "question is one of after, inside, with; got None"),
         ({"out": 5}, "out is a path, got 5"),
         ({"data": ["a"]}, "data is a path, got ['a']"),
         ({"profile": 0}, "profile is a path, got 0"),
@@ -229,7 +229,21 @@ def test_a_missing_data_folder_is_found_before_a_model_is_loaded(tmp_path):
 
 def test_tasks_keep_their_labels():
     tasks = check_names(recipe(tasks=["needle:lengths=180,200", "needle"]))
-    assert tasks == {"needle:lengths=180,200": get_task("needle", lengths=(180, 200)), "needle": get_task("needle")}
+    needle = get_task("needle", lengths=(180, 200)), None
+    assert tasks == {"needle:lengths=180,200": needle, "needle": (get_task("needle"), None)}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("needle:question=with", "needle:question=with: the question of a task is one of after, inside; got 'with'"),
+        ("needle:question=1", "is one of after, inside; got 1"),
+        ("divergence:question=inside", "divergence asks no question, so it takes no option question"),
+    ],
+)
+def test_the_question_of_a_task(spec, message):
+    with pytest.raises(ValueError, match=message):
+        check_names(recipe(tasks=[spec]))
 
 
 # methods
@@ -378,6 +392,23 @@ def test_a_seed_makes_other_prompts(loader, hay, tmp_path, suffix):
         evaluate(wanted, loader)
         prompts.append([row["prompt"] for row in load(tmp_path / str(number)).rows])
     assert prompts[0] == prompts[1] != prompts[2]
+
+
+def test_the_same_prompts_with_the_question_compressed_or_not(loader, hay, tmp_path):
+    """A task says it for itself, or the run for all; the last token is fed later in any case."""
+    task = f"needle:lengths=180,depths=0.1,0.9,haystack={hay}"
+    wanted = recipe(tasks=[task, f"{task},question=inside"], out=tmp_path / "both")
+    evaluate(wanted, loader)
+    loaded = load(tmp_path / "both")
+    assert [told.get("question") for told in loaded.header["tasks"].values()] == [None, "inside"]
+    after, inside = ([row for row in loaded.rows if row["task"] == label] for label in wanted.tasks)
+    assert [row["prompt"] for row in after] == [row["prompt"] for row in inside]
+    assert all(row["context"] < row["tokens"] - 1 for row in after)
+    assert [row["context"] for row in inside] == [row["tokens"] - 1 for row in inside]
+    evaluate(recipe(tasks=[task], out=tmp_path / "all", question="inside"), loader)
+    assert [row["context"] for row in load(tmp_path / "all").rows] == [row["context"] for row in inside]
+    with pytest.raises(ValueError, match="leave the option question out of needle:question=inside"):
+        evaluate(recipe(tasks=["needle:question=inside"], question="with"), lambda *given: pytest.fail("loaded"))
 
 
 def test_reading_with_the_question_is_for_tasks_that_ask(folder, tmp_path):

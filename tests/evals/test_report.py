@@ -377,6 +377,12 @@ def test_settings_are_shown(tmp_path):
     assert json.loads((folder / "run.json").read_text())["question"] == "with"
 
 
+def test_the_lead_says_when_questions_are_seen(tmp_path):
+    for question, says in (("after", "(query-agnostic)"), ("inside", "(query-aware)")):
+        _, markdown = report(made_up.write(tmp_path / question, grid(), question=question))
+        assert says in markdown.split("## ")[0]
+
+
 def test_charts_draw_what_they_are_given():
     looks = plots.styles(["dense", "a:budget=0.5", "a:budget=0.25"])
     points = [plots.Point("dense", 1.0, 80, 70, 90), plots.Point("a:budget=0.5", 0.5, 60, 50, 70)]

@@ -10,29 +10,46 @@ from longwave.evals.spec import parse_spec
 from longwave.evals.task import Task
 from longwave.evals.tasks.divergence import Divergence
 from longwave.evals.tasks.infinitebench import InfiniteBench
+from longwave.evals.tasks.joint_recall import JointRecall
 from longwave.evals.tasks.keyvalue import KeyValue, Lines
 from longwave.evals.tasks.leval import LEval
 from longwave.evals.tasks.longbench import LongBench
+from longwave.evals.tasks.longbench2 import LongBench2, LongBench2Like
+from longwave.evals.tasks.longicl import LongICL
+from longwave.evals.tasks.longproc import LongProc, LongProcTrace
 from longwave.evals.tasks.loogle import LooGLE
+from longwave.evals.tasks.m4le import M4LE, M4LELike
 from longwave.evals.tasks.needle import Needle
+from longwave.evals.tasks.needle_threading import NeedleThreading
 from longwave.evals.tasks.passkey import Passkey
 from longwave.evals.tasks.perplexity import Perplexity
 from longwave.evals.tasks.ruler import Ruler
+from longwave.evals.tasks.streaming import Streaming
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
     for task in (
         Needle,
         Perplexity,
+        Streaming,
         Divergence,
         LongBench,
+        LongBench2,
+        LongBench2Like,
         LEval,
         InfiniteBench,
+        M4LE,
+        M4LELike,
         LooGLE,
         Ruler,
         Passkey,
         KeyValue,
         Lines,
+        JointRecall,
+        NeedleThreading,
+        LongICL,
+        LongProc,
+        LongProcTrace,
     )
 }
 

@@ -182,16 +182,19 @@ class LongBench(TextTask):
         return Sample(id, ids, context, new, tuple(answers), meta, cut_from, stop_at_newline=name == "samsum")
 
 
-def encode(setting: Setting, prompt: str, question: str, new: int, chat: bool) -> tuple[array[int], int, int | None]:
-    """Token ids of the prompt, cut in its middle where it has to be, those before the question, and those it had."""
-    around = setting.added(chat)
+def encode(
+    setting: Setting, prompt: str, question: str, new: int, chat: bool, prefix: str = ""
+) -> tuple[array[int], int, int | None]:
+    """Token ids of the prompt, cut in its middle where it has to be, those before the question, and those it had.
+    prefix: opens the model's turn."""
+    around = setting.added(chat) + (setting.count(prefix) if prefix else 0)
     while True:
         shown, cut_from = setting.cut_middle(prompt, setting.room(new, around))
         asked = question
         if cut_from is not None:  # as the tokenizer gives it back
             ids = setting.tokenizer(question, add_special_tokens=False).input_ids
             asked = setting.tokenizer.decode(ids, skip_special_tokens=True)
-        tokens, context = setting.encode(shown, common_end(shown, asked), chat=chat)
+        tokens, context = setting.encode(shown, common_end(shown, asked), prefix, chat=chat)
         over = 0 if setting.window is None else len(tokens) + new - setting.window
         if over <= 0:
             return tokens, context, cut_from

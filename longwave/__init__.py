@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         FourierPaper,
         Kivi,
         KNorm,
+        KVzip,
         Method,
         PyramidKV,
         Quest,
@@ -53,9 +54,9 @@ _HOMES = {
     "save": "longwave.saved",
     **dict.fromkeys(
         (
-            "Bound", "CaM", "Dense", "Evicting", "ExpectedAttention", "Fourier", "FourierPaper", "H2O", "KNorm", "Kivi",
-            "Method", "PyramidKV", "Quest", "Segmented", "Selecting", "SnapKV", "Streaming", "Tova", "TreeKV",
-            "WeightedKV", "register",
+            "Bound", "CaM", "Dense", "Evicting", "ExpectedAttention", "Fourier", "FourierPaper", "H2O", "KNorm",
+            "KVzip", "Kivi", "Method", "PyramidKV", "Quest", "Segmented", "Selecting", "SnapKV", "Streaming", "Tova",
+            "TreeKV", "WeightedKV", "register",
         ),
         "longwave.methods",
     ),
@@ -71,6 +72,7 @@ __all__ = [
     "Fourier",
     "FourierPaper",
     "KNorm",
+    "KVzip",
     "Kivi",
     "LongCache",
     "MemoryLayer",

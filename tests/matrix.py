@@ -34,6 +34,13 @@ class OftenExpected(longwave.ExpectedAttention):
     every: ClassVar[int] = 8
 
 
+@dataclass(frozen=True)
+class OftenKVzip(longwave.KVzip):
+    """And of kvzip."""
+
+    every: ClassVar[int] = 8
+
+
 # budget 1: nothing is dropped or compressed
 IDENTITY = {
     "dense": lambda model: longwave.cache(model, "dense"),
@@ -97,6 +104,7 @@ LOSSY = {
         model, OftenExpected(queries=6, stride=2, ahead=20, eps=0.01, **ENDS), budget=0.3
     ),
     "pyramidkv": lambda model: longwave.cache(model, OftenPyramid(**ENDS), budget=0.3),
+    "kvzip": lambda model: longwave.cache(model, OftenKVzip(chunk=20, lead=3, ask=(5, 6), **ENDS), budget=0.3),
 }
 
 # Methods that share a base with one in IDENTITY: everything is observed as if it were needed, and there is room for all
@@ -104,6 +112,6 @@ ROOMY = {
     method.name: lambda model, method=method: longwave.cache(model, method(tokens=4096))
     for method in (
         *(longwave.H2O, longwave.PyramidKV, longwave.Tova, longwave.TreeKV, longwave.WeightedKV, longwave.CaM),
-        *(longwave.KNorm, longwave.ExpectedAttention),
+        *(longwave.KNorm, longwave.ExpectedAttention, longwave.KVzip),
     )
 }

@@ -33,6 +33,7 @@ class MemoryLayer(Keeping):
     """
 
     queries: Queries | None  # of the last tokens, where `needs` says so
+    waiting: list[int]  # the last so many tokens of each row are to be read again before anything settles
     hints = False  # whether remembered queries only hint at something: then no harm is done where a mask hid tokens
     _sources: list[torch.Tensor]  # what was given to `update` with a gradient to follow, until attention asks
 
@@ -310,8 +311,11 @@ class MemoryLayer(Keeping):
                 out = self._share_with_sinks(p, out)
             self.observe(p)
             self._fresh = False
-            if self.record_past and q.shape[2] <= self.patience():
+            if self._to_be_cropped(q.shape[2]):
                 self._unsettled = True
+            elif self.needs.again and q.shape[2] > 1:
+                self.waiting = [q.shape[2]] * self.batch_size if p.valid is None else p.valid.sum(-1).tolist()
+                self.dense.fit()
             else:
                 self.settle()
         except BaseException:  # whatever it was, memory included: layers now hold different tokens
@@ -322,6 +326,10 @@ class MemoryLayer(Keeping):
                 self.progress.scratch.clear()
                 self.progress.mask = None
         return out
+
+    def _to_be_cropped(self, tokens: int) -> bool:
+        """Whether a pass of so many tokens waits for `crop`."""
+        return self.record_past and tokens <= self.patience()
 
     def _open(
         self,
@@ -348,10 +356,15 @@ class MemoryLayer(Keeping):
                 raise NotImplementedError(
                     "what this model's learned sinks take of attention under a 4D mask is not known: pass a 2D mask"
                 )
-            if self.needs.watches or (self.needs.queries and not self.hints):
+            if self.needs.watches or self.needs.again or (self.needs.queries and not self.hints):
                 raise NotImplementedError(
                     "this method watches what attention reads, which a 4D attention mask hides from it: pass a 2D mask"
                 )
+        if self.needs.again and q.shape[2] > 1 and not self._to_be_cropped(q.shape[2]) and self.progress.given is None:
+            raise ValueError(
+                "these tokens are to be read twice, and only the model that the cache was built on does that by "
+                "itself: longwave.cache(model, ...), then model(...) or model.generate(...) of that very model"
+            )
         if self.needs.hidden:
             p.hidden = take_hidden(module)
         if self.needs.unrotated:
@@ -509,6 +522,7 @@ class MemoryLayer(Keeping):
         self._came = None
         self._before = []
         self._fresh = self._unsettled = self._beyond = self.record_past = False
+        self.waiting = []
         self.scaling = 1.0  # of the scores, as the last pass had it
         if hasattr(self, "batch_size"):
             del self.batch_size

@@ -15,6 +15,26 @@ import torch
 from longwave.store.state import State, demand
 
 
+@dataclass(frozen=True, order=True)
+class Repeat:
+    """How a model repeats what it has just read (again.py).
+
+    chunk: tokens that are repeated at a time. lead: as many of those before a chunk come before it again, so that the
+    model knows where to go on. sinks: first tokens that share attention with every chunk. ask: token ids of a request
+    that comes before all of this.
+    """
+
+    chunk: int
+    lead: int
+    sinks: int
+    ask: tuple[int, ...] = ()
+
+    @property
+    def column(self) -> str:
+        """Name of the column that it fills."""
+        return "_".join(map(str, ("again", self.chunk, self.lead, self.sinks, *self.ask)))
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a method asks of the frame.
@@ -24,7 +44,8 @@ class Needs:
     of the token store. votes: what it got from the last so many queries of the latest pass that brought its row tokens,
     a column for each number named. positions: of each stored token, a column too. unrotated: a model whose rotation can
     be undone (`Pass.rotary`). hidden: the input of the attention module, in `Pass.hidden`. shifts: `Queries.later`,
-    which turns queries where the model's rotation can be undone.
+    which turns queries where the model's rotation can be undone. again: the most attention that each token gets while
+    the model repeats it, a column for every way to; until then nothing settles. Tokens that come one at a time have 0.
     """
 
     queries: int = 0
@@ -35,6 +56,7 @@ class Needs:
     hidden: bool = False
     votes: tuple[int, ...] = ()
     shifts: bool = False
+    again: tuple[Repeat, ...] = ()
 
     def __or__(self, other: Needs) -> Needs:
         asked = [needs for needs in (self, other) if needs.queries]
@@ -50,11 +72,13 @@ class Needs:
             self.hidden or other.hidden,
             tuple(sorted({*self.votes, *other.votes})),
             self.shifts or other.shifts,
+            tuple(sorted({*self.again, *other.again})),
         )
 
     def columns(self) -> dict[str, torch.dtype]:
         """The side columns that a token store keeps for this."""
         attention = [*(["mass"] if self.mass else []), *map(votes_of, self.votes)]
+        attention += [repeat.column for repeat in self.again]
         return ({"position": torch.int32} if self.positions else {}) | dict.fromkeys(attention, torch.float32)
 
     @property

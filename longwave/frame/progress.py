@@ -22,6 +22,7 @@ class Progress:
     rotary: Any = None  # of the model, where a method needs it (rotary.py)
     switch: int | None = None  # tokens beyond which the model rotates all of them otherwise (longrope)
     mask: tuple[Any, Any, list[int]] | None = None  # a pass's 4D mask, the plain one that it is, tokens of rows before
+    given: Any = None  # what the running pass was given, where somebody is to read it again (again.py)
     scratch: Scratch = field(default_factory=Scratch)  # what one layer's pass may take at a time
 
     def check(self) -> None:

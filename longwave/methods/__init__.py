@@ -15,6 +15,7 @@ from longwave.methods.fourier_paper import FourierPaper
 from longwave.methods.h2o import H2O
 from longwave.methods.kivi import Kivi
 from longwave.methods.knorm import KNorm
+from longwave.methods.kvzip import KVzip
 from longwave.methods.pyramidkv import PyramidKV
 from longwave.methods.quest import Quest
 from longwave.methods.segmented import Segmented
@@ -29,7 +30,7 @@ METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
         *(Dense, Fourier, FourierPaper, Kivi, Quest),
-        *(Streaming, SnapKV, PyramidKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, WeightedKV, CaM),
+        *(Streaming, SnapKV, PyramidKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, KVzip, WeightedKV, CaM),
     )
 }
 
@@ -69,6 +70,7 @@ __all__ = [
     "Fourier",
     "FourierPaper",
     "KNorm",
+    "KVzip",
     "Kivi",
     "Method",
     "PyramidKV",

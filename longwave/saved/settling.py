@@ -46,8 +46,8 @@ def device_of(model: PreTrainedModel, index: int) -> torch.device:
 def settle_into(model: PreTrainedModel, empty: LongCache, prompt: Prompt) -> None:
     """Fill an empty cache of any method. ValueError where the method needs of the prompt what nobody knows any more."""
     needs = next(empty.memory_layers()).needs
-    if needs.mass or needs.hidden:
-        what = "the attention that each token got" if needs.mass else "the input of each layer"
+    if needs.watches or needs.again or needs.hidden:
+        what = "the input of each layer" if needs.hidden else "the attention that each token got"
         raise ValueError(
             f"{empty.method} needs {what} while the text was read, and {prompt.path} does not hold that: let the model "
             "read the text again, or restore into dense, fourier, kivi, snapkv, streaming or quest"

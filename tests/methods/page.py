@@ -39,6 +39,10 @@ ABOUT = {
         "2510.00636",
         "queries to come that are unlike the last; a rotation that cannot be undone is refused",
     ),
+    "kvzip": (
+        "2505.23416",
+        "time and room while it reads: twice, all held; what is written afterwards",
+    ),
     "weightedkv": ("2503.01330", "a folded value answers to its neighbour's key"),
     "cam": (
         "LCTmppB165",
@@ -60,7 +64,7 @@ def accepts(cls, **options):
 
 
 def watches(bound):
-    return bound.needs.watches or (bool(bound.needs.queries) and not bound.layer(0).hints)
+    return bound.needs.watches or bool(bound.needs.again) or (bool(bound.needs.queries) and not bound.layer(0).hints)
 
 
 def table():

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longwave.ops.attention import reference as attention
-from longwave.ops.mass import add_step, log_sum_exp, mass
+from longwave.ops.mass import add_step, greatest, log_sum_exp, mass
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NEAR = {torch.float64: dict(rtol=1e-12, atol=1e-13)}  # of others: float32's, whatever the inputs
@@ -120,6 +120,21 @@ def test_blocks_of_queries(monkeypatch):
     check(log_sum_exp(q, k, 0.3, visible), lse, q.dtype)
     check(mass(q, k, 0.3, visible), sums, q.dtype)
     check(mass(q, k, 0.3, visible, lse), sums, q.dtype)
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", [case for case in CASES if case[-1] == "all"], ids=named)
+def test_the_greatest_share_of_each_token(case, dtype, monkeypatch):
+    q, k, _ = made(case, dtype)
+    lse = torch.randn(q.shape[:3], generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    shares = torch.exp(q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * 0.3 - lse[..., None])
+    want = shares.amax(2).unflatten(1, (k.shape[1], -1)).amax(2)
+    lse = lse.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    check(greatest(q, k, 0.3, lse), want, dtype)
+    monkeypatch.setattr(attention, "MASK_ELEMENTS", 1)  # a query at a time
+    with Sizes() as sizes:
+        check(greatest(q, k, 0.3, lse), want, dtype)
+    assert sizes.most <= max(q.numel(), k.numel(), q.shape[0] * q.shape[1] * k.shape[2])
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])

@@ -1,4 +1,4 @@
-"""Attention mass: how much attention every stored token got from the queries of a pass."""
+"""Attention mass: how much attention every stored token got from the queries of a pass, in sum or at most."""
 
 import importlib
 from typing import Any
@@ -9,7 +9,7 @@ from longwave.ops.kernels import choice, wants_triton
 from longwave.ops.mass import reference
 from longwave.ops.mass.reference import add_step
 
-__all__ = ["add_step", "log_sum_exp", "mass"]
+__all__ = ["add_step", "greatest", "log_sum_exp", "mass"]
 
 
 def log_sum_exp(q: torch.Tensor, k: torch.Tensor, scaling: float, visible: torch.Tensor | None) -> torch.Tensor:
@@ -37,6 +37,13 @@ def mass(
     """
     _check(q, k, visible, lse)
     return _answers(q, k).mass(q, k, scaling, visible, lse)
+
+
+def greatest(q: torch.Tensor, k: torch.Tensor, scaling: float, lse: torch.Tensor) -> torch.Tensor:
+    """Column maxima of exp(scaling * q.k - lse), over a KV head's query heads and all queries: [B, H, L] in the dtype
+    of `log_sum_exp`. q and k as there, all of k seen; lse [B, Hq, Q]. ValueError as there."""
+    _check(q, k, None, lse)
+    return reference.greatest(q, k, scaling, lse)
 
 
 def _answers(q: torch.Tensor, k: torch.Tensor) -> Any:

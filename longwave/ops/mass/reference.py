@@ -39,6 +39,17 @@ def mass(
 
 
 @torch.no_grad()
+def greatest(q: torch.Tensor, k: torch.Tensor, scaling: float, lse: torch.Tensor) -> torch.Tensor:
+    """As in __init__.py."""
+    most = torch.zeros(k.shape[:3], dtype=_wide(q.dtype), device=q.device)
+    for at, some, held, _ in _blocks(q, k, None):
+        scores = _scores(some, held, scaling, None)
+        shares = scores.sub_(lse[:, :, at].unflatten(1, scores.shape[1:3])[..., None]).exp_()
+        most = torch.maximum(most, shares.amax((2, 3)))
+    return most
+
+
+@torch.no_grad()
 def add_step(
     total: torch.Tensor,
     q: torch.Tensor,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from longwave.frame import LongCache, MemoryLayer
     from longwave.methods import (
         H2O,
+        AttentionMatching,
         Bound,
         CaM,
         Dense,
@@ -54,9 +55,9 @@ _HOMES = {
     "save": "longwave.saved",
     **dict.fromkeys(
         (
-            "Bound", "CaM", "Dense", "Evicting", "ExpectedAttention", "Fourier", "FourierPaper", "H2O", "KNorm",
-            "KVzip", "Kivi", "Method", "PyramidKV", "Quest", "Segmented", "Selecting", "SnapKV", "Streaming", "Tova",
-            "TreeKV", "WeightedKV", "register",
+            "AttentionMatching", "Bound", "CaM", "Dense", "Evicting", "ExpectedAttention", "Fourier", "FourierPaper",
+            "H2O", "KNorm", "KVzip", "Kivi", "Method", "PyramidKV", "Quest", "Segmented", "Selecting", "SnapKV",
+            "Streaming", "Tova", "TreeKV", "WeightedKV", "register",
         ),
         "longwave.methods",
     ),
@@ -64,6 +65,7 @@ _HOMES = {
 
 __all__ = [
     "H2O",
+    "AttentionMatching",
     "Bound",
     "CaM",
     "Dense",

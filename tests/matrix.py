@@ -41,6 +41,13 @@ class OftenKVzip(longwave.KVzip):
     every: ClassVar[int] = 8
 
 
+@dataclass(frozen=True)
+class OftenMatching(longwave.AttentionMatching):
+    """And of attention_matching."""
+
+    every: ClassVar[int] = 8
+
+
 # budget 1: nothing is dropped or compressed
 IDENTITY = {
     "dense": lambda model: longwave.cache(model, "dense"),
@@ -105,6 +112,7 @@ LOSSY = {
     ),
     "pyramidkv": lambda model: longwave.cache(model, OftenPyramid(**ENDS), budget=0.3),
     "kvzip": lambda model: longwave.cache(model, OftenKVzip(chunk=20, lead=3, ask=(5, 6), **ENDS), budget=0.3),
+    "attention_matching": lambda model: longwave.cache(model, OftenMatching(queries=8, stride=3, **ENDS), budget=0.3),
 }
 
 # Methods that share a base with one in IDENTITY: everything is observed as if it were needed, and there is room for all
@@ -112,6 +120,6 @@ ROOMY = {
     method.name: lambda model, method=method: longwave.cache(model, method(tokens=4096))
     for method in (
         *(longwave.H2O, longwave.PyramidKV, longwave.Tova, longwave.TreeKV, longwave.WeightedKV, longwave.CaM),
-        *(longwave.KNorm, longwave.ExpectedAttention, longwave.KVzip),
+        *(longwave.KNorm, longwave.ExpectedAttention, longwave.KVzip, longwave.AttentionMatching),
     )
 }

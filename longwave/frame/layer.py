@@ -23,6 +23,8 @@ from longwave.ops import mass as attention_mass
 from longwave.ops.attention.reference import causal_attention, dense_attention, step_attention
 from longwave.store.tokens import TokenBuffer
 
+GIVEN = ("position", "bias")  # columns that nobody has to observe
+
 
 class MemoryLayer(Keeping):
     """One attention layer's memory. The base class keeps every token dense; methods override `settle` and more.
@@ -462,7 +464,7 @@ class MemoryLayer(Keeping):
             self._adopt(source)
 
     def _adopt(self, source: MemoryLayer) -> None:
-        missing = [name for name in self.needs.columns() if name not in source.dense.columns and name != "position"]
+        missing = [name for name in self.needs.columns() if name not in source.dense.columns and name not in GIVEN]
         asked = self.needs.queries and not (source.queries is not None and source.queries.covers(self.needs))
         if missing or asked:
             raise ValueError(

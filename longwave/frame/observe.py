@@ -46,6 +46,7 @@ class Needs:
     be undone (`Pass.rotary`). hidden: the input of the attention module, in `Pass.hidden`. shifts: `Queries.later`,
     which turns queries where the model's rotation can be undone. again: the most attention that each token gets while
     the model repeats it, a column for every way to; until then nothing settles. Tokens that come one at a time have 0.
+    bias: a column for what attention adds to a token's scores, 0 as it comes.
     """
 
     queries: int = 0
@@ -57,6 +58,7 @@ class Needs:
     votes: tuple[int, ...] = ()
     shifts: bool = False
     again: tuple[Repeat, ...] = ()
+    bias: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         asked = [needs for needs in (self, other) if needs.queries]
@@ -73,12 +75,13 @@ class Needs:
             tuple(sorted({*self.votes, *other.votes})),
             self.shifts or other.shifts,
             tuple(sorted({*self.again, *other.again})),
+            self.bias or other.bias,
         )
 
     def columns(self) -> dict[str, torch.dtype]:
         """The side columns that a token store keeps for this."""
         attention = [*(["mass"] if self.mass else []), *map(votes_of, self.votes)]
-        attention += [repeat.column for repeat in self.again]
+        attention += [repeat.column for repeat in self.again] + (["bias"] if self.bias else [])
         return ({"position": torch.int32} if self.positions else {}) | dict.fromkeys(attention, torch.float32)
 
     @property

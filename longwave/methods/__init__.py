@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from longwave.checks import nearest
+from longwave.methods.attention_matching import AttentionMatching
 from longwave.methods.base import Bound, Method
 from longwave.methods.cam import CaM
 from longwave.methods.dense import Dense
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         *(Dense, Fourier, FourierPaper, Kivi, Quest),
         *(Streaming, SnapKV, PyramidKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, KVzip, WeightedKV, CaM),
+        AttentionMatching,
     )
 }
 
@@ -62,6 +64,7 @@ def get_method(name: str, /, **options: object) -> Method:
 __all__ = [
     "H2O",
     "METHODS",
+    "AttentionMatching",
     "Bound",
     "CaM",
     "Dense",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from longwave.frame import MemoryLayer, Pass, Step
-from longwave.methods.held import evictable, held_by, rising, survivors
+from longwave.methods.held import Held, evictable, held_by, rising, survivors
 from longwave.store.state import State, demand
 
 
@@ -90,7 +90,7 @@ class EvictingLayer(MemoryLayer):
         gone = held.lengths - keep
         if method.folds:
             real = torch.arange(kept.shape[2], device=kept.device) < held.lengths[:, None]
-            self.dense.set_values(method.fold(held, ~kept & real[:, None], int(gone.max())))
+            self.fold(held, ~kept & real[:, None], int(gone.max()))
         if self.turn is not None:
             held = replace(held, room=(keep - self.bound.ends).clamp(min=1))
             after = method.next_turn(held)
@@ -100,6 +100,10 @@ class EvictingLayer(MemoryLayer):
             max(0, seen - undecided) if over else was
             for seen, was, over in zip(self.rows, self._evicted, due, strict=True)
         ]
+
+    def fold(self, held: Held, gone: torch.Tensor, most: int) -> None:
+        """Fold what goes, bool [batch, kv_heads, n], into what stays; most: as many go in a head."""
+        self.dense.set_values(self.bound.method.fold(held, gone, most))
 
     def _store(self, k: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         before = list(self.rows)

@@ -35,7 +35,7 @@ class Held:
     needed.
     scaling: of the scores. layer: number of the memory layer. turn int64 [batch]: where a method that `takes_turns`
     stands. room int64 [batch]: how many of the tokens that may go will stay, as steps have it. rotation: the layer's
-    own, for methods that need what is `unrotated`.
+    own, for methods that need what is `unrotated`. rotary, index: what `Queries.later` takes.
     """
 
     k: torch.Tensor
@@ -48,6 +48,8 @@ class Held:
     turn: torch.Tensor | None = None
     room: torch.Tensor | None = None
     rotation: Rotation | None = None
+    rotary: Any = None
+    index: int = 0
 
     def mean_mass(self) -> torch.Tensor:
         """Attention that each token got, over the number of queries that have seen it: as columns["mass"]."""
@@ -76,6 +78,7 @@ def held_by(source: MemoryLayer, lengths: torch.Tensor | None = None, **about: A
     if source.needs.unrotated and rotary is not None:
         module = next(module for module in rotary.turns if module.layer_idx == source.index)
         about["rotation"] = Rotation(rotary, module)
+    about |= {"rotary": rotary, "index": source.index}
     return Held(k, v, lengths, columns, source.queries, source.scaling, **about)
 
 

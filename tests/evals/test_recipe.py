@@ -328,7 +328,17 @@ def test_a_run_and_its_header(loader, hay, tmp_path):
     assert run["longwave"] == longwave.__version__
 
 
-FAMILY = ("tova", "treekv", "weightedkv", "cam", "knorm", "pyramidkv", "expected_attention", "kvzip")
+FAMILY = (
+    "tova",
+    "treekv",
+    "weightedkv",
+    "cam",
+    "knorm",
+    "pyramidkv",
+    "expected_attention",
+    "kvzip",
+    "attention_matching",
+)
 
 
 def test_every_method_is_measured_from_one_reading(loader, llama, hay, tmp_path, monkeypatch):

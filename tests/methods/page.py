@@ -43,6 +43,10 @@ ABOUT = {
         "2505.23416",
         "time and room while it reads: twice, all held; what is written afterwards",
     ),
+    "attention_matching": (
+        "2602.16284",
+        "facts that no reference query asks for; half as many queries as kept tokens, or fewer",
+    ),
     "weightedkv": ("2503.01330", "a folded value answers to its neighbour's key"),
     "cam": (
         "LCTmppB165",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         KNorm,
         KVzip,
         Method,
+        Palu,
         PyramidKV,
         Quest,
         Segmented,
@@ -56,7 +57,7 @@ _HOMES = {
     **dict.fromkeys(
         (
             "AttentionMatching", "Bound", "CaM", "Dense", "Evicting", "ExpectedAttention", "Fourier", "FourierPaper",
-            "H2O", "KNorm", "KVzip", "Kivi", "Method", "PyramidKV", "Quest", "Segmented", "Selecting", "SnapKV",
+            "H2O", "KNorm", "KVzip", "Kivi", "Method", "Palu", "PyramidKV", "Quest", "Segmented", "Selecting", "SnapKV",
             "Streaming", "Tova", "TreeKV", "WeightedKV", "register",
         ),
         "longwave.methods",
@@ -79,6 +80,7 @@ __all__ = [
     "LongCache",
     "MemoryLayer",
     "Method",
+    "Palu",
     "Profile",
     "PyramidKV",
     "Quest",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import longwave
-from tests.conftest import merging_profile, random_profile
+from tests.conftest import merging_profile, own_axes, random_profile
 from tests.explicit import Explicit
 
 ENDS = dict(sinks=2, window=8)
@@ -46,6 +46,13 @@ class OftenMatching(longwave.AttentionMatching):
     """And of attention_matching."""
 
     every: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
+class SmallPalu(longwave.Palu):
+    """palu whose tokens join by a few."""
+
+    segment: ClassVar[int] = 8
 
 
 # budget 1: nothing is dropped or compressed
@@ -113,6 +120,7 @@ LOSSY = {
     "pyramidkv": lambda model: longwave.cache(model, OftenPyramid(**ENDS), budget=0.3),
     "kvzip": lambda model: longwave.cache(model, OftenKVzip(chunk=20, lead=3, ask=(5, 6), **ENDS), budget=0.3),
     "attention_matching": lambda model: longwave.cache(model, OftenMatching(queries=8, stride=3, **ENDS), budget=0.3),
+    "palu": lambda model: longwave.cache(model, SmallPalu(axes=own_axes(model), **ENDS), budget=0.5),
 }
 
 # Methods that share a base with one in IDENTITY: everything is observed as if it were needed, and there is room for all

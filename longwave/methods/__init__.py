@@ -17,6 +17,7 @@ from longwave.methods.h2o import H2O
 from longwave.methods.kivi import Kivi
 from longwave.methods.knorm import KNorm
 from longwave.methods.kvzip import KVzip
+from longwave.methods.palu import Palu
 from longwave.methods.pyramidkv import PyramidKV
 from longwave.methods.quest import Quest
 from longwave.methods.segmented import Segmented
@@ -30,7 +31,7 @@ from longwave.methods.weightedkv import WeightedKV
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(Dense, Fourier, FourierPaper, Kivi, Quest),
+        *(Dense, Fourier, FourierPaper, Kivi, Palu, Quest),
         *(Streaming, SnapKV, PyramidKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, KVzip, WeightedKV, CaM),
         AttentionMatching,
     )
@@ -76,6 +77,7 @@ __all__ = [
     "KVzip",
     "Kivi",
     "Method",
+    "Palu",
     "PyramidKV",
     "Quest",
     "Segmented",

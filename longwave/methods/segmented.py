@@ -220,11 +220,10 @@ class SegmentedLayer(MemoryLayer):
                 self.store.append(row, *self.merged(middle_k, middle_v, *(x[rows] for x in probes)))
         self.dense.drop(self.sinks, due)
 
-    def merged(
-        self, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor, lse: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def merged(self, k: torch.Tensor, v: torch.Tensor, *beside: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """K and V of whole segments [b, H, N * T, D] with the tokens of merged heads as what they become, and their
         bias [b, H, N]; by remembered queries q [b, Hq, P, D] and their `lse`."""
+        q, lse = beside
         own = torch.tensor(self.store.layout.merged, device=k.device)
         q, lse = (x.unflatten(1, (k.shape[1], -1))[:, own].flatten(1, 2) for x in (q, lse))
         keys, values, raised = merge(q, k[:, own], v[:, own], lse, self.scaling, self.segment)
@@ -235,7 +234,7 @@ class SegmentedLayer(MemoryLayer):
         bias[:, own] = raised
         return k, v, bias
 
-    def _probes(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _probes(self) -> tuple[torch.Tensor, ...] | None:
         """The remembered queries as later ones [B, Hq, P, D], and the log of what their softmax divides by [B, Hq, P],
         -inf where none is remembered; None where no head is merged, or nothing was ever asked."""
         if not self.merges:
@@ -375,7 +374,7 @@ class SegmentedLayer(MemoryLayer):
         answer = self.store.attend(p.q, p.scaling, k, v, step.seen, step.counts)
         if answer is not None:
             return answer
-        middle = self.store.pages.shape[1] * self.segment
+        middle = self.store.room
         return store_attention(self.store, p.q, p.scaling, k, v, step.seen, step.counts * self.segment, middle)
 
     # what it holds

@@ -40,6 +40,11 @@ class PageStore:
         """Middle tokens held, per row."""
         return [count * self.layout.segment for count in self.counts]
 
+    @property
+    def room(self) -> int:
+        """Tokens that there is room for."""
+        return self.pages.shape[1] * self.layout.segment
+
     def answers(self) -> list[str]:
         """What has attended over these pages so far, and where that is plain torch, why."""
         return list(self._answered)

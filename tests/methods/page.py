@@ -18,6 +18,7 @@ ABOUT = {
     "fourier": ("2506.11886", "below a tenth of the bytes: [fourier](fourier.md)"),
     "fourier-paper": ("2506.11886", "long contexts: [fourier](fourier.md)"),
     "kivi": ("2402.02750", "2 bits: [kivi](kivi.md)"),
+    "palu": ("2407.21118", "time: keys are rebuilt for every token; a rotation that cannot be undone is refused"),
     "quest": ("2406.10774", "bytes: it holds everything: [quest](quest.md)"),
     "streaming": (
         "2309.17453",

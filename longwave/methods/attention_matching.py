@@ -44,7 +44,7 @@ class AttentionMatching(Evicting):
     queries: int = 64
     stride: int = 16
     later: bool = True
-    ridge: float = 0.01
+    ridge: float = 0.1
 
     def __post_init__(self) -> None:
         whole("queries", self.queries, 1, "tokens")

@@ -18,7 +18,7 @@ ABOUT = {
     "fourier": ("2506.11886", "below a tenth of the bytes: [fourier](fourier.md)"),
     "fourier-paper": ("2506.11886", "long contexts: [fourier](fourier.md)"),
     "kivi": ("2402.02750", "2 bits: [kivi](kivi.md)"),
-    "palu": ("2407.21118", "time: keys are rebuilt for every token; a rotation that cannot be undone is refused"),
+    "palu": ("2407.21118", "time: keys are rebuilt in every step: [palu](palu.md)"),
     "quest": ("2406.10774", "bytes: it holds everything: [quest](quest.md)"),
     "streaming": (
         "2309.17453",
@@ -42,11 +42,11 @@ ABOUT = {
     ),
     "kvzip": (
         "2505.23416",
-        "time and room while it reads: twice, all held; what is written afterwards",
+        "it reads twice and holds all meanwhile; what is written afterwards: [evicting](evicting.md)",
     ),
     "attention_matching": (
         "2602.16284",
-        "facts that no reference query asks for; half as many queries as kept tokens, or fewer",
+        "facts that no reference query asks for: [evicting](evicting.md)",
     ),
     "weightedkv": ("2503.01330", "a folded value answers to its neighbour's key"),
     "cam": (

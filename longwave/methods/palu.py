@@ -42,6 +42,7 @@ class Palu(Segmented):
 
     name: ClassVar[str] = "palu"
     segment: ClassVar[int] = 64  # tokens that join at once
+    takes_others: ClassVar[bool] = False
 
     sinks: int = 4
     window: int = 64

@@ -6,7 +6,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,6 +28,8 @@ BESIDE = 8  # channels beside K's for a bias: fused kernels want multiples of 8
 @dataclass(frozen=True)
 class Segmented(Method):
     """Options: `sinks`, `window` (first and last tokens, dense) and how many are compressed together."""
+
+    takes_others: ClassVar[bool] = True  # whether what an evicting method keeps can lie in its pages
 
     @property
     @abstractmethod

@@ -169,6 +169,8 @@ def test_what_cannot_be_is_refused(model):
     ):
         with pytest.raises(ValueError, match=message):
             longwave.Palu(**options)
+    with pytest.raises(ValueError, match="store is a method of pages"):
+        longwave.SnapKV(store="palu")
     with pytest.raises(ValueError, match="leaves no axis"):
         cached(model, 0.05)
     with pytest.raises(ValueError, match="heads divides the model's 2 KV heads"):

@@ -75,6 +75,8 @@ def cache(
                 profile, why = profile_for(model, shape, measured, measure, tokenizer)
         elif profile is None and method.uses_profile:
             profile = shipped(model, shape, paper=True)
+        if not _fits_whole(method, shape, fraction, room):
+            method = method.known(model, shape, tokenizer)
         bound = _bind(method, shape, profile, fraction, room)
     if bound.warning:
         warnings.warn(f"{bound.warning} ({why})" if why else bound.warning, stacklevel=2)

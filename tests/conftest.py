@@ -28,7 +28,7 @@ from transformers import (
 import longwave
 from longwave.frame import Pass, cache_name
 from longwave.methods.base import CacheShape
-from longwave.plan import BOTH_OPTIONS, KEY_OPTIONS, VALUE_OPTIONS, automatic
+from longwave.plan import BOTH_OPTIONS, KEY_OPTIONS, VALUE_OPTIONS, automatic, axes
 from longwave.plan.profile import Sensitivity
 
 DATA = Path(os.environ.get("LONGWAVE_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -116,6 +116,13 @@ def merging_profile(model):
     profile = random_profile(model)
     found = profile.sensitivity
     return replace(profile, sensitivity=replace(found, k=found.k + 10, v=found.v + 10, both=found.both * 0))
+
+
+def own_axes(model, heads=2):
+    """Axes of a small model's K and V, by noise; measured once a model."""
+    if not hasattr(model, "_own_axes"):
+        model._own_axes = axes.fit(model, [tokens(2, 64, seed=9)], heads)
+    return model._own_axes
 
 
 def ask(layer, q, scaling, causal=True, k=None, v=None, valid=None):

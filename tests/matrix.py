@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import longwave
-from tests.conftest import merging_profile, random_profile
+from tests.conftest import merging_profile, own_axes, random_profile
 from tests.explicit import Explicit
 
 ENDS = dict(sinks=2, window=8)
@@ -49,8 +49,29 @@ class OftenSir(longwave.SirLLM):
 
 
 @dataclass(frozen=True)
+class OftenKVzip(longwave.KVzip):
+    """And of kvzip."""
+
+    every: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
 class OftenThink(longwave.ThinK):
     """think that packs a few tokens at a time."""
+
+    segment: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
+class OftenMatching(longwave.AttentionMatching):
+    """And of attention_matching."""
+
+    every: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
+class SmallPalu(longwave.Palu):
+    """palu whose tokens join by a few."""
 
     segment: ClassVar[int] = 8
 
@@ -134,21 +155,17 @@ LOSSY = {
     "sirllm-slots": lambda model: longwave.cache(model, OftenSir(tokens=24, positions="slots", **ENDS)),
     "adakv": lambda model: longwave.cache(model, OftenAda(**ENDS), budget=0.3),
     "speckv": lambda model: longwave.cache(model, OftenSpec(**ENDS), budget=0.3),
+    "kvzip": lambda model: longwave.cache(model, OftenKVzip(chunk=20, lead=3, ask=(5, 6), **ENDS), budget=0.3),
+    "attention_matching": lambda model: longwave.cache(model, OftenMatching(queries=8, stride=3, **ENDS), budget=0.3),
+    "palu": lambda model: longwave.cache(model, SmallPalu(axes=own_axes(model), **ENDS), budget=0.5),
 }
 
 # Methods that share a base with one in IDENTITY: everything is observed as if it were needed, and there is room for all
 ROOMY = {
     method.name: lambda model, method=method: longwave.cache(model, method(tokens=4096))
     for method in (
-        *(
-            longwave.H2O,
-            longwave.PyramidKV,
-            longwave.AdaKV,
-            longwave.Tova,
-            longwave.TreeKV,
-            longwave.WeightedKV,
-            longwave.CaM,
-        ),
-        *(longwave.KNorm, longwave.ExpectedAttention, longwave.SirLLM, OftenSpec),
+        *(longwave.H2O, longwave.PyramidKV, longwave.AdaKV, longwave.Tova, longwave.TreeKV, longwave.WeightedKV),
+        *(longwave.CaM, longwave.KNorm, longwave.ExpectedAttention, longwave.SirLLM, OftenSpec),
+        *(longwave.KVzip, longwave.AttentionMatching),
     )
 } | {"think": lambda model: longwave.cache(model, longwave.ThinK(window=4096))}

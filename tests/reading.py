@@ -3,6 +3,7 @@
 import torch
 
 from longwave.frame import cache_argument
+from longwave.store.latents import LatentStore
 
 
 def positions_of(mask, new):
@@ -36,7 +37,11 @@ def state_of(memory):
         state = {name: getattr(layer, name) for name in ("columns", "batch_size")}
         for name in ("rows", "_run", "_evicted", "_known"):
             state[name] = list(getattr(layer, name, ()))
-        state["k"], state["v"] = layer.materialize()
+        if isinstance(getattr(layer, "store", None), LatentStore) and not layer.progress.rotary.turns:
+            # a pickle left the model behind, and nothing can be rotated: what is held, then
+            state["k"], state["v"] = layer.store.k.clone(), layer.store.v.clone()
+        else:
+            state["k"], state["v"] = layer.materialize()
         state |= {"lengths": list(layer.dense.lengths), "middle": [0] * len(layer.rows)}
         if getattr(layer, "store", None) is not None:
             state["middle"] = list(layer.store.tokens)

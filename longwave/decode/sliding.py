@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from longwave.decode.layers import LayerInStep
+from longwave.frame.standin import StandIn
 
 
-class SlidingStep(LayerInStep):
+class SlidingStep(StandIn):
     """What the model sees of a sliding layer during a step: the new token takes the column of the one that leaves.
 
     keys, values [batch, kv_heads, window, head_dim] and real bool [batch, window] stay where they are; at int64 [1] is

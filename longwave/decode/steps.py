@@ -17,11 +17,11 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 
 from longwave.decode.compiled import Compiled, OpaqueCache, Uncompiled, layers_of
 from longwave.decode.graph import Graph
-from longwave.decode.layers import LayerInStep
 from longwave.decode.sliding import SlidingStep, why_not
 from longwave.frame import LongCache, MemoryLayer, Pass, Step, cache_name
 from longwave.frame.attention import Handle, LogicalLength, StepMask, is_ours, own_arithmetic
 from longwave.frame.hidden import take_hidden
+from longwave.frame.standin import StandIn
 from longwave.shape import learns_sinks
 
 MEMORY = "storage for all new tokens is reserved at once: fewer of them, or fewer rows, need less"
@@ -72,7 +72,7 @@ def supports(model: PreTrainedModel, cache: Cache) -> str | None:
     return None
 
 
-class _StepLayer(LayerInStep):
+class _StepLayer(StandIn):
     """What the model sees of a memory layer during a step: it writes where the device says and answers from there."""
 
     def __init__(self, layer: MemoryLayer, step: Step):
@@ -108,9 +108,6 @@ class _StepLayer(LayerInStep):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return LogicalLength(query_length), 0  # what a row sees is counted on the device
-
-    def get_max_length(self) -> int:
-        return -1
 
 
 class StaticDecoder:

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from longwave.frame.again import Reader
 from longwave.frame.attention import stored_dtype, use_longwave_attention
 from longwave.frame.beside import with_state
 from longwave.frame.cache import LongCache, Origin
@@ -24,7 +25,16 @@ def assemble(model: PreTrainedModel, layer: Callable[[int], MemoryLayer], needs:
     others, states = other_layers(config), states_beside(config)
     rotary = _rotary(model, needs)  # before anything is selected: it may refuse
     indices = tuple(index for index, other in enumerate(others) if other is None)
-    watch = (Watch(model, indices) if needs.hidden else None, Listener(model) if needs.surprise else None)
+    if needs.again and states:
+        raise NotImplementedError(
+            "layers of this model attend and keep a recurrent state as well, which has moved on when the text would be "
+            "read again: use a method that reads it once, such as snapkv"
+        )
+    watch = (
+        Watch(model, indices) if needs.hidden else None,
+        Listener(model) if needs.surprise else None,
+        Reader(model) if needs.again else None,
+    )
     layers = [layer(index) if other is None else other for index, other in enumerate(others)]
     layers = [with_state(made, states[index]) if index in states else made for index, made in enumerate(layers)]
     use_longwave_attention(model)

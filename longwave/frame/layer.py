@@ -23,6 +23,8 @@ from longwave.ops import mass as attention_mass
 from longwave.ops.attention.reference import causal_attention, dense_attention, step_attention
 from longwave.store.tokens import TokenBuffer
 
+GIVEN = ("position", "bias")  # columns that nobody has to observe
+
 
 class MemoryLayer(Keeping):
     """One attention layer's memory. The base class keeps every token dense; methods override `settle` and more.
@@ -34,6 +36,7 @@ class MemoryLayer(Keeping):
 
     queries: Queries | None  # of the last tokens, where `needs` says so
     heard: Queries | None  # what went into the model's head, in the place of queries: in one layer of a cache
+    waiting: list[int]  # the last so many tokens of each row are to be read again before anything settles
     hints = False  # whether remembered queries only hint at something: then no harm is done where a mask hid tokens
     _sources: list[torch.Tensor]  # what was given to `update` with a gradient to follow, until attention asks
 
@@ -317,6 +320,9 @@ class MemoryLayer(Keeping):
             self._fresh = False
             if self.needs.surprise:
                 self.progress.unheard = True  # `hear` settles
+            elif self.needs.again and q.shape[2] > 1 and not self._to_be_cropped(q.shape[2]):
+                self.waiting = [q.shape[2]] * self.batch_size if p.valid is None else p.valid.sum(-1).tolist()
+                self.dense.fit()
             else:
                 self._settle_pass(q.shape[2])
         except BaseException:  # whatever it was, memory included: layers now hold different tokens
@@ -328,9 +334,13 @@ class MemoryLayer(Keeping):
                 self.progress.mask = None
         return out
 
+    def _to_be_cropped(self, tokens: int) -> bool:
+        """Whether a pass of so many tokens waits for `crop`."""
+        return self.record_past and tokens <= self.patience()
+
     def _settle_pass(self, tokens: int) -> None:
         """Settle behind a pass of so many tokens, or leave it to `crop` and the next one."""
-        if self.record_past and tokens <= self.patience():
+        if self._to_be_cropped(tokens):
             self._unsettled = True
         else:
             self.settle()
@@ -378,10 +388,15 @@ class MemoryLayer(Keeping):
                 raise NotImplementedError(
                     "what this model's learned sinks take of attention under a 4D mask is not known: pass a 2D mask"
                 )
-            if self.needs.watches or (self.needs.queries and not self.hints):
+            if self.needs.watches or self.needs.again or (self.needs.queries and not self.hints):
                 raise NotImplementedError(
                     "this method watches what attention reads, which a 4D attention mask hides from it: pass a 2D mask"
                 )
+        if self.needs.again and q.shape[2] > 1 and not self._to_be_cropped(q.shape[2]) and self.progress.given is None:
+            raise ValueError(
+                "these tokens are to be read twice, and only the model that the cache was built on does that by "
+                "itself: longwave.cache(model, ...), then model(...) or model.generate(...) of that very model"
+            )
         if self.needs.hidden:
             p.hidden = take_hidden(module)
         if self.needs.surprise and self.progress.ids is None:
@@ -484,7 +499,7 @@ class MemoryLayer(Keeping):
             self._adopt(source)
 
     def _adopt(self, source: MemoryLayer) -> None:
-        missing = [name for name in self.needs.columns() if name not in source.dense.columns and name != "position"]
+        missing = [name for name in self.needs.columns() if name not in source.dense.columns and name not in GIVEN]
         asked = self.needs.queries and not (source.queries is not None and source.queries.covers(self.needs))
         if missing or asked:
             raise ValueError(
@@ -546,6 +561,7 @@ class MemoryLayer(Keeping):
         self._came = None
         self._before = []
         self._fresh = self._unsettled = self._beyond = self.record_past = False
+        self.waiting = []
         self.scaling = 1.0  # of the scores, as the last pass had it
         if hasattr(self, "batch_size"):
             del self.batch_size

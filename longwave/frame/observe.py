@@ -15,6 +15,26 @@ import torch
 from longwave.store.state import State, demand
 
 
+@dataclass(frozen=True, order=True)
+class Repeat:
+    """How a model repeats what it has just read (again.py).
+
+    chunk: tokens that are repeated at a time. lead: as many of those before a chunk come before it again, so that the
+    model knows where to go on. sinks: first tokens that share attention with every chunk. ask: token ids of a request
+    that comes before all of this.
+    """
+
+    chunk: int
+    lead: int
+    sinks: int
+    ask: tuple[int, ...] = ()
+
+    @property
+    def column(self) -> str:
+        """Name of the column that it fills."""
+        return "_".join(map(str, ("again", self.chunk, self.lead, self.sinks, *self.ask)))
+
+
 @dataclass(frozen=True)
 class Needs:
     """What a method asks of the frame.
@@ -26,7 +46,10 @@ class Needs:
     be undone (`Pass.rotary`). hidden: the input of the attention module, in `Pass.hidden`. shifts: `Queries.later`,
     which turns queries where the model's rotation can be undone. surprise: how little each token was expected, a column
     that is known once a pass is through all layers, so that they settle then (surprise.py); of so many last tokens a
-    cache's first memory layer remembers what went into the head: one, and those that `crop` may take back.
+    cache's first memory layer remembers what went into the head: one, and those that `crop` may take back. again: the
+    most attention that each token gets while the model repeats it, a column for every way to; until then nothing
+    settles. Tokens that come one at a time have 0. bias: a column for what attention adds to a token's scores, 0 as it
+    comes.
     """
 
     queries: int = 0
@@ -38,6 +61,8 @@ class Needs:
     votes: tuple[int, ...] = ()
     shifts: bool = False
     surprise: int = 0
+    again: tuple[Repeat, ...] = ()
+    bias: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         asked = [needs for needs in (self, other) if needs.queries]
@@ -54,11 +79,14 @@ class Needs:
             tuple(sorted({*self.votes, *other.votes})),
             self.shifts or other.shifts,
             max(self.surprise, other.surprise),
+            tuple(sorted({*self.again, *other.again})),
+            self.bias or other.bias,
         )
 
     def columns(self) -> dict[str, torch.dtype]:
         """The side columns that a token store keeps for this."""
         told = [*(["mass"] if self.mass else []), *map(votes_of, self.votes), *(["surprise"] if self.surprise else [])]
+        told += [repeat.column for repeat in self.again] + (["bias"] if self.bias else [])
         return ({"position": torch.int32} if self.positions else {}) | dict.fromkeys(told, torch.float32)
 
     @property

@@ -24,6 +24,7 @@ class Progress:
     ids: Any = None  # of the running pass's tokens, where a method needs to know them (surprise.py)
     unheard: bool = False  # layers wait behind a pass for what its last layer says
     mask: tuple[Any, Any, list[int]] | None = None  # a pass's 4D mask, the plain one that it is, tokens of rows before
+    given: Any = None  # what the running pass was given, where somebody is to read it again (again.py)
     scratch: Scratch = field(default_factory=Scratch)  # what one layer's pass may take at a time
 
     def check(self) -> None:

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from longwave.checks import nearest
 from longwave.methods.adakv import AdaKV
+from longwave.methods.attention_matching import AttentionMatching
 from longwave.methods.base import Bound, Method
 from longwave.methods.cam import CaM
 from longwave.methods.dense import Dense
@@ -16,6 +17,8 @@ from longwave.methods.fourier_paper import FourierPaper
 from longwave.methods.h2o import H2O
 from longwave.methods.kivi import Kivi
 from longwave.methods.knorm import KNorm
+from longwave.methods.kvzip import KVzip
+from longwave.methods.palu import Palu
 from longwave.methods.pyramidkv import PyramidKV
 from longwave.methods.quest import Quest
 from longwave.methods.segmented import Segmented
@@ -32,9 +35,9 @@ from longwave.methods.weightedkv import WeightedKV
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(Dense, Fourier, FourierPaper, Kivi, ThinK, Quest),
-        *(Streaming, SnapKV, PyramidKV, AdaKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, WeightedKV, CaM, SirLLM),
-        SpecKV,
+        *(Dense, Fourier, FourierPaper, Kivi, ThinK, Palu, Quest),
+        *(Streaming, SnapKV, PyramidKV, AdaKV, SpecKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, KVzip),
+        *(WeightedKV, CaM, AttentionMatching, SirLLM),
     )
 }
 
@@ -67,6 +70,7 @@ __all__ = [
     "H2O",
     "METHODS",
     "AdaKV",
+    "AttentionMatching",
     "Bound",
     "CaM",
     "Dense",
@@ -75,8 +79,10 @@ __all__ = [
     "Fourier",
     "FourierPaper",
     "KNorm",
+    "KVzip",
     "Kivi",
     "Method",
+    "Palu",
     "PyramidKV",
     "Quest",
     "Segmented",

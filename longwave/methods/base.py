@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from transformers import PreTrainedModel
 
 from longwave.frame import MemoryLayer, Needs
 from longwave.plan.profile import Profile
@@ -41,6 +42,10 @@ class Method(ABC):
         """What has to be done before a model can read a prompt into its cache, for whoever does not do it; None where
         nothing has to."""
         return None
+
+    def known(self, model: PreTrainedModel, shape: CacheShape, tokenizer: Any) -> Method:
+        """The same options with what they need to know of the model's own numbers, found out once."""
+        return self
 
     def measured_by(self) -> Any:
         """The method whose pages' costs a plan is made of, which `longwave.cache` measures on a model that has no

@@ -72,7 +72,7 @@ class Evicting(Method):
         if self.store is None and self.store_budget is not None:
             raise ValueError("store_budget is the budget of the store, and there is none: give store, or only a budget")
         if self.store is not None:
-            if not isinstance(self.store, Segmented) or not self.store.dense_tokens[2]:
+            if not isinstance(self.store, Segmented) or not (self.store.takes_others and self.store.dense_tokens[2]):
                 raise ValueError(f'store is a method of pages such as "kivi" or "fourier", got {self.store!r}')
             for option in fields(self.store):
                 if option.name in ("sinks", "window") and getattr(self.store, option.name) != option.default:

@@ -98,7 +98,7 @@ class EvictingLayer(MemoryLayer):
         gone = held.lengths - keep
         if method.folds:
             real = torch.arange(kept.shape[2], device=kept.device) < held.lengths[:, None]
-            self.dense.set_values(method.fold(held, ~kept & real[:, None], int(gone.max())))
+            self.fold(held, ~kept & real[:, None], int(gone.max()))
         if self.turn is not None:
             held = replace(held, room=(keep - self.bound.ends).clamp(min=1))
             after = method.next_turn(held)
@@ -108,6 +108,10 @@ class EvictingLayer(MemoryLayer):
             max(0, seen - undecided) if over else was
             for seen, was, over in zip(self.rows, self._evicted, due, strict=True)
         ]
+
+    def fold(self, held: Held, gone: torch.Tensor, most: int) -> None:
+        """Fold what goes, bool [batch, kv_heads, n], into what stays; most: as many go in a head."""
+        self.dense.set_values(self.bound.method.fold(held, gone, most))
 
     def _store(self, k: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         before = list(self.rows)

@@ -35,8 +35,8 @@ class Held:
     needed.
     scaling: of the scores. layer: number of the memory layer. turn int64 [batch]: where a method that `takes_turns`
     stands. room int64 [batch]: how many of the tokens that may go will stay, as steps have it. rotation: the layer's
-    own, for methods that need what is `unrotated`. ahead: tokens behind each row's end, k's next ones, that ask as
-    well and are taken back (speckv).
+    own, for methods that need what is `unrotated`. rotary, index: what `Queries.later` takes. ahead: tokens behind each
+    row's end, k's next ones, that ask as well and are taken back (speckv).
     """
 
     k: torch.Tensor
@@ -49,6 +49,8 @@ class Held:
     turn: torch.Tensor | None = None
     room: torch.Tensor | None = None
     rotation: Rotation | None = None
+    rotary: Any = None
+    index: int = 0
     ahead: int = 0
 
     def mean_mass(self) -> torch.Tensor:
@@ -78,6 +80,7 @@ def held_by(source: MemoryLayer, lengths: torch.Tensor | None = None, **about: A
     if source.needs.unrotated and rotary is not None:
         module = next(module for module in rotary.turns if module.layer_idx == source.index)
         about["rotation"] = Rotation(rotary, module)
+    about |= {"rotary": rotary, "index": source.index}
     return Held(k, v, lengths, columns, source.queries, source.scaling, **about)
 
 

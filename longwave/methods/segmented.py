@@ -6,7 +6,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,6 +29,8 @@ BESIDE = 8  # channels beside K's for a bias: fused kernels want multiples of 8
 @dataclass(frozen=True)
 class Segmented(Method):
     """Options: `sinks`, `window` (first and last tokens, dense) and how many are compressed together."""
+
+    takes_others: ClassVar[bool] = True  # whether what an evicting method keeps can lie in its pages
 
     @property
     @abstractmethod
@@ -228,12 +230,15 @@ class SegmentedLayer(MemoryLayer):
             if probes is None:
                 self.store.append(row, middle_k, middle_v)
             else:
-                q, lse = (x[rows] for x in probes)
-                merged = merge_heads(q, middle_k, middle_v, lse, self.scaling, self.segment, self.merged)
-                self.store.append(row, *merged)
+                self.store.append(row, *self.joined(middle_k, middle_v, *(x[rows] for x in probes)))
         self.dense.drop(self.sinks, due)
 
-    def _probes(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def joined(self, k: torch.Tensor, v: torch.Tensor, *probes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """What the store takes of whole segments [b, H, N * T, D], by what `_probes` gave of their rows."""
+        q, lse = probes
+        return merge_heads(q, k, v, lse, self.scaling, self.segment, self.merged)
+
+    def _probes(self) -> tuple[torch.Tensor, ...] | None:
         """The remembered queries as later ones [B, Hq, P, D], and the log of what their softmax divides by [B, Hq, P],
         -inf where none is remembered; None where no head is merged, or nothing was ever asked."""
         if not self.merged:

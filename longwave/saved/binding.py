@@ -13,11 +13,12 @@ import torch
 
 from longwave.methods.base import Bound, Method
 from longwave.ops.spectral.layout import Code
+from longwave.plan.axes import Axes
 from longwave.plan.plan import LayerCodes
 from longwave.plan.planner import Expected
 from longwave.shape import CacheShape
 
-_VALUES: dict[str, Any] = {cls.__name__: cls for cls in (Code, LayerCodes, CacheShape, Expected)}
+_VALUES: dict[str, Any] = {cls.__name__: cls for cls in (Axes, Code, LayerCodes, CacheShape, Expected)}
 
 
 def _name(cls: type) -> str:

@@ -46,7 +46,7 @@ def device_of(model: PreTrainedModel, index: int) -> torch.device:
 def check_needs(empty: LongCache, path: Any) -> Needs:
     """What a method needs of a prompt that a file holds. ValueError where no file does."""
     needs = next(empty.memory_layers()).needs
-    if needs.mass or needs.hidden or needs.surprise:
+    if needs.watches or needs.again or needs.hidden or needs.surprise:
         what = "the attention that each token got" if needs.mass else "the input of each layer"
         what = "how little each token was expected" if needs.surprise else what
         raise ValueError(

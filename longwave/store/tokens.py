@@ -199,6 +199,12 @@ class TokenBuffer:
             self.v = self.v.clone()
         self.v[:, :, : self.longest] = v
 
+    def set_column(self, name: str, x: torch.Tensor) -> None:
+        """The same of a side column, x [batch, kv_heads, longest] of its dtype."""
+        if not self.fixed:
+            self.columns[name] = self.columns[name].clone()
+        self.column(name).copy_(x)
+
     def write_step(
         self,
         rows: torch.Tensor,

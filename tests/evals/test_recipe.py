@@ -20,8 +20,9 @@ from longwave.evals.spec import parse_spec
 from longwave.evals.task import Setting
 from longwave.evals.tasks import get_task
 from longwave.methods import METHODS
+from longwave.plan.axes import place
 from tests.cli.calls import TEXT
-from tests.conftest import random_profile
+from tests.conftest import own_axes, random_profile, shape_of
 
 SMALL = "segment=16,window=16"
 
@@ -342,7 +343,10 @@ def test_a_run_and_its_header(loader, hay, tmp_path):
     assert run["longwave"] == longwave.__version__
 
 
-FAMILY = ("tova", "treekv", "weightedkv", "cam", "knorm", "pyramidkv", "adakv", "expected_attention", "sirllm")
+FAMILY = (
+    *("tova", "treekv", "weightedkv", "cam", "knorm", "pyramidkv", "adakv", "expected_attention", "sirllm", "kvzip"),
+    "attention_matching",
+)
 
 
 def test_every_method_is_measured_from_one_reading(loader, llama, hay, tmp_path, monkeypatch):
@@ -351,7 +355,8 @@ def test_every_method_is_measured_from_one_reading(loader, llama, hay, tmp_path,
     methods = ["fourier-paper:keep=0.5,states=20,window=16", f"fourier:{SMALL}", "kivi:bits=4,group=8,window=16"]
     methods += ["streaming:window=16,tokens=40", "snapkv:window=16,tokens=40", "h2o:window=16,tokens=40"]
     methods += [f"{name}:window=16,tokens=40" for name in FAMILY]
-    methods += ["think:sinks=0,window=4,queries=4,ratio=0.75"]
+    own_axes(llama).save(place(llama, shape_of(llama), 2))  # its tokenizer is not to be found
+    methods += ["think:sinks=0,window=4,queries=4,ratio=0.75", "palu:window=16"]
     methods += ["speckv:window=16,tokens=40,ahead=0", "quest:window=16,chunk=8", "dense"]
     assert {parse_spec(method)[0] for method in methods} == set(METHODS), "a method was added: measure it here"
     read = []

@@ -22,6 +22,7 @@ ABOUT = {
         "2407.21018",
         "bytes: values stay whole, never below half; worse than codes of an eighth: [think](think.md)",
     ),
+    "palu": ("2407.21118", "time: keys are rebuilt in every step: [palu](palu.md)"),
     "quest": ("2406.10774", "bytes: it holds everything: [quest](quest.md)"),
     "streaming": (
         "2309.17453",
@@ -48,6 +49,14 @@ ABOUT = {
         "2510.00636",
         "queries to come that are unlike the last; a rotation that cannot be undone is refused",
     ),
+    "kvzip": (
+        "2505.23416",
+        "it reads twice and holds all meanwhile; what is written afterwards: [evicting](evicting.md)",
+    ),
+    "attention_matching": (
+        "2602.16284",
+        "facts that no reference query asks for: [evicting](evicting.md)",
+    ),
     "weightedkv": ("2503.01330", "a folded value answers to its neighbour's key"),
     "cam": (
         "LCTmppB165",
@@ -73,7 +82,7 @@ def accepts(cls, **options):
 
 
 def watches(bound):
-    return bound.needs.watches or (bool(bound.needs.queries) and not bound.layer(0).hints)
+    return bound.needs.watches or bool(bound.needs.again) or (bool(bound.needs.queries) and not bound.layer(0).hints)
 
 
 def table():

@@ -145,6 +145,21 @@ def test_weights_of_another_shape():
         peak(q, k, 0.3, visible, torch.ones(2, 4))
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("case", [case for case in CASES if case[-1] == "all"], ids=named)
+def test_the_greatest_share_of_each_token(case, dtype, monkeypatch):
+    q, k, _ = made(case, dtype)
+    lse = torch.randn(q.shape[:3], generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    shares = torch.exp(q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * 0.3 - lse[..., None])
+    want = shares.amax(2).unflatten(1, (k.shape[1], -1)).amax(2)
+    lse = lse.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    check(peak(q, k, 0.3, None, lse=lse), want, dtype)
+    monkeypatch.setattr(attention, "MASK_ELEMENTS", 1)  # a query at a time
+    with Sizes() as sizes:
+        check(peak(q, k, 0.3, None, lse=lse), want, dtype)
+    assert sizes.most <= max(q.numel(), k.numel(), q.shape[0] * q.shape[1] * k.shape[2])
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 def test_a_softmax_over_two_stores(kernels, dtype):
     q, k, visible = made((2, 2, 3, 19, 35, 8, "chunk"), dtype)

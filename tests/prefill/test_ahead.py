@@ -247,6 +247,7 @@ def test_a_failing_pass_marks_the_cache_and_looks_no_further(model, monkeypatch)
     longwave.look_ahead(model, memory, ids, ids[:, :5])
 
 
+@pytest.mark.slow
 def test_smollm2_by_its_own_first_layers(smollm2, real_text):
     """A real model, a shallow copy of it as draft: within the budget, and from the dense model's first token on."""
     model, tokenizer = smollm2

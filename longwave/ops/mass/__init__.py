@@ -40,17 +40,22 @@ def mass(
 
 
 def peak(
-    q: torch.Tensor, k: torch.Tensor, scaling: float, visible: torch.Tensor | None, weight: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scaling: float,
+    visible: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The most that a single query gives each stored token, over a KV head's query heads and all queries: as `mass`.
 
-    weight [B, Q] is what a query's attention counts; None counts all alike. In plain torch on every device: it is asked
-    of few queries. ValueError as there.
+    weight [B, Q] is what a query's attention counts; None counts all alike. lse as in `mass`. In plain torch on every
+    device. ValueError as there.
     """
-    _check(q, k, visible, None)
+    _check(q, k, visible, lse)
     if weight is not None and weight.shape != (q.shape[0], q.shape[2]):
         raise ValueError(f"weight is [B, Q] = {[q.shape[0], q.shape[2]]}, got {list(weight.shape)}")
-    return reference.peak(q, k, scaling, visible, weight)
+    return reference.peak(q, k, scaling, visible, weight, lse)
 
 
 def _answers(q: torch.Tensor, k: torch.Tensor) -> Any:

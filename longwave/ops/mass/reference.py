@@ -40,12 +40,17 @@ def mass(
 
 @torch.no_grad()
 def peak(
-    q: torch.Tensor, k: torch.Tensor, scaling: float, visible: torch.Tensor | None, weight: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scaling: float,
+    visible: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """As in __init__.py."""
     most = torch.zeros(k.shape[:3], dtype=_wide(q.dtype), device=q.device)
     for at, some, held, seen in _blocks(q, k, visible):
-        got = _shares(_scores(some, held, scaling, seen), None)
+        got = _shares(_scores(some, held, scaling, seen), None if lse is None else lse[:, :, at])
         if weight is not None:
             got *= weight[:, None, None, at, None]
         most[:, :, : got.shape[4]] = torch.maximum(most[:, :, : got.shape[4]], got.amax((2, 3)))

@@ -47,7 +47,7 @@ def check_needs(empty: LongCache, path: Any) -> Needs:
     """What a method needs of a prompt that a file holds. ValueError where no file does."""
     needs = next(empty.memory_layers()).needs
     if needs.watches or needs.again or needs.hidden or needs.surprise:
-        what = "the attention that each token got" if needs.mass else "the input of each layer"
+        what = "the input of each layer" if needs.hidden else "the attention that each token got"
         what = "how little each token was expected" if needs.surprise else what
         raise ValueError(
             f"{empty.method} needs {what} while the text was read, and {path} does not hold that: let the model read "

@@ -20,4 +20,5 @@ def test_a_recipe_can_be_run(name):
 
 def test_the_family_is_whole():
     named = {parse_spec(method)[0] for method in make_recipe(FOLDER / "family.yaml").methods}
-    assert named == set(METHODS), "a method was added: measure it in benchmarks/family.yaml"
+    can = {name for name, method in METHODS.items() if not method().beforehand()}  # speckv wants a draft
+    assert named == can, "a method was added: measure it in benchmarks/family.yaml"

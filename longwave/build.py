@@ -69,13 +69,14 @@ def cache(
     else:
         if profile is not None and not method.uses_profile:
             raise ValueError(f"profile= decides nothing for {method.name}, which measures nothing: leave it out")
-        if profile is None and (measured := method.measured_by()) is not None:
+        measured = method.measured_by() if profile is None else None
+        if measured is not None:
             shape.check_pages()  # before it is measured
-            if not _fits_whole(method, shape, fraction, room):
-                profile, why = profile_for(model, shape, measured, measure, tokenizer)
         elif profile is None and method.uses_profile:
             profile = shipped(model, shape, paper=True)
-        if not _fits_whole(method, shape, fraction, room):
+        if (measured is not None or method.learns) and not _fits_whole(method, shape, fraction, room):
+            if measured is not None:
+                profile, why = profile_for(model, shape, measured, measure, tokenizer)
             method = method.known(model, shape, tokenizer)
         bound = _bind(method, shape, profile, fraction, room)
     if bound.warning:

@@ -41,6 +41,7 @@ class Palu(Segmented):
     """
 
     name: ClassVar[str] = "palu"
+    learns: ClassVar[bool] = True
     segment: ClassVar[int] = 64  # tokens that join at once
     takes_others: ClassVar[bool] = False
 

@@ -11,6 +11,7 @@ import torch
 
 from longwave.budget import human
 from longwave.frame import LongCache, MemoryLayer
+from longwave.methods.segmented import SegmentedLayer
 from longwave.saved.container import SavedCacheError
 from longwave.saved.ends import ends, from_ends
 from longwave.store.state import State, under, within
@@ -57,14 +58,13 @@ class Coder(Protocol):
 def whole(cache: LongCache) -> None:
     """ValueError where a cache cannot give K and V of every token back."""
     for layer in cache.memory_layers():
-        store = getattr(layer, "store", None)
         if layer.held() != layer.rows:
             raise ValueError(
                 f"{cache.method} has dropped tokens, whose K and V are not to be had: save with exact=True"
             )
         if getattr(layer, "slots", False):
             raise ValueError(f"{cache.method} turns keys to their place in the cache: save with exact=True")
-        if store is not None and getattr(getattr(store, "layout", None), "merged", None) and any(store.tokens):
+        if isinstance(layer, SegmentedLayer) and layer.merged and layer.store is not None and any(layer.store.tokens):
             raise ValueError(f"{cache.method} has merged tokens, which K and V alone do not say: save with exact=True")
 
 

@@ -64,7 +64,7 @@ def whole(cache: LongCache) -> None:
             )
         if getattr(layer, "slots", False):
             raise ValueError(f"{cache.method} turns keys to their place in the cache: save with exact=True")
-        if store is not None and getattr(getattr(store, "layout", None), "merged", None) and any(store.tokens):
+        if store is not None and getattr(layer, "merged", None) and any(store.tokens):
             raise ValueError(f"{cache.method} has merged tokens, which K and V alone do not say: save with exact=True")
 
 

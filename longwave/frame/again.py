@@ -135,7 +135,7 @@ def _repeat(decoder: Any, cache: Any, repeat: Repeat, row: int, new: int, given:
         if columns > first.rows[row]:
             mask = torch.ones(1, columns + tokens.shape[1], dtype=torch.long, device=own.device)
             mask[:, :columns] = cache.mask()[row]
-        begin = columns if position is None else position
+        begin = first.columns if position is None else position  # unasked, models count columns
         decoder(
             **{"inputs_embeds" if own.is_floating_point() else "input_ids": tokens},
             attention_mask=mask,

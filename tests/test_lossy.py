@@ -170,6 +170,20 @@ def test_rows_move(made, make, kind, name, argument, rows):
     assert memory.nbytes == other.nbytes
 
 
+def test_a_row_that_has_no_middle_yet_stays_alone(model, make):
+    """Beside a long one, which is compressed; then the long one goes, and all that was held for it."""
+    ids, mask = left_padded(2, LENGTH, [0, LENGTH - 6])
+    memory, alone = make(model), make(model)
+    read(model, memory, ids, mask)
+    memory.batch_select_indices(torch.tensor([1]))
+    longer = torch.cat([ids[1:], tokens(1, 3)], 1)
+    whole = torch.cat([mask[1:], torch.ones(1, 3, dtype=torch.long)], 1)
+    got = read_in(model, memory, longer, (1, 2), whole)
+    want = read_in(model, alone, longer[:, LENGTH - 6 :], (6, 1, 2))[:, 6:]
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert memory.nbytes == alone.nbytes
+
+
 # copies
 
 

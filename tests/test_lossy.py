@@ -143,6 +143,16 @@ def test_rows_are_alone_where_new_tokens_are_padded(model, make, real):
     torch.testing.assert_close(got[1:, own], want, rtol=1e-6, atol=1e-6)
 
 
+def test_a_pass_of_padding_alone(either, make):
+    """The first chunk of a row that is padded by more than that."""
+    ids, mask = left_padded(1, LENGTH + 20, [17])
+    memory, alone = make(either), make(either)
+    got = read_in(either, memory, ids, (10, LENGTH, 10), mask)
+    want = read_in(either, alone, ids[:, 17:], (LENGTH - 7, 10))
+    torch.testing.assert_close(got[:, 17:], want, rtol=1e-6, atol=1e-6)
+    assert memory.nbytes == alone.nbytes
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "argument", "rows"),
     [

@@ -43,8 +43,13 @@ class Reader:
     """Hooks on a model's decoder, by which passes that layers wait for are read again as they end. Caches that are
     copied share it; with the last of them they go."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, repeats: tuple[Repeat, ...]):
         decoder = model.get_decoder()
+        embeddings: Any = model.get_input_embeddings()
+        known = embeddings.weight.shape[0]
+        for token in (token for repeat in repeats for token in repeat.ask):
+            if token >= known:
+                raise ValueError(f"token {token} of ask is none of this model's, which knows {known:,}")
         self._end = weakref.finalize(
             self,
             _remove,

@@ -156,6 +156,11 @@ def test_the_decoder_alone_reads_twice_as_well(made):
     check_state(state_of(two), state_of(one))
 
 
+def test_a_request_in_another_tokenizer_is_refused_at_once(made):
+    with pytest.raises(ValueError, match="token 97 of ask is none of this model's, which knows 97"):
+        longwave.cache(made["llama"], longwave.KVzip(ask=(5, 97), **SMALL), budget=0.3)
+
+
 def test_hooks_go_with_the_last_cache():
     model = build("llama")
     memory = longwave.cache(model, longwave.KVzip(**SMALL), budget=0.3)

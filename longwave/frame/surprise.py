@@ -68,7 +68,7 @@ def _before(module: Any, args: Any, kwargs: Any) -> None:
     if ids is None:
         raise ValueError(
             f"{cache.method} judges tokens by how little they were expected, and {type(module).__name__} was given "
-            "embeddings: pass input_ids"
+            "embeddings: pass input_ids, to a model of text alone (one that reads images makes embeddings of them)"
         )
     cache._progress.ids = ids
 

@@ -143,6 +143,16 @@ def test_rows_are_alone_where_new_tokens_are_padded(model, make, real):
     torch.testing.assert_close(got[1:, own], want, rtol=1e-6, atol=1e-6)
 
 
+def test_a_pass_of_padding_alone(either, make):
+    """The first chunk of a row that is padded by more than that."""
+    ids, mask = left_padded(1, LENGTH + 20, [17])
+    memory, alone = make(either), make(either)
+    got = read_in(either, memory, ids, (10, LENGTH, 10), mask)
+    want = read_in(either, alone, ids[:, 17:], (LENGTH - 7, 10))
+    torch.testing.assert_close(got[:, 17:], want, rtol=1e-6, atol=1e-6)
+    assert memory.nbytes == alone.nbytes
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "argument", "rows"),
     [
@@ -168,6 +178,20 @@ def test_rows_move(made, make, kind, name, argument, rows):
     )
     check_state(state_of(memory), state_of(other), rtol=1e-6, atol=1e-6)
     assert memory.nbytes == other.nbytes
+
+
+def test_a_row_that_has_no_middle_yet_stays_alone(model, make):
+    """Beside a long one, which is compressed; then the long one goes, and all that was held for it."""
+    ids, mask = left_padded(2, LENGTH, [0, LENGTH - 6])
+    memory, alone = make(model), make(model)
+    read(model, memory, ids, mask)
+    memory.batch_select_indices(torch.tensor([1]))
+    longer = torch.cat([ids[1:], tokens(1, 3)], 1)
+    whole = torch.cat([mask[1:], torch.ones(1, 3, dtype=torch.long)], 1)
+    got = read_in(model, memory, longer, (1, 2), whole)
+    want = read_in(model, alone, longer[:, LENGTH - 6 :], (6, 1, 2))[:, 6:]
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    assert memory.nbytes == alone.nbytes
 
 
 # copies

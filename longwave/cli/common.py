@@ -110,6 +110,8 @@ class Source:
         """Raise what `longwave.cache` would for a method and a budget, as far as it can be told without weights."""
         from longwave.build import check
 
+        if what := method.beforehand():
+            raise ValueError(f"the command has one model, and {what}")
         method.check(self.device)
         check(self.skeleton, method, budget, max_tokens)
 

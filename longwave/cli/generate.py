@@ -99,8 +99,6 @@ def command(
         from longwave.plan.profile import Profile
 
         chosen = get_method(method, **parse_options(option))
-        if what := chosen.beforehand():
-            raise ValueError(f"the command has one model, and {what}")
         measured = Profile.load(profile) if profile is not None else None
         source = Source(model, device, dtype)
         check_loop(why_python(source.device, graph), graph, compiled)

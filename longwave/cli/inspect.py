@@ -63,6 +63,7 @@ def command(
         from longwave.evals.data import pydoc_haystack
         from longwave.evals.fork import fork, needs_of, prefill
         from longwave.methods import get_method
+        from longwave.methods.segmented import SegmentedBound
         from longwave.plan.profile import Profile
         from longwave.shape import CacheShape
 
@@ -90,8 +91,9 @@ def command(
         expected = getattr(held.method, "expected", None)
         if expected is not None:
             result["expected_kl"] = {"kl": expected.kl, "error": expected.error}
-        kept = getattr(held.method, "kept", None)  # of every memory layer: which channels of K and V stay values
-        if kept is not None:
+        pages = isinstance(held.method, SegmentedBound) and next(held.memory_layers()).held() == [count]
+        kept = held.method.kept if pages else ()  # of every memory layer: which channels of K and V stay values
+        if kept:
             out.mkdir(parents=True, exist_ok=True)
             table = kept[shape.memory_layers.index(layer)]["kv".index(side)]
             compressed = (~table[head]).nonzero()[:, 0].tolist()

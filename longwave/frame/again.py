@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import Cache, PreTrainedModel
 
 from longwave.frame.argument import NAMES, cache_argument
 from longwave.frame.attention import LogicalLength, own_arithmetic
+from longwave.frame.hooks import Hooks
 from longwave.frame.layer import MemoryLayer
 from longwave.frame.observe import Repeat
 from longwave.frame.standin import StandIn
@@ -39,31 +39,21 @@ class Given:
         return None if self.positions is None else int(self.positions[..., row % self.positions.shape[-2], :].max()) + 1
 
 
-class Reader:
-    """Hooks on a model's decoder, by which passes that layers wait for are read again as they end. Caches that are
-    copied share it; with the last of them they go."""
+class Reader(Hooks):
+    """Hooks on a model's decoder, by which passes that layers wait for are read again as they end."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, repeats: tuple[Repeat, ...]):
         decoder = model.get_decoder()
-        self._end = weakref.finalize(
-            self,
-            _remove,
-            [
-                decoder.register_forward_pre_hook(_begins, with_kwargs=True),
-                decoder.register_forward_hook(_ends, with_kwargs=True, always_call=True),
-            ],
-        )
-
-    def __deepcopy__(self, memo: object) -> Reader:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a pickle leaves the model behind
-        return type(None), ()
-
-
-def _remove(hooks: list[Any]) -> None:
-    for hook in hooks:
-        hook.remove()
+        embeddings: Any = model.get_input_embeddings()
+        known = embeddings.weight.shape[0]
+        for token in (token for repeat in repeats for token in repeat.ask):
+            if token >= known:
+                raise ValueError(f"token {token} of ask is none of this model's, which knows {known:,}")
+        hooks = [
+            decoder.register_forward_pre_hook(_begins, with_kwargs=True),
+            decoder.register_forward_hook(_ends, with_kwargs=True, always_call=True),
+        ]
+        super().__init__(hooks)
 
 
 def _arguments(decoder: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +125,7 @@ def _repeat(decoder: Any, cache: Any, repeat: Repeat, row: int, new: int, given:
         if columns > first.rows[row]:
             mask = torch.ones(1, columns + tokens.shape[1], dtype=torch.long, device=own.device)
             mask[:, :columns] = cache.mask()[row]
-        begin = columns if position is None else position
+        begin = first.columns if position is None else position  # unasked, models count columns
         decoder(
             **{"inputs_embeds" if own.is_floating_point() else "input_ids": tokens},
             attention_mask=mask,

@@ -33,7 +33,7 @@ def assemble(model: PreTrainedModel, layer: Callable[[int], MemoryLayer], needs:
     watch = (
         Watch(model, indices) if needs.hidden else None,
         Listener(model) if needs.surprise else None,
-        Reader(model) if needs.again else None,
+        Reader(model, needs.again) if needs.again else None,
     )
     layers = [layer(index) if other is None else other for index, other in enumerate(others)]
     layers = [with_state(made, states[index]) if index in states else made for index, made in enumerate(layers)]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from longwave.frame.hooks import Hooks
+
 
 class _Seen(threading.local):
     """Threads may share a model: each has its own inputs, by the id of a module, held weakly."""
@@ -20,8 +22,8 @@ class _Seen(threading.local):
 _seen = _Seen()
 
 
-class Watch:
-    """Hooks on the attention modules of some layers. Caches that are copied share it; with the last of them they go."""
+class Watch(Hooks):
+    """Hooks on the attention modules of some layers."""
 
     def __init__(self, model: PreTrainedModel, layers: tuple[int, ...]):
         found = {}
@@ -35,11 +37,7 @@ class Watch:
                 f"{type(model).__name__}: no attention module says that it is of layer {missing[0]}, so what goes into "
                 "it cannot be seen, and this method needs that"
             )
-        hooks = [module.register_forward_pre_hook(_see, with_kwargs=True) for module in found.values()]
-        self._end = weakref.finalize(self, _remove, hooks)
-
-    def __deepcopy__(self, memo: object) -> Watch:
-        return self
+        super().__init__([module.register_forward_pre_hook(_see, with_kwargs=True) for module in found.values()])
 
 
 @torch.compiler.disable  # a compiled layer hands its input over, too
@@ -47,11 +45,6 @@ def _see(module: Any, args: Any, kwargs: Any) -> None:
     hidden = args[0] if args else kwargs.get("hidden_states")
     if hidden is not None:
         _seen.inputs[id(module)] = weakref.ref(hidden)
-
-
-def _remove(hooks: list[Any]) -> None:
-    for hook in hooks:
-        hook.remove()
 
 
 def take_hidden(module: Any) -> torch.Tensor:

@@ -27,10 +27,10 @@ def padding_of(mask: torch.Tensor, rows: int, new: int, columns: int) -> torch.T
         plain = (column <= asking[:, None]) & real[:, None, None]
         differs = _shown(part) != plain
         if part.is_floating_point():  # a bias is neither shown nor hidden
-            differs |= (part != 0) & (part > torch.finfo(part.dtype).min / 2)
+            differs |= _shown(part) & (part != 0)
         odd |= (differs & real[:, asking][:, None, :, None]).any()
     return None if bool(odd) else real
 
 
 def _shown(mask: torch.Tensor) -> torch.Tensor:
-    return mask if mask.dtype == torch.bool else mask == 0
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2

@@ -53,7 +53,7 @@ class Progress:
 
     def refused(self, index: int) -> None:
         """A layer took nothing. If it was the first one, the pass never happened."""
-        self.mask = None
+        self.mask = self.ids = None
         if index == self.first:
             self.reached = None
         else:

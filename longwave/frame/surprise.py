@@ -8,7 +8,6 @@ model last as long as the cache.
 from __future__ import annotations
 
 import inspect
-import weakref
 from functools import partial
 from typing import Any
 
@@ -16,13 +15,14 @@ import torch
 from transformers import PreTrainedModel
 
 from longwave.frame.cache import LongCache
+from longwave.frame.hooks import Hooks
 from longwave.frame.observe import Queries
 
 LOGITS = 1 << 24  # held at once
 
 
-class Listener:
-    """Hooks around a model's layers. Caches that are copied share it; with the last of them they go."""
+class Listener(Hooks):
+    """Hooks around a model's layers."""
 
     def __init__(self, model: PreTrainedModel):
         head, base = model.get_output_embeddings(), model.get_decoder()
@@ -36,18 +36,7 @@ class Listener:
             base.register_forward_pre_hook(_before, with_kwargs=True),
             base.register_forward_hook(partial(_after, head, config), with_kwargs=True),
         ]
-        self._end = weakref.finalize(self, _remove, hooks)
-
-    def __deepcopy__(self, memo: object) -> Listener:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a pickle leaves the model behind
-        return type(None), ()
-
-
-def _remove(hooks: list[Any]) -> None:
-    for hook in hooks:
-        hook.remove()
+        super().__init__(hooks)
 
 
 def _given(module: Any, args: Any, kwargs: Any) -> tuple[LongCache | None, torch.Tensor | None]:
@@ -68,7 +57,7 @@ def _before(module: Any, args: Any, kwargs: Any) -> None:
     if ids is None:
         raise ValueError(
             f"{cache.method} judges tokens by how little they were expected, and {type(module).__name__} was given "
-            "embeddings: pass input_ids"
+            "embeddings: pass input_ids, to a model of text alone (one that reads images makes embeddings of them)"
         )
     cache._progress.ids = ids
 

@@ -89,7 +89,7 @@ class RaggedLayer(EvictingLayer):
     # what stays
 
     def settle(self) -> None:
-        undecided = self.patience() if self.record_past and not self._unsettled else 0
+        undecided = self.undecided()
         self._unsettled |= undecided > 0
         rows = range(self.batch_size)
         due = [self.due(row, undecided) for row in rows]

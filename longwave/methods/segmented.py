@@ -438,6 +438,8 @@ class SegmentedLayer(MemoryLayer):
         super().select_rows(rows)
         if self.store is not None:
             self.store.select(rows)
+            if not any(self.store.tokens):  # of the rows that are left none has a middle yet
+                self.store = None
 
     def can_drop(self, counts: list[int]) -> None:
         for row, count in enumerate(counts):

@@ -73,6 +73,7 @@ def multiples(p: torch.Tensor, total: torch.Tensor, chosen: torch.Tensor, ridge:
 def solve(a: torch.Tensor, b: torch.Tensor, ridge: float) -> torch.Tensor:
     """x [n, D] of least |a x - b|^2 + r |x|^2 for a [R, n] and b [R, D], r = ridge times the mean square of a row."""
     gram = a @ a.mT
+    ridge = max(ridge, 4 * len(a) * torch.finfo(a.dtype).eps)  # less is lost in rounding, and what is left not definite
     r = (ridge * gram.diagonal().mean()).clamp(min=torch.finfo(a.dtype).tiny ** 0.5)  # where nothing is to be solved
     gram.diagonal().add_(r)
     return a.mT @ torch.cholesky_solve(b, torch.linalg.cholesky(gram))

@@ -242,6 +242,7 @@ def test_what_is_refused_before_the_talk(place, folder, tmp_path):
     assert "exceed this model's context of 512" in refused("chat", place, "--file", tmp_path / "long")
     assert "absent" in refused("chat", place, "--file", tmp_path / "absent")
     assert "give a --temperature" in refused("chat", place, "--top-k", 3)
+    assert "the command has one model, and speckv" in refused("chat", place, "--method", "speckv")
     assert "smallest that fourier can do" in refused("chat", place, "--method", "fourier", "--budget", "1KB", *SEGMENTS)
 
 

@@ -79,6 +79,17 @@ def test_inspect_a_method_that_compresses_no_channel(folder, text, tmp_path):
     assert 0 < result["channel"]["variance_missed"] < 0.1
 
 
+@pytest.mark.parametrize("method", [["h2o", "-o", "tokens=100"], ["snapkv", "-o", "store=kivi"], ["think"]])
+def test_inspect_a_method_without_channels(folder, text, tmp_path, method):
+    given = ["inspect", "--model", folder, "--file", text, "--tokens", 300, "--out", tmp_path / "made"]
+    if "store=kivi" in method:
+        given += ["--budget", "0.15"]
+    result = json.loads(succeeds(*given, "--method", *method, "--json").stdout)
+    assert result["tokens"] == 300
+    assert not {"kept", "channel"} & result.keys()
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

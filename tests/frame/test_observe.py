@@ -439,6 +439,7 @@ def test_hooks_go_with_the_last_copy_of_their_cache():
     gc.collect()
     assert hooks_of(model) == 1
     read(model, twin, tokens(1, 15))
+    assert pickle.loads(pickle.dumps(twin)).get_seq_length() == 15
     other = longwave.cache(model, "spy", hidden=True)
     assert hooks_of(model) == 2
     del twin

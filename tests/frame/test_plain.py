@@ -64,6 +64,10 @@ def test_what_says_more_is_told_apart(monkeypatch, block):
     biased = added(mask)
     biased[0, 0, 5, 5] = -0.5
     assert padding_of(biased, 2, 9, 9) is None
+    for column in (3, slice(None)):  # raised or lowered for every query: shown, and no padding
+        biased = added(mask)
+        biased[..., column] -= 0.5
+        assert padding_of(biased, 2, 9, 9) is None
     for wrong in (mask[0], mask[..., :8], mask.long(), mask[:, :, :8]):
         assert padding_of(wrong, 2, 9, 9) is None
     assert padding_of(mask, 3, 9, 9) is None

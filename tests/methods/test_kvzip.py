@@ -103,6 +103,17 @@ def test_padding_and_neighbours_change_no_score(made):
                 torch.testing.assert_close(ours[row, :, : 50 - pad], theirs[0])
 
 
+def test_padding_changes_no_score_where_nobody_says_positions(made):
+    """Models count columns then, padding included."""
+    ids, mask = left_padded(2, 50, [0, 30])
+    memory, alone = (longwave.cache(made["llama"], longwave.KVzip(chunk=16, lead=3, **ROOM)) for _ in range(2))
+    with torch.no_grad():
+        made["llama"](ids, attention_mask=mask, **into(memory))
+    read(made["llama"], alone, ids[1:, 30:])
+    for ours, theirs in zip(scores(memory), scores(alone), strict=True):
+        torch.testing.assert_close(ours[1, :, :20], theirs[0])
+
+
 def test_a_chunk_of_the_prompt_is_repeated_after_it(made, eager):
     """Its tokens have scores of their own, those before keep theirs, steps have none."""
     memory, ids = longwave.cache(made["llama"], longwave.KVzip(chunk=64, lead=0, **ROOM)), tokens(1, 47)
@@ -143,6 +154,11 @@ def test_the_decoder_alone_reads_twice_as_well(made):
     with torch.no_grad():
         model.model(ids, None, None, two)
     check_state(state_of(two), state_of(one))
+
+
+def test_a_request_in_another_tokenizer_is_refused_at_once(made):
+    with pytest.raises(ValueError, match="token 97 of ask is none of this model's, which knows 97"):
+        longwave.cache(made["llama"], longwave.KVzip(ask=(5, 97), **SMALL), budget=0.3)
 
 
 def test_hooks_go_with_the_last_cache():

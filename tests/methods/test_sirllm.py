@@ -222,7 +222,10 @@ def test_embeddings_are_refused_and_nothing_is_taken(made):
     memory = longwave.cache(model, longwave.SirLLM(**SMALL), budget=0.5)
     read(model, memory, ids)
     before = state_of(memory)
-    with pytest.raises(ValueError, match="LlamaModel was given embeddings: pass input_ids"), torch.no_grad():
+    with (
+        pytest.raises(ValueError, match="LlamaModel was given embeddings: pass input_ids, to a"),
+        torch.no_grad(),
+    ):
         model(inputs_embeds=model.model.embed_tokens(tokens(1, 4)), **into(memory))
     assert [layer["rows"] for layer in state_of(memory)] == [layer["rows"] for layer in before]
     read(model, memory, torch.cat([ids, tokens(1, 4)], 1))
@@ -239,6 +242,19 @@ def test_a_cache_that_came_without_its_model(made):
     with pytest.raises(ValueError, match="came without its model, so build it with"):
         read(model, alone, tokens(1, 32))
     assert alone.get_seq_length() == 30
+
+
+def test_a_refused_pass_leaves_no_ids_behind(made):
+    """By which a model that nobody listens to would seem to be heard."""
+    model, other = made["llama"], copy.deepcopy(made["llama"])
+    longwave.cache(other, "dense")  # answers for a cache, and no hook is on it
+    memory = longwave.cache(model, longwave.SirLLM(**SMALL), budget=0.5)
+    read(model, memory, tokens(1, 30))
+    with pytest.raises(NotImplementedError, match="4D attention mask"), torch.no_grad():
+        model(tokens(1, 4), attention_mask=torch.rand(1, 1, 4, 34), **into(memory))
+    with pytest.raises(ValueError, match="came without its model"):
+        read(other, memory, tokens(1, 34))
+    read(model, memory, tokens(1, 34))
 
 
 def test_hooks_go_with_the_last_copy_of_the_cache(made):

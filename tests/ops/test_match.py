@@ -99,6 +99,13 @@ def test_multiples_stay_within_their_bounds_and_the_others_make_up_for_it():
     assert (p @ found - p @ true).square().mean() < clamped.square().mean()
 
 
+@pytest.mark.parametrize("queries", [64, 512])
+def test_queries_that_say_the_same_are_solved_by_any_ridge(queries):
+    g = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(1, n, generator=g).repeat(queries, 1) for n in (50, 3))
+    torch.testing.assert_close(a @ solve(a, b, 1e-6), b, rtol=1e-3, atol=1e-3)
+
+
 def test_none_chosen_changes_nothing():
     q, k, v, bias = draw("random", 20)
     values, raised = match(q, k, v, bias, SCALE, MIDDLE, torch.zeros(N, dtype=torch.bool), 0.01)

@@ -120,7 +120,10 @@ def test_what_does_not_fit(made, path):
         (ids.float(), {}, "one row without padding"),
         (ids, {"size": "1MB"}, "size is a fraction here"),
         (ids, {"chunk": 0}, "chunk is a whole number of tokens, at least 1"),
-        (ids, {"needs": Needs(mass="prompt")}, "nothing but queries"),
+        (ids, {"needs": Needs(mass=True)}, "nothing but queries"),
+        (ids, {"needs": Needs(votes=(8,))}, "nothing but queries"),
+        (ids, {"needs": longwave.SirLLM().needs()}, "nothing but queries"),
+        (ids, {"needs": longwave.KVzip().needs()}, "nothing but queries"),
         (ids, {"size": 0.01}, "the codec takes"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -61,7 +61,7 @@ class LongICL(TextTask):
     count: int = TESTED  # items asked for, a prompt each
 
     def __post_init__(self) -> None:
-        chosen(self.set, SETS, "the sets of LongICLBench")
+        chosen((self.set,), SETS, "the sets of LongICLBench")  # one of them: "all" is none
         object.__setattr__(self, "rounds", listed(self.rounds, int, "rounds"))
         most = len(ROUNDS) if self.set == FEWNERD else 100
         for number in self.rounds:

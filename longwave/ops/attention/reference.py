@@ -41,6 +41,8 @@ def dense_attention(
     """
     b, hq, queries, d = q.shape
     groups = hq // k.shape[1]
+    if not k.shape[2]:  # all that came is padding
+        return torch.zeros_like(q)
     if visible is None and mask is None:
         if queries == 1 and q.dtype in (torch.float32, torch.float64):
             # one row a head: two products beat the fused kernel on a CPU and need no copy of K and V

@@ -104,6 +104,8 @@ def test_entities():
     ("options", "message"),
     [
         ({"set": "trec"}, "there is no 'trec' among the sets"),
+        ({"set": "all"}, "there is no 'all' among the sets"),
+        ({"set": ("fewnerd", "banking77")}, "the sets of LongICLBench"),
         ({"rounds": 6}, "rounds are from 1 to 5, got 6"),
         ({"order": "sorted"}, "order is one of scattered, grouped, reversed"),
         ({"order": "grouped"}, "several labels each"),

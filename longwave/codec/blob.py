@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-MAGIC, VERSION = b"lwsg", 1
+MAGIC, VERSION = b"lwsg", 2
 FIXED = struct.Struct("<4sBBBBHBBhHq8sI")
 CHECK = 8
 SIZE = FIXED.size + CHECK

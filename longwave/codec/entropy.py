@@ -2,12 +2,12 @@
 
 A number's *context* says how large such numbers are: the mean absolute size of its component and band over the step, in
 quarters of an octave. A context's table gives the numbers -127..127 their frequencies, in 2^-14; what is rarer, or
-larger, is the escape and follows apart. LANES states take turns on one string of 16-bit words, so that a machine may
-run them side by side. Layout: uint32 words, uint32 escapes, LANES uint32 states, words, escapes (int16 where all
-fit, else int32).
+larger, is the escape and follows apart. `lanes` states take turns on one string of 16-bit words, so that a machine may
+run them side by side. Layout: uint32 words, uint32 escapes (how many), a uint32 state a lane, words, escapes (int16
+where all fit, else int32).
 
 `encode_words` and `decode_words` are the reference, a row of lanes at a time in numpy; entropy_numba.py does the same
-one number at a time, compiled.
+one number at a time, compiled, and entropy_triton.py decodes on a GPU, many strings side by side.
 """
 
 from __future__ import annotations
@@ -19,16 +19,25 @@ from numpy.typing import NDArray
 
 from longwave.codec.quantise import OCTAVE, ROUND
 
-LANES = 8
+LANES, PER_LANE = (
+    (8, 128),
+    4096,
+)  # fewest and most; numbers that pay for one: it takes some 3 bytes, a thousand hold them
 BITS = 14  # a table's frequencies sum to 2^BITS
 LOW = 1 << 16  # states lie in [LOW, LOW * 2^16)
 REACH, ESCAPE = 127, 255  # symbol q + REACH
 FINEST, PER_OCTAVE, CONTEXTS = -4, 4, 49  # context c: mean size 2^(c / PER_OCTAVE + FINEST) steps
-HEADER = 8 + 4 * LANES
+ENDS = "the states do not end where an encoder starts"
 
 
 class Broken(ValueError):
     """Bytes that no encoder wrote."""
+
+
+def lanes(count: int) -> int:
+    """How many states take turns on so many numbers: a power of two."""
+    least, most = LANES
+    return min(most, max(least, 1 << (count // PER_LANE).bit_length() >> 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,8 +109,34 @@ def encode(q: NDArray[np.int32], contexts: NDArray[np.uint8], tables: Tables, co
     escapes = (narrow if (narrow == apart).all() else apart.astype("<i4")).tobytes()
     work = _compiled() if compiled else None
     words, states = (work.encode_words if work else encode_words)(symbols.astype(np.uint8), contexts, tables)
-    head = np.array([len(words), len(escapes), *states], dtype="<u4").tobytes()
+    head = np.array([len(words), len(apart), *states], dtype="<u4").tobytes()
     return b"".join((head, words.astype("<u2").tobytes(), escapes))
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """The parts of `encode`'s bytes: words uint16, states uint32 [lanes], and the numbers that escaped, int32."""
+
+    words: NDArray[np.uint16]
+    states: NDArray[np.uint32]
+    escapes: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, data: bytes | memoryview, count: int) -> Stream:
+        """Of so many numbers, at least one. Broken where the bytes are too few or too many."""
+        head = 8 + 4 * lanes(count)
+        if len(data) < head:
+            raise Broken(f"{len(data)} bytes, at least {head} are needed")
+        words, escapes, *states = np.frombuffer(data[:head], "<u4").tolist()
+        last = head + 2 * words
+        width = (len(data) - last) // escapes if escapes else 0
+        if last + width * escapes != len(data) or (escapes and width not in (2, 4)):
+            raise Broken(f"{len(data)} bytes for {words} words and {escapes} escapes")
+        return cls(
+            np.frombuffer(data[head:last], "<u2").astype(np.uint16),
+            np.array(states, dtype=np.uint32),
+            np.frombuffer(data[last:], "<i2" if width == 2 else "<i4").astype(np.int32),
+        )
 
 
 def decode(
@@ -112,36 +147,29 @@ def decode(
         if len(data):
             raise Broken(f"{len(data)} bytes for no numbers")
         return np.zeros(0, np.int32)
-    if len(data) < HEADER:
-        raise Broken(f"{len(data)} bytes, at least {HEADER} are needed")
-    count, escaped, *states = np.frombuffer(data[:HEADER], "<u4").astype(np.int64).tolist()
-    if HEADER + 2 * count + escaped != len(data):
-        raise Broken(f"{len(data)} bytes for {count} words and {escaped} bytes of escapes")
-    words = np.frombuffer(data[HEADER : HEADER + 2 * count], "<u2").astype(np.uint16)
+    stream = Stream.of(data, len(contexts))
     work = _compiled() if compiled else None
-    given = np.array(states, dtype=np.uint32)
-    symbols, taken, ended = (work.decode_words if work else decode_words)(words, given, contexts, tables)
-    if taken != count or (ended != LOW).any():
-        raise Broken("the states do not end where an encoder starts")
-    q = symbols.astype(np.int32) - REACH
+    decoded = (work.decode_words if work else decode_words)(stream.words, stream.states, contexts, tables)
+    symbols, taken, ended = decoded
     apart = symbols == ESCAPE
-    number = int(apart.sum())
-    if escaped not in (2 * number, 4 * number):
-        raise Broken(f"{escaped} bytes for {number} escapes")
-    q[apart] = np.frombuffer(data[HEADER + 2 * count :], "<i2" if escaped == 2 * number else "<i4")
+    if taken != len(stream.words) or (ended != LOW).any() or apart.sum() != len(stream.escapes):
+        raise Broken(ENDS)
+    q = symbols.astype(np.int32) - REACH
+    q[apart] = stream.escapes
     return q
 
 
 def encode_words(
     symbols: NDArray[np.uint8], contexts: NDArray[np.uint8], tables: Tables
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
-    """(words in the order in which they are read, final states [LANES]). Number i is lane i % LANES's."""
-    states = np.full(LANES, LOW, dtype=np.uint64)
+    """(words in the order in which they are read, final states). Number i is lane i % lanes's."""
+    side = lanes(len(symbols))
+    states = np.full(side, LOW, dtype=np.uint64)
     frequency = tables.frequency[contexts, symbols].astype(np.uint64)
     start = tables.start[contexts, symbols].astype(np.uint64)
     words: list[NDArray[np.uint64]] = []
-    for row in range((len(symbols) - 1) // LANES, -1, -1):
-        f, s = (x[row * LANES : (row + 1) * LANES] for x in (frequency, start))
+    for row in range((len(symbols) - 1) // side, -1, -1):
+        f, s = (x[row * side : (row + 1) * side] for x in (frequency, start))
         x = states[: len(f)]
         full = x >= f << np.uint64(32 - BITS)
         words.append((x[full] & np.uint64(0xFFFF))[::-1])
@@ -156,12 +184,12 @@ def decode_words(
     """(symbols, words taken, states at the end); fewer words than are needed are as if zeros followed."""
     x64, symbols, taken = states.astype(np.uint64), np.empty(len(contexts), np.uint8), 0
     given = words.astype(np.uint64)
-    for first in range(0, len(contexts), LANES):
-        c = contexts[first : first + LANES]
+    for first in range(0, len(contexts), len(states)):
+        c = contexts[first : first + len(states)]
         x = x64[: len(c)]
         slot = x & np.uint64((1 << BITS) - 1)
         found = tables.symbol[c, slot]
-        symbols[first : first + LANES] = found
+        symbols[first : first + len(c)] = found
         x = tables.frequency[c, found].astype(np.uint64) * (x >> np.uint64(BITS)) + slot
         x = x - tables.start[c, found].astype(np.uint64)
         low = x < LOW

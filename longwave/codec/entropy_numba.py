@@ -12,29 +12,31 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-LANES, BITS, LOW = 8, 14, 1 << 16
+from longwave.codec.entropy import lanes
+
+BITS, LOW = 14, 1 << 16
 
 
 @numba.njit(cache=True, nogil=True)
-def _encode_1(symbols: Any, contexts: Any, frequency: Any, start: Any, words: Any, states: Any) -> int:
-    count = 0
+def _encode_2(symbols: Any, contexts: Any, frequency: Any, start: Any, words: Any, states: Any) -> int:
+    count, last = 0, len(states) - 1  # of a power of two
     for i in range(len(symbols) - 1, -1, -1):
-        x = states[i % LANES]
+        x = states[i & last]
         f = np.uint64(frequency[contexts[i], symbols[i]])
         if x >= f << np.uint64(32 - BITS):
             words[count] = x & np.uint64(0xFFFF)
             count += 1
             x >>= np.uint64(16)
-        states[i % LANES] = (x // f << np.uint64(BITS)) + x % f + np.uint64(start[contexts[i], symbols[i]])
+        states[i & last] = (x // f << np.uint64(BITS)) + x % f + np.uint64(start[contexts[i], symbols[i]])
     return count
 
 
 @numba.njit(cache=True, nogil=True)
-def _decode_1(words: Any, states: Any, contexts: Any, frequency: Any, start: Any, symbol: Any, out: Any) -> int:
-    taken = 0
+def _decode_2(words: Any, states: Any, contexts: Any, frequency: Any, start: Any, symbol: Any, out: Any) -> int:
+    taken, last = 0, len(states) - 1
     for i in range(len(contexts)):
         c = contexts[i]
-        x = states[i % LANES]
+        x = states[i & last]
         slot = x & np.uint64((1 << BITS) - 1)
         s = symbol[c, slot]
         out[i] = s
@@ -44,7 +46,7 @@ def _decode_1(words: Any, states: Any, contexts: Any, frequency: Any, start: Any
             if taken < len(words):
                 x |= np.uint64(words[taken])
             taken += 1
-        states[i % LANES] = x & np.uint64(0xFFFFFFFF)
+        states[i & last] = x & np.uint64(0xFFFFFFFF)
     return taken
 
 
@@ -52,8 +54,8 @@ def encode_words(
     symbols: NDArray[np.uint8], contexts: NDArray[np.uint8], tables: Any
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
     """As entropy.encode_words."""
-    words, states = np.empty(len(symbols), np.uint16), np.full(LANES, LOW, np.uint64)
-    count = _encode_1(symbols, contexts, tables.frequency, tables.start, words, states)
+    words, states = np.empty(len(symbols), np.uint16), np.full(lanes(len(symbols)), LOW, np.uint64)
+    count = _encode_2(symbols, contexts, tables.frequency, tables.start, words, states)
     return words[:count][::-1], states.astype(np.uint32)
 
 
@@ -62,5 +64,5 @@ def decode_words(
 ) -> tuple[NDArray[np.uint8], int, NDArray[np.uint32]]:
     """As entropy.decode_words."""
     out, held = np.empty(len(contexts), np.uint8), states.astype(np.uint64)
-    taken = _decode_1(words, held, contexts, tables.frequency, tables.start, tables.symbol, out)
+    taken = _decode_2(words, held, contexts, tables.frequency, tables.start, tables.symbol, out)
     return out, int(taken), held.astype(np.uint32)

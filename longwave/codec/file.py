@@ -20,7 +20,7 @@ from longwave.codec.segment import SegmentCodec
 from longwave.plan.fingerprint import fingerprint, same
 from longwave.shape import CacheShape
 
-FORMAT, VERSION = "longwave-codec", 1
+FORMAT, VERSION = "longwave-codec", 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cached_property
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from longwave.codec.fitted import Scales, Side
+from longwave.codec.predict import Tokens
 
 
 class Placed:
-    """weight, mean [c], predictor [2r + 1, c] or [0, c]; the axes of what is coded at `step` are held ready."""
+    """weight, mean [c], predictor [2r + 1, c] or [0, c]; the axes of what is coded at `step` are held ready.
 
-    def __init__(self, side: Side, device: torch.device, dtype: torch.dtype, step: int):
-        self.bases, self.device, self.dtype = side.bases, device, dtype
+    columns: of each group of layers.
+    """
+
+    def __init__(self, side: Side, columns: Sequence[slice], device: torch.device, dtype: torch.dtype, step: int):
+        self.bases, self.columns, self.device, self.dtype = side.bases, columns, device, dtype
+        self.step = step
         self.weight, self.mean = (x.to(device, dtype) for x in (side.weight, side.mean))
         self.predictor = side.predictor.to(device, dtype) * side.unit.to(device, dtype)
-        self._held = {
-            (g, known): (step, self._axes(g, step, known)) for g in range(len(side.bases)) for known in (True,)
-        }
+        self._held = [self._axes(g, step, True) for g in range(len(side.bases))]
 
-    def predicted(self, f: Tensor | None, columns: slice = slice(None)) -> Tensor:
+    def predicted(self, tokens: Tokens | None, columns: slice) -> Tensor:
         """[n, channels], the mean alone without ids."""
-        return self.mean[columns] if f is None or not len(self.predictor) else f @ self.predictor[:, columns]
+        if tokens is None or not len(self.predictor):
+            return self.mean[columns]
+        return tokens.times(self.predictor[:, columns])
+
+    def coefficients(self, x: Tensor, tokens: Tokens | None) -> list[Tensor]:
+        """What prediction leaves of x [n, channels], weighed, along the axes that are coded at `step`: [n, m] of each
+        group. Only that of the prediction is made which lies along them: it is a half or less."""
+        known = tokens is not None
+        left = (x - self.mean) * self.weight
+        found = [left[:, cut] @ self.axes(g, self.step, known) for g, cut in enumerate(self.columns)]
+        if tokens is None or not len(self.predictor):
+            return found
+        predicted = tokens.times(self._along).split([c.shape[1] for c in found], 1)
+        return [c - some for c, some in zip(found, predicted, strict=True)]
+
+    @cached_property
+    def _along(self) -> Tensor:
+        """The predictor, less the mean, along the axes of all groups: [2r + 1, components]."""
+        parts = []
+        for g, cut in enumerate(self.columns):
+            w = self.predictor[:, cut].clone()
+            w[-1] -= self.mean[cut]
+            parts.append((w * self.weight[cut]) @ self._held[g])
+        return torch.cat(parts, 1)
 
     def scales(self, group: int, known: bool) -> Scales:
         basis = self.bases[group]
@@ -33,8 +62,7 @@ class Placed:
 
     def axes(self, group: int, step: int, known: bool) -> Tensor:
         """[g H D, components coded]."""
-        held = self._held.get((group, known))
-        return held[1] if held is not None and held[0] == step else self._axes(group, step, known)
+        return self._held[group] if known and step == self.step else self._axes(group, step, known)
 
     def _axes(self, group: int, step: int, known: bool) -> Tensor:
         return (

@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 RIDGES = (1e-3, 1e-2, 0.1, 0.3, 1.0)
@@ -45,6 +47,30 @@ def features(table: Tensor, ids: Tensor, before: int | None = None, dtype: torch
     own = table[ids].to(dtype)
     first = torch.zeros_like(own[:1]) if before is None else table[before : before + 1].to(dtype)
     return torch.cat([own, torch.cat([first, own[:-1]]), own.new_ones(len(own), 1)], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """f_t of consecutive tokens, those that repeat once. own [u, r]: embeddings of distinct tokens. now, before int64:
+    which is each token's, and which that of the one before it; a first token that follows nothing has none there."""
+
+    own: Tensor
+    now: Tensor
+    before: Tensor
+
+    @classmethod
+    def of(cls, table: Tensor, ids: NDArray[np.int64], first: int, dtype: torch.dtype) -> Tokens:
+        """Of tokens number `first` on; the one before is known, or there is none."""
+        distinct, at = np.unique(ids, return_inverse=True)
+        rows, place = (torch.from_numpy(x.astype(np.int64)).to(table.device) for x in (distinct, at.reshape(-1)))
+        return cls(table[rows].to(dtype), place[first:], place[max(first - 1, 0) : -1])
+
+    def times(self, w: Tensor) -> Tensor:
+        """[n, c]: every f_t times w [2r + 1, c]."""
+        r = self.own.shape[1]
+        made = (self.own @ w[:r])[self.now] + w[-1]
+        made[len(self.now) - len(self.before) :] += (self.own @ w[r:-1])[self.before]
+        return made
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -13,9 +13,11 @@ from longwave.codec import blob as form
 from longwave.codec import entropy
 from longwave.codec.blob import CodecError, Header
 from longwave.codec.fitted import Fitted
+from longwave.codec.opened import Opened, runs
 from longwave.codec.placed import Placed
-from longwave.codec.predict import features
+from longwave.codec.predict import Tokens
 from longwave.codec.quantise import OCTAVE, quantise, restore, step_of
+from longwave.codec.streams import Streams
 from longwave.codec.transform import TOKENS, bands, cosines
 
 RAW = 4  # first tokens of a text: nothing like the others, and attended to by all
@@ -50,8 +52,10 @@ class SegmentCodec:
         self.vocabulary = len(fitted.table)
         self._fitted, self._tables = fitted, fitted.entropy
         self._table = fitted.table.to(self.device)
+        self._streams = Streams(self._tables, self.device)
         self._rotation = fitted.rotation.to(self.device)
-        self._sides = [Placed(side, self.device, dtype, step) for side in (fitted.k, fitted.v)]
+        cuts = [fitted.columns(g) for g in range(len(self.groups))]
+        self._sides = [Placed(side, cuts, self.device, dtype, step) for side in (fitted.k, fitted.v)]
 
     # sizes
 
@@ -109,7 +113,7 @@ class SegmentCodec:
         Returns the bytes, or how many were written to `out`. ValueError for arguments that do not fit.
         """
         n = self._check(k, v)
-        if not bool(torch.isfinite(k).all() & torch.isfinite(v).all()):
+        if not (_finite(k) and _finite(v)):
             raise ValueError("K or V holds a number that is not finite: there is nothing to code of such a segment")
         known, start = self._places(k, v, ids, start)
         most = self.bound(n, max_bytes, start=start)
@@ -123,7 +127,6 @@ class SegmentCodec:
         target[: len(made)] = made
         return len(made)
 
-    @torch.no_grad()
     def decode(
         self, blob: Any, k: Tensor, v: Tensor, *, layers: Sequence[int] | None = None, start: int | None = None
     ) -> None:
@@ -132,28 +135,7 @@ class SegmentCodec:
         layers: those wanted, in the order of k's first dimension; None: all. start: another position for the first
         token. CodecError for whatever is wrong with the blob, ValueError for arguments; then nothing was written.
         """
-        header, rest = form.parse(blob)
-        wanted = list(self.layers) if layers is None else [int(layer) for layer in layers]
-        if any(layer not in self.layers for layer in wanted):
-            raise ValueError(f"layers {wanted} are not all among this codec's 0 to {len(self.layers) - 1}")
-        self._check_blob(header)
-        n, raw = header.tokens, header.raw
-        for name, x in (("k", k), ("v", v)):
-            expected = (len(wanted), n, len(self.kv_heads), self.head_dim)
-            if tuple(x.shape) != expected:
-                raise ValueError(f"{name} is {list(x.shape)}, this segment and these layers make {list(expected)}")
-        begin = header.start if start is None else int(start)
-        _check_start(begin)
-        itemsize = header.dtype.itemsize
-        whole = header.step is None
-        head, parts = form.split(
-            rest, 2 * len(self.layers) * raw * self._fitted.width * itemsize, 0 if whole else len(self.groups)
-        )
-        symbols = {g: self._symbols(header, g, parts[g]) for g, group in enumerate(self.groups) if not whole}
-        if raw:
-            self._write_raw(header, head, k, v, wanted, begin)
-        if raw < n:
-            self._write(header, symbols, k, v, wanted, begin)
+        self.decode_many([blob], [k], [v], layers=layers, starts=[start])
 
     def encode_many(
         self, ks: Sequence[Tensor], vs: Sequence[Tensor], *, ids: Sequence[Any] | None = None,
@@ -164,13 +146,23 @@ class SegmentCodec:
         known, places = (x if x is not None else [None] * len(ks) for x in (ids, starts))
         return [self.encode(ks[i], vs[i], ids=known[i], start=places[i], max_bytes=max_bytes) for i in count]
 
+    @torch.no_grad()
     def decode_many(
         self, blobs: Sequence[Any], ks: Sequence[Tensor], vs: Sequence[Tensor], *,
         layers: Sequence[int] | None = None, starts: Sequence[int | None] | None = None,
     ) -> None:  # fmt: skip
-        """`decode` of several segments, in any order. An error says nothing of those before it."""
-        for i, one in enumerate(blobs):
-            self.decode(one, ks[i], vs[i], layers=layers, start=None if starts is None else starts[i])
+        """`decode` of several segments, in any order. An error says nothing of those before it.
+
+        On a GPU many are decoded side by side, and the host waits for it once in 256 segments: to hear whether all are
+        what an encoder wrote.
+        """
+        wanted = list(self.layers) if layers is None else [int(layer) for layer in layers]
+        if any(layer not in self.layers for layer in wanted):
+            raise ValueError(f"layers {wanted} are not all among this codec's 0 to {len(self.layers) - 1}")
+        places = starts if starts is not None else [None] * len(blobs)
+        todo = [self._opened(*one, wanted) for one in zip(blobs, ks, vs, places, strict=True)]
+        for first in range(0, len(todo), self._streams.together):
+            self._fill(todo[first : first + self._streams.together], wanted)
 
     def find(self, k0: Tensor, v0: Tensor) -> tuple[list[int], int] | None:
         """(ids, position of the first) of consecutive tokens by layer 0's k0, v0 [n, kv_heads, head_dim]; None where
@@ -243,25 +235,16 @@ class SegmentCodec:
         self, k: Tensor, v: Tensor, ids: np.ndarray | None, start: int, raw: int
     ) -> list[tuple[Tensor, Tensor]]:
         """K's and V's of every group: those of the components coded at this codec's own step, [m, n - raw]."""
-        n = k.shape[1]
-        f = self._features(ids, raw)
-        positions = torch.arange(start + raw, start + n, device=self.device)
+        n = k.shape[1] - raw
+        tokens, along = self._tokens(ids, raw), self._along(n)
+        positions = torch.arange(start + raw, start + raw + n, device=self.device)
         pair = [x[:, raw:].to(self.device, self.dtype) for x in (k, v)]
         pair[0] = self._rotation.unrotate(pair[0], positions)
-        left = []
-        for side, x in zip(self._sides, pair, strict=True):
-            x = x.transpose(0, 1).reshape(n - raw, -1)
-            left.append((x - side.predicted(f)) * side.weight)
-        along = self._along(n - raw)
-        made = []
-        for g in range(len(self.groups)):
-            cut = self._fitted.columns(g)
-            one, two = (
-                (along @ (x[:, cut] @ side.axes(g, self.step, ids is not None))).mT
-                for side, x in zip(self._sides, left, strict=True)
-            )
-            made.append((one, two))
-        return made
+        made = [
+            [(along @ c).mT for c in side.coefficients(x.transpose(0, 1).reshape(n, -1), tokens)]
+            for side, x in zip(self._sides, pair, strict=True)
+        ]
+        return list(zip(*made, strict=True))
 
     def _parts(self, coefficients: list[tuple[Tensor, Tensor]], step: int, n: int, known: bool) -> list[bytes]:
         parts = []
@@ -289,57 +272,85 @@ class SegmentCodec:
 
     # decoding
 
-    def _symbols(self, header: Header, group: int, part: memoryview) -> np.ndarray:
-        assert header.step is not None
-        n, known = header.tokens - header.raw, header.ids is not None
-        contexts = self._contexts(group, header.step, n, known) if n else np.zeros(0, np.uint8)
-        try:
-            return entropy.decode(part, contexts, self._tables)
-        except entropy.Broken as error:
-            raise CodecError(f"the part of layers {self.groups[group]} of this segment is damaged: {error}") from None
+    def _opened(self, blob: Any, k: Tensor, v: Tensor, start: int | None, wanted: list[int]) -> Opened:
+        """A blob in its parts, once all is checked that can be without decoding them."""
+        header, rest = form.parse(blob)
+        self._check_blob(header)
+        for name, x in (("k", k), ("v", v)):
+            expected = (len(wanted), header.tokens, len(self.kv_heads), self.head_dim)
+            if tuple(x.shape) != expected:
+                raise ValueError(f"{name} is {list(x.shape)}, this segment and these layers make {list(expected)}")
+        begin = header.start if start is None else int(start)
+        _check_start(begin)
+        raw = 2 * len(self.layers) * header.raw * self._fitted.width * header.dtype.itemsize
+        return Opened(header, *form.split(rest, raw, 0 if header.step is None else len(self.groups)), k, v, begin)
 
-    def _write_raw(self, header: Header, head: memoryview, k: Tensor, v: Tensor, wanted: list[int], start: int) -> None:
+    def _fill(self, some: list[Opened], wanted: list[int]) -> None:
+        """Write what segments stand for. Nothing is written before all of them are known to be right."""
+        todo = runs(wanted, self.groups)
+        alike: dict[tuple[int, int, bool], list[Opened]] = {}
+        for one in some:
+            if one.header.step is not None:
+                alike.setdefault(one.kind, []).append(one)
+        numbers: dict[Any, Iterator[Tensor]] = {}
+        told: list[tuple[int, Tensor]] = []
+        for kind, same in alike.items():
+            for g in todo:
+                contexts = self._contexts(g, *kind)
+                try:
+                    numbers[kind, g], fine = self._streams.decode([one.parts[g] for one in same], contexts)
+                except entropy.Broken as error:
+                    raise self._damaged(g, error) from None
+                told += [] if fine is None else [(g, fine)]
+        if told and not bool(torch.cat([fine for _, fine in told]).all()):
+            raise self._damaged(next(g for g, fine in told if not bool(fine.all())), entropy.ENDS)
+        for one in some:
+            if one.header.raw:
+                self._write_raw(one, wanted)
+            if one.header.step is not None and one.coded:
+                self._write(one, todo, {g: next(numbers[one.kind, g]) for g in todo})
+
+    def _damaged(self, group: int, why: Any) -> CodecError:
+        return CodecError(f"the part of layers {self.groups[group]} of a segment is damaged: {why}")
+
+    def _write_raw(self, one: Opened, wanted: list[int]) -> None:
+        header, start = one.header, one.start
         shape = (2, len(self.layers), header.raw, len(self.kv_heads), self.head_dim)
-        held = torch.frombuffer(bytearray(head), dtype=header.dtype).view(shape)[:, wanted].to(self.device)
+        held = torch.frombuffer(bytearray(one.head), dtype=header.dtype).view(shape)[:, wanted].to(self.device)
         keys = held[0]
         if start != header.start:
             rotation, positions = self._rotation.layers(wanted), torch.arange(header.raw, device=self.device)
             keys = rotation.rotate(rotation.unrotate(keys.to(self.dtype), positions + header.start), positions + start)
-        k[:, : header.raw] = keys.to(k.device, k.dtype)
-        v[:, : header.raw] = held[1].to(v.device, v.dtype)
+        one.k[:, : header.raw] = keys.to(one.k.device, one.k.dtype)
+        one.v[:, : header.raw] = held[1].to(one.v.device, one.v.dtype)
 
-    def _write(
-        self, header: Header, symbols: dict[int, np.ndarray], k: Tensor, v: Tensor, wanted: list[int], start: int
-    ) -> None:
-        assert header.step is not None
-        raw, n, known = header.raw, header.tokens - header.raw, header.ids is not None
-        f = self._features(None if header.ids is None else np.array(header.ids), raw)
-        along, step = self._along(n), step_of(header.step)
-        positions = torch.arange(start + raw, start + raw + n, device=self.device)
-        for g, group in enumerate(self.groups):
-            asked = [place for place, layer in enumerate(wanted) if layer in group]
-            if not asked:
-                continue
-            cut, taken = self._fitted.columns(g), 0
-            inner = [wanted[place] - group.start for place in asked]
-            for number, (side, target) in enumerate(zip(self._sides, (k, v), strict=True)):
-                axes = side.axes(g, header.step, known)
-                q = symbols[g][taken : taken + axes.shape[1] * n].reshape(axes.shape[1], n)
-                taken += q.size
-                c = restore(torch.from_numpy(q).to(self.device), step, self.dtype)
-                x = (along.mT @ c.mT) @ axes.mT / side.weight[cut] + side.predicted(f, cut)
-                x = x.view(n, len(group), len(self.kv_heads), self.head_dim).transpose(0, 1)[inner]
-                if number == 0:
-                    x = self._rotation.layers([wanted[place] for place in asked]).rotate(x, positions)
-                target[asked, raw:] = x.to(target.device, target.dtype)
+    def _write(self, one: Opened, todo: dict[int, list[tuple[int, range]]], numbers: dict[int, Tensor]) -> None:
+        step, n, known = one.kind
+        raw, width, ids = one.header.raw, self._fitted.width, one.header.ids
+        tokens = self._tokens(None if ids is None else np.array(ids), raw)
+        along = self._along(n)
+        positions = torch.arange(one.start + raw, one.start + raw + n, device=self.device)
+        for g, asked in todo.items():
+            taken, before = 0, self.groups[g].start * width
+            for side, target in zip(self._sides, (one.k, one.v), strict=True):
+                axes = side.axes(g, step, known)
+                q = numbers[g][taken : taken + axes.shape[1] * n].view(-1, n)
+                taken += q.numel()
+                c = along.mT @ restore(q, step_of(step), self.dtype).mT
+                for place, layers in asked:
+                    cut = slice(layers.start * width, layers.stop * width)
+                    rows = axes[cut.start - before : cut.stop - before]
+                    x = c @ rows.mT / side.weight[cut] + side.predicted(tokens, cut)
+                    x = x.view(n, len(layers), len(self.kv_heads), self.head_dim).transpose(0, 1)
+                    if target is one.k:
+                        x = self._rotation.layers(slice(layers.start, layers.stop)).rotate(x, positions)
+                    target[place : place + len(layers), raw:] = x.to(target.device, target.dtype)
 
     # what both need
 
-    def _features(self, ids: np.ndarray | None, raw: int) -> Tensor | None:
-        """[n - raw, features], None without ids."""
-        if ids is None:
-            return None
-        return features(self._table, torch.from_numpy(ids.astype(np.int64)).to(self.device), dtype=self.dtype)[raw:]
+    def _tokens(self, ids: np.ndarray | None, raw: int) -> Tokens | None:
+        """What predicts tokens raw to n, None without ids."""
+        return None if ids is None else Tokens.of(self._table, ids, raw, self.dtype)
 
     def _along(self, n: int) -> Tensor:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
@@ -380,3 +391,8 @@ class SegmentCodec:
 def _check_start(start: int) -> None:
     if not 0 <= start <= form.FARTHEST:
         raise ValueError(f"start is a position, 0 to {form.FARTHEST}; got {start}")
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all of x is finite: so is their sum, where it does not overflow."""
+    return bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()) or bool(x.isfinite().all())

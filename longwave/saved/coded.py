@@ -23,7 +23,8 @@ class Coder(Protocol):
     """What codes segments: `longwave.codec.SegmentCodec`, or anything like it. Immutable, for one model.
 
     tokens: of a segment at most. fingerprint: of all that a blob's meaning depends on. A coder may have `group`, the
-    memory layers that it decodes best together; without it that is one. One that is `lossless` gives back what it was
+    memory layers that it decodes best together; without it that is one. It may have `decode_many`, as SegmentCodec has:
+    on a GPU that is what it is fast by. One that is `lossless` gives back what it was
     given, and the ends of rows beside it stay as they are, too.
     """
 
@@ -138,6 +139,23 @@ def segment(row: int, number: int, blob: Any) -> dict[str, torch.Tensor]:
     return {f"rows.{row}.segments.{number}": torch.frombuffer(bytearray(blob), dtype=torch.uint8)}
 
 
+def decode_all(
+    coder: Coder,
+    blobs: Sequence[Any],
+    ks: Sequence[torch.Tensor],
+    vs: Sequence[torch.Tensor],
+    layers: range,
+    starts: Sequence[int],
+) -> None:
+    """Several segments, together where the coder can."""
+    many = getattr(coder, "decode_many", None)
+    if many is not None:
+        many(blobs, ks, vs, layers=layers, starts=starts)
+        return
+    for one, k, v, start in zip(blobs, ks, vs, starts, strict=True):
+        coder.decode(one, k, v, layers=layers, start=start)
+
+
 def _gathered(layers: list[MemoryLayer], row: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V [layers, n, kv_heads, head_dim] of some tokens, on the layers' device, or the host where they differ."""
     spans = [layer.span(row, start, stop) for layer in layers]
@@ -209,11 +227,17 @@ class Coded:
                 first = seen if seen <= SINKS + WINDOW else SINKS
                 x[:, row, :, :first] = kept[:, :, :first]
                 x[:, row, :, seen - (kept.shape[2] - first) : seen] = kept[:, :, first:]
-        for row, number, start, stop in segments(self.rows, self._coder.tokens):
-            blob = self._tensors[f"rows.{row}.segments.{number}"].numpy().tobytes()
-            views = (x[:, row, :, start:stop].transpose(1, 2) for x in made)
-            try:
-                self._coder.decode(blob, *views, layers=own, start=start)
-            except ValueError as error:
-                raise SavedCacheError(f"{self._path}: tokens {start} to {stop - 1} of row {row}: {error}") from error
+        todo = list(segments(self.rows, self._coder.tokens))
+        blobs = [self._tensors[f"rows.{row}.segments.{number}"].numpy().tobytes() for row, number, *_ in todo]
+        ks, vs = ([x[:, row, :, start:stop].transpose(1, 2) for row, _, start, stop in todo] for x in made)
+        try:
+            decode_all(self._coder, blobs, ks, vs, own, [start for _, _, start, _ in todo])
+        except ValueError:
+            for (row, _, start, stop), blob, k, v in zip(todo, blobs, ks, vs, strict=True):  # which one it is
+                try:
+                    self._coder.decode(blob, k, v, layers=own, start=start)
+                except ValueError as error:
+                    where = f"tokens {start} to {stop - 1} of row {row}"
+                    raise SavedCacheError(f"{self._path}: {where}: {error}") from error
+            raise
         return own, *made

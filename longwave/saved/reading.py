@@ -23,7 +23,7 @@ from longwave.frame.observe import Pass
 from longwave.ops import mass as attention_mass
 from longwave.ops.attention.reference import dense_attention
 from longwave.saved import container
-from longwave.saved.coded import SINKS, WINDOW, Coder, Room, ends_of, segment, segments
+from longwave.saved.coded import SINKS, WINDOW, Coder, Room, decode_all, ends_of, segment, segments
 from longwave.saved.saving import beside, coder_at, facts_of, put_states, share_of
 from longwave.shape import CacheShape, check_supported
 
@@ -115,9 +115,9 @@ class Middle:
             first = position // span * span
             own = range(first, min(first + span, len(self.layers)))
             k, v = (like.new_empty(len(own), self.tokens, like.shape[1], like.shape[3]) for _ in range(2))
-            for blob, (start, stop) in zip(self.blobs, self.todo, strict=False):
-                part = slice(start - SINKS, stop - SINKS)
-                self.coder.decode(blob, k[:, part], v[:, part], layers=own, start=start)
+            todo = self.todo[: len(self.blobs)]
+            ks, vs = ([x[:, start - SINKS : stop - SINKS] for start, stop in todo] for x in (k, v))
+            decode_all(self.coder, self.blobs, ks, vs, own, [start for start, _ in todo])
             self._held = own, k, v
         own, k, v = self._held
         k, v = (x[position - own[0]].transpose(0, 1)[None] for x in (k, v))

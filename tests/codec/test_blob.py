@@ -19,7 +19,7 @@ def test_what_is_packed_is_read():
     header, rest = blob.parse(made())
     assert header == blob.peek(memoryview(made()))
     assert (header.tokens, header.start, header.ids, header.step, header.raw) == (5, 7, (0, 1, 2, 3, 4), -40, 2)
-    assert (header.dtype, header.fingerprint, header.version) == (torch.bfloat16, b"12345678", 1)
+    assert (header.dtype, header.fingerprint, header.version) == (torch.bfloat16, b"12345678", 2)
     head, parts = blob.split(rest, 4, 2)
     assert (bytes(head), [bytes(part) for part in parts]) == (b"raw!", [b"one", b""])
     assert blob.peek(made(ids=None)).ids is None
@@ -52,7 +52,7 @@ def test_every_flipped_bit_is_noticed():
         (lambda b: b[:20], "at least"),
         (lambda b: b[:-1], "was the file cut"),
         (lambda b: b"RIFF" + b[4:], "no coded segment"),
-        (lambda b: b[:4] + b"\x09" + b[5:], "format 9, this longwave reads 1"),
+        (lambda b: b[:4] + b"\x09" + b[5:], "format 9, this longwave reads 2"),
         (lambda b: b[:-1] + b"x", "tokens 7 to 11.* is damaged: bad checksum"),
     ],
 )

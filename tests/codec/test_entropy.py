@@ -1,11 +1,16 @@
-"""rANS: the reference and the compiled loops write the same bytes, which come back, at close to the entropy."""
+"""rANS: the reference and the compiled loops write the same bytes, which come back, at close to the entropy.
+
+On a CPU Triton runs in its interpreter (tests/conftest.py switches it on), on a GPU for real.
+"""
 
 import numpy as np
 import pytest
+import torch
 
 from longwave.codec import entropy
 from longwave.codec.quantise import ROUND
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TABLES = entropy.Tables.of(entropy.tabled(entropy.laplace()))
 
 
@@ -17,8 +22,13 @@ def drawn(count, seed=0, context=None):
     return (np.sign(c) * np.floor(np.abs(c) + ROUND)).astype(np.int32), contexts.astype(np.uint8)
 
 
+@pytest.fixture(params=[4096, 16], ids=["few lanes", "many lanes"])
+def per_lane(request, monkeypatch):
+    monkeypatch.setattr(entropy, "PER_LANE", request.param)
+
+
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 127, 5000])
-def test_reference_and_numba_write_the_same_and_read_it_back(count):
+def test_reference_and_numba_write_the_same_and_read_it_back(per_lane, count):
     q, contexts = drawn(count, count)
     made = entropy.encode(q, contexts, TABLES, compiled=False)
     assert entropy.encode(q, contexts, TABLES, compiled=True) == made
@@ -26,9 +36,63 @@ def test_reference_and_numba_write_the_same_and_read_it_back(count):
         assert (entropy.decode(made, contexts, TABLES, compiled) == q).all()
 
 
+def on_device(streams, contexts):
+    """What Triton makes of streams: numbers [streams, N], whether they are right."""
+    module = pytest.importorskip("longwave.codec.entropy_triton", reason="Triton is for NVIDIA GPUs and Linux")
+    decoder = module.Decoder(TABLES, DEVICE)
+    symbols, escapes, fine = decoder.decode(streams, torch.from_numpy(contexts).to(DEVICE))
+    made = [module.numbers(*one) for one in zip(symbols, escapes, strict=True)]
+    return torch.stack(made).cpu().numpy(), fine.tolist()
+
+
+@pytest.mark.parametrize(("count", "lanes"), [(1, 8), (9, 8), (130, 8), (300, 16), (601, 32), (2100, 128)])
+def test_triton_reads_several_streams_back(count, lanes, monkeypatch):
+    monkeypatch.setattr(entropy, "PER_LANE", 16)
+    assert entropy.lanes(count) == lanes
+    q, contexts = drawn(count, count)
+    several = np.stack([np.roll(q, 1), q, q])
+    several[1, count // 2] = 300  # these escape, in 16 bits and in 32
+    several[2, -1] = -40_000
+    made = [entropy.Stream.of(entropy.encode(one, contexts, TABLES), count) for one in several]
+    found, fine = on_device(made, contexts)
+    assert (found == several).all()
+    assert fine == [True] * 3
+
+
+def test_triton_notices_damage_of_one_stream_alone(monkeypatch):
+    monkeypatch.setattr(entropy, "PER_LANE", 4)  # few rows for the interpreter
+    q, contexts = drawn(150, 5)
+    made, draw, damaged = entropy.encode(q, contexts, TABLES), np.random.default_rng(1), []
+    for _ in range(20):
+        broken = bytearray(made)
+        broken[draw.integers(8, len(broken))] ^= 1 << draw.integers(8)
+        damaged.append(bytes(broken))
+    found, fine = on_device([entropy.Stream.of(one, 150) for one in (made, *damaged, made)], contexts)
+    assert fine[0]
+    assert fine[-1]
+    assert (found[[0, -1]] == q).all()
+    for one, same, right in zip(damaged, found[1:-1], fine[1:-1], strict=True):
+        try:
+            assert (entropy.decode(one, contexts, TABLES) == same).all()
+        except entropy.Broken:
+            assert not right
+        else:
+            assert right
+    assert sum(fine) < 12
+
+
+def test_lanes_are_a_power_of_two_that_costs_little():
+    counts = [1, 4095, 4096, 60_000, 70_000, 130_000, 600_000, 10**7]
+    assert [entropy.lanes(count) for count in counts] == [8, 8, 8, 8, 16, 16, 128, 128]
+    q, contexts = drawn(140_000, 2, 12)
+    assert entropy.lanes(len(q)) == 32
+    wide = len(entropy.encode(q, contexts, TABLES))
+    assert wide < 1.002 * len(entropy.encode(q[:70_000], contexts[:70_000], TABLES)) * 2
+
+
 def test_numba_is_what_answers_and_means_the_same_format():
     compiled = entropy._compiled()
-    assert (compiled.LANES, compiled.BITS, compiled.LOW) == (entropy.LANES, entropy.BITS, entropy.LOW)
+    assert (compiled.BITS, compiled.LOW) == (entropy.BITS, entropy.LOW)
 
 
 def test_no_numbers_take_no_bytes():

@@ -157,7 +157,7 @@ def test_damaged_and_foreign_files_are_refused(small, tmp_path):
     save_file(tensors, bad, {"format": "longwave-codec", "version": "9"})
     with pytest.raises(CodecError, match="version 9"):
         Codec.load(bad)
-    save_file(tensors, bad, {"format": "longwave-codec", "version": "1", "codec": "{}"})
+    save_file(tensors, bad, {"format": "longwave-codec", "version": "2", "codec": "{}"})
     with pytest.raises(CodecError, match="is damaged"):
         Codec.load(bad)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longwave.codec.predict import Moments, embedding, features
+from longwave.codec.predict import Moments, Tokens, embedding, features
 from tests.codec.conftest import error, held
 from tests.conftest import build, tokens
 
@@ -60,3 +60,15 @@ def test_moments_in_parts_are_the_residuals_of_a_direct_fit():
     level, eye = f[:, :-1].square().mean() * 10 * 200, torch.eye(7, dtype=torch.float64)
     eye[-1, -1] = 0  # the constant is not shrunk
     assert torch.allclose(shrunk, torch.linalg.solve(f.mT @ f + level * eye, f.mT @ x), atol=1e-8)
+
+
+@pytest.mark.parametrize("first", [0, 1, 4])
+def test_tokens_that_repeat_are_multiplied_once_and_predict_the_same(small, first):
+    ids = tokens(1, 60, seed=3)[0] % 20
+    table = embedding(small.model).double()
+    w = torch.randn(2 * table.shape[1] + 1, 7, generator=torch.Generator().manual_seed(0)).double()
+    found = Tokens.of(table, ids.numpy(), first, torch.float64)
+    assert len(found.own) <= 20
+    torch.testing.assert_close(found.times(w), (features(table, ids, dtype=torch.float64) @ w)[first:])
+    alone = Tokens.of(table, ids[:1].numpy(), 0, torch.float64)
+    torch.testing.assert_close(alone.times(w), features(table, ids[:1], dtype=torch.float64) @ w)

@@ -5,9 +5,11 @@ import random
 import pytest
 import torch
 
-from longwave.codec import CodecError, blob
+from longwave.codec import CodecError, blob, entropy
 from longwave.codec.segment import RAW, SegmentCodec
 from tests.codec.conftest import KINDS, error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def decoded(codec, made, like, layers=None, start=None):
@@ -75,6 +77,51 @@ def test_segments_decode_alone_in_any_order_and_by_layer(small):
     k, v = decoded(codec, made[1], parts[0][0], layers=[2, 0])
     assert torch.allclose(k, back[1][0][[2, 0]], atol=1e-5)
     assert torch.allclose(v, back[1][1][[2, 0]], atol=1e-5)
+
+
+def test_triton_decodes_the_same(fitted, monkeypatch):
+    """On a CPU in the interpreter, on a GPU for real; products are of the same device, so only numbers could differ."""
+    pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here is none")
+    monkeypatch.setattr(entropy, "PER_LANE", 16)  # many lanes: few rows for the interpreter
+    one, starts = fitted("qwen3"), [0, 132, 4]  # the first keeps raw tokens: another shape than the others'
+    parts = [one.part(start, start + 60) for start in starts]
+    codec = one.codec.at(0.06, device=DEVICE)
+    made = [codec.encode(k, v, ids=ids, start=start) for (k, v, ids), start in zip(parts, starts, strict=True)]
+    expected = [decoded(codec, blob, parts[0][0], layers=[1]) for blob in made]
+    monkeypatch.setenv("LONGWAVE_KERNELS", "triton")
+    codec = one.codec.at(0.06, device=DEVICE)
+    ks, vs = ([torch.full_like(parts[0][0][:1], float("nan")) for _ in starts] for _ in range(2))
+    codec.decode_many(made, ks, vs, layers=[1])
+    for (k, v), k2, v2 in zip(expected, ks, vs, strict=True):
+        assert torch.equal(k, k2)
+        assert torch.equal(v, v2)
+    forged = bytearray(made[1])
+    forged[-9] ^= 1  # the last part's words
+    forged[blob.FIXED.size : blob.SIZE] = blob.hashlib.blake2b(
+        bytes(forged[: blob.FIXED.size] + forged[blob.SIZE :]), digest_size=blob.CHECK
+    ).digest()
+    for x in (*ks, *vs):
+        x.fill_(7)
+    with pytest.raises(CodecError, match="states do not end"):
+        codec.decode_many([made[0], bytes(forged), made[2]], ks, vs, layers=[1])
+    assert all(bool((x == 7).all()) for x in (*ks, *vs))
+
+
+def test_groups_of_layers_that_nobody_asks_for_are_not_decoded(small, monkeypatch):
+    from longwave.codec import build
+
+    k, v, ids = small.part(132, 260)
+    codec, seen = build(small.read, groups=((0, 1), (1, 3))).at(0.1), []
+    made = codec.encode(k, v, ids=ids, start=132)
+    whole = decoded(codec, made, k)
+    decode = codec._streams.decode
+    monkeypatch.setattr(codec._streams, "decode", lambda *given: seen.append(1) or decode(*given))
+    for layers, groups in (([0], 1), ([2], 1), ([1, 2], 1), ([2, 0, 1], 2), ([2, 2], 1), ([], 0)):
+        seen.clear()
+        k2, v2 = decoded(codec, made, k, layers=layers)
+        assert len(seen) == groups
+        assert torch.allclose(k2, whole[0][layers], atol=1e-5)
+        assert torch.allclose(v2, whole[1][layers], atol=1e-5)
 
 
 def test_keys_can_be_put_at_another_position(small):

@@ -80,6 +80,16 @@ class SirBound(EvictingBound):
 
 
 class SirLayer(EvictingLayer):
+    def can_drop(self, counts: list[int]) -> None:
+        super().can_drop(counts)
+        for row, count in enumerate(counts):
+            if self.heard is not None and count and self.rows[row] - count > 0 and self.heard.counts[row] <= count:
+                raise ValueError(
+                    f"cannot remove the last {count} tokens: what comes next is judged by the token before it, and of "
+                    f"row {row} only the last {self.heard.counts[row]} are remembered. Keep a copy.deepcopy of the "
+                    "cache to go back to"
+                )
+
     def hear(self, surprise: list[torch.Tensor]) -> None:
         column = self.dense.columns["surprise"]
         for row, own in enumerate(surprise):

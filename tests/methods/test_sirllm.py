@@ -181,6 +181,15 @@ def test_what_was_taken_back_is_not_heard(made):
         torch.testing.assert_close(one.dense.column("surprise"), two.dense.column("surprise"))
 
 
+def test_a_crop_beyond_what_was_heard_is_refused(llama):
+    memory = longwave.cache(llama, longwave.SirLLM(tokens=200, sinks=2, window=8))
+    read(llama, memory, tokens(1, 60))
+    with pytest.raises(ValueError, match="judged by the token before it, and of row 0 only the last 9"):
+        memory.crop(-20)
+    memory.crop(-8)
+    assert memory.get_seq_length() == 52
+
+
 def test_generate_hears_a_prompt_of_which_it_wants_the_last_logits(made):
     model, ids = made["llama"], tokens(1, 50)
     memory = longwave.cache(model, longwave.SirLLM(tokens=4096))

@@ -59,20 +59,25 @@ def prompts(tokenizer, windows, scored):
 
 def theirs(python, folder, job):
     """The files that kvpress wrote, by (name, ratio)."""
-    script = Path(__file__).with_name("presses.py")
-    found = (
+    paths = {(name, ratio): folder / f"{name}-{ratio:g}.safetensors" for name, ratio in job["presses"]}
+    if not all(path.exists() for path in paths.values()):
+        ask_kvpress(python, folder, job)
+    return {key: load_file(path) for key, path in paths.items()}
+
+
+def ask_kvpress(python, folder, job):
+    tried = (
         subprocess.run([python, "-c", "import kvpress"], capture_output=True, text=True) if python.exists() else None
     )
-    if found is None or found.returncode:
-        why = "there is no such file" if found is None else found.stderr.strip().splitlines()[-1]
+    if tried is None or tried.returncode:
+        why = "there is no such file" if tried is None else tried.stderr.strip().splitlines()[-1]
         raise SystemExit(
             f"{python} cannot import kvpress ({why}). Give it an environment of its own:\n"
             "    python3 -m venv /tmp/kvpress && /tmp/kvpress/bin/pip install torch==2.13.0 kvpress==0.5.5\n"
             "and name it: --python /tmp/kvpress/bin/python"
         )
     (folder / "job.json").write_text(json.dumps(job))
-    subprocess.run([python, script, folder], check=True)
-    return {(name, ratio): load_file(folder / f"{name}-{ratio:g}.safetensors") for name, ratio in job["presses"]}
+    subprocess.run([python, Path(__file__).with_name("presses.py"), folder], check=True)
 
 
 def build(name, options, ratio, ask):

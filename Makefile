@@ -37,8 +37,9 @@ test-all: lint
 quality: $(VENV)/ready
 	$(BIN)/python -m benchmarks.gate
 
+# time and memory of every method beside dense, random weights; goes on where it ended
 speed: $(VENV)/ready
-	$(BIN)/python -m benchmarks.speed --out out/speed.json
+	$(BIN)/python -m benchmarks.family
 
 # decode attention on an NVIDIA GPU, against full attention and other ways to decode the same channels; and its plot
 bench: $(VENV)/ready

@@ -18,6 +18,7 @@ from longwave.evals import plots
 from longwave.evals.page import Block, Cell, Section, Table, render
 from longwave.evals.results import Loaded, merge
 from longwave.evals.runner import BIN
+from longwave.evals.spec import parse_spec
 from longwave.evals.summary import (
     FEWEST,
     MEANS,
@@ -42,6 +43,7 @@ NEEDED = ("context", "rows", "prefill_seconds", "decode_seconds")
 SIGNS = {"worse": "✗", "better": "✓", "": ""}
 NOTHING = "–"
 POSITIONS = 16  # rows of a table of losses by position, at most
+MANY = 16  # methods that one chart or one table can hold
 
 
 def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
@@ -115,20 +117,44 @@ def titles(header: dict[str, Any]) -> dict[str, str]:
     """A short name for every task: its own, with the options that tell it from others of the same name."""
     named: dict[str, str] = {}
     for label, told in header["tasks"].items():
-        alike = [other for other in header["tasks"].values() if other["name"] == told["name"]]
-        differing = {k: v for k, v in told["options"].items() if any(o["options"].get(k) != v for o in alike)}
+        alike = [asked(other) for other in header["tasks"].values() if other["name"] == told["name"]]
+        differing = {k: v for k, v in asked(told).items() if any(other.get(k) != v for other in alike)}
         short = {key: value for key, value in differing.items() if not isinstance(value, list)} or differing
         said = f"{told['name']}, {options(short)}" if differing else str(told["name"])
         named[label] = said if len(said) < len(label) or not differing else label
     return {label: said if list(named.values()).count(said) == 1 else label for label, said in named.items()}
 
 
+def asked(told: dict[str, Any]) -> dict[str, Any]:
+    """A task's options, and when its question is seen where the task says so itself."""
+    return {**told["options"], **({"question": told["question"]} if "question" in told else {})}
+
+
+def by_budget(methods: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(title, methods) for every budget, the largest first, and for methods without one; dense leads each of them."""
+    found: dict[Any, list[str]] = {}
+    for method in methods:
+        if method != "dense":
+            try:
+                budget = parse_spec(method)[1].get("budget", "")
+            except ValueError:  # of a damaged folder
+                budget = ""
+            found.setdefault(budget, []).append(method)
+    shares: list[Any] = sorted((x for x in found if not isinstance(x, str)), reverse=True)
+    sizes = [x for x in found if isinstance(x, str) and x]
+    dense = ["dense"] * ("dense" in methods)
+    groups = [(f"budget {x}", dense + found[x]) for x in [*shares, *sizes]]
+    return groups + ([("no budget", dense + found[""])] if "" in found else [])
+
+
 class Report:
-    """The sections of a page, from the rows of a folder."""
+    """The sections of a page, from the rows of a folder. Of more than MANY methods, tables alone, one a budget."""
 
     def __init__(self, loaded: Loaded):
         self.header = loaded.header
         self.methods: list[str] = list(self.header["methods"])
+        self.many = len(self.methods) > MANY
+        self.groups = by_budget(self.methods) if self.many else [("", self.methods)]
         self.titles = titles(self.header)
         self.notes = list(loaded.problems)
         self.rows = self._usable(loaded.rows)
@@ -211,7 +237,7 @@ class Report:
             for name in ("longwave", "torch", "transformers", "python")
             if distinct(runs, name)
         ]
-        sections = [self.summary(), self.quality()]
+        sections = [self.summary()] if self.many else [self.summary(), self.quality()]
         for label, task in self.tasks.items():
             if isinstance(task, LossTask):
                 sections.append(self.loss(label, task))
@@ -227,27 +253,20 @@ class Report:
         }
 
     def summary(self) -> Section:
-        head = [Cell("method")]
-        head += [
-            Cell(self.titles[label], task.unit + (", lower is better" if task.lower else ""))
-            for label, task in self.tasks.items()
-        ]
-        table = []
-        for method in self.methods:
-            row = [Cell(method)]
-            for label, task in self.tasks.items():
-                row.append(self._score(self.overall.get((label, method)), task))
-            rows = [self.overall[label, method].ratio for label in self.tasks if (label, method) in self.overall]
-            mine = [row for row in self.rows if row["method"] == method]
-            spread = f"{min(rows):.3f} to {max(rows):.3f}" if len(rows) > 1 else ""
-            row.append(Cell(f"{cost(mine).ratio:.3f}", spread) if mine else Cell(NOTHING, "not measured †", "missing"))
-            table.append(row)
-        head.append(Cell("bytes ratio", "whole cache" + (", and by task" if len(self.tasks) > 1 else "")))
+        inside = [label for label in self.tasks if self._question(label) == "inside"]
+        before = [label for label in self.tasks if label not in inside]
+        parts = [("query-agnostic", before), ("query-aware", inside)] if self.many and before and inside else []
+        blocks = []
+        for title, labels in parts or [("", list(self.tasks))]:
+            counts = [line.count for (label, _), line in self.overall.items() if label in labels]
+            tables = [self._overview(labels, methods, budget) for budget, methods in self.groups]
+            blocks.append(Block(tables, counted(counts, "a cell"), self.commands(*labels), title))
         text = []
         if self.has_dense:
             text.append(
-                "Below each score: its difference to dense on the samples both have, with the paired bootstrap 95 % "
-                f"interval. {SIGNS['worse']} worse and {SIGNS['better']} better mark intervals that leave out 0, from "
+                "Below each score: its difference to dense on the samples both have"
+                + (", from the paired bootstrap. " if self.many else ", with the paired bootstrap 95 % interval. ")
+                + f"{SIGNS['worse']} worse and {SIGNS['better']} better mark intervals that leave out 0, from "
                 f"{FEWEST} pairs on; each is judged by itself, not corrected for their number."
             )
         else:
@@ -259,9 +278,31 @@ class Report:
             "Bytes ratio: live bytes of the whole cache, metadata included, over those a dense cache of the same "
             "tokens holds. † marks cells with fewer samples than were to be measured, or scores that are not finite."
         )
-        counts = [line.count for line in self.overall.values()]
-        block = Block([Table(head, table)], counted(counts, "a cell"), self.commands())
-        return Section("Summary", [block], text)
+        return Section("Summary", blocks, text)
+
+    def _question(self, label: str) -> str:
+        """When the question of a task is seen."""
+        return str(self.header["tasks"][label].get("question", self.header["question"]))
+
+    def _overview(self, labels: list[str], methods: list[str], title: str) -> Table:
+        """A score of each task for each method."""
+        head = [Cell("method")]
+        for label in labels:
+            task = self.tasks[label]
+            head.append(Cell(self.titles[label], task.unit + (", lower is better" if task.lower else "")))
+        head.append(Cell("bytes ratio", "whole cache" + (", and by task" if len(labels) > 1 else "")))
+        table = []
+        for method in methods:
+            row = [
+                Cell(method),
+                *(self._score(self.overall.get((x, method)), self.tasks[x], self.many) for x in labels),
+            ]
+            rows = [self.overall[label, method].ratio for label in labels if (label, method) in self.overall]
+            mine = [row for row in self.rows if row["method"] == method and row["task"] in labels]
+            spread = f"{min(rows):.3f} to {max(rows):.3f}" if len(rows) > 1 else ""
+            row.append(Cell(f"{cost(mine).ratio:.3f}", spread) if mine else Cell(NOTHING, "not measured †", "missing"))
+            table.append(row)
+        return Table(head, table, title)
 
     def _score(self, line: Line | None, task: Task, brief: bool = False) -> Cell:
         """A score with its difference to dense below; brief: without the interval."""
@@ -326,7 +367,7 @@ class Report:
         """Heat maps and the table of sets, where a task has them."""
         blocks = []
         columns = sorted_columns(task, [row for row in self.of_task(label) if finite(row)])
-        if task.heat and len({row["meta"].get(task.heat[1]) for row in self.of_task(label)}) > 1:
+        if task.heat and not self.many and len({row["meta"].get(task.heat[1]) for row in self.of_task(label)}) > 1:
             blocks.append(self._heat(label, task))
         if len(columns) > 1:
             blocks.append(self._sets(label, task, columns))
@@ -374,25 +415,27 @@ class Report:
             spans.append((name, len(sets) + (name in averaged)))
         head += [Cell("mean of sets")] * means + [Cell(last)]
         spans.append(("all", 1 + means))
-        rows = []
-        for method in self.methods:
-            row = [Cell(method)]
-            for name, sets in parts:
-                row += [self._score(lines.get((method, column)), task, brief=True) for column in sets]
-                if name in averaged:
-                    row.append(self._average([lines.get((method, column)) for column in sets], task))
-            if means:
-                row.append(self._average([lines.get((method, column)) for column in columns], task))
-            row.append(self._score(self.overall.get((label, method)), task, brief=True))
-            rows.append(row)
+        tables = []
+        for budget, methods in self.groups:
+            rows = []
+            for method in methods:
+                row = [Cell(method)]
+                for name, sets in parts:
+                    row += [self._score(lines.get((method, column)), task, brief=True) for column in sets]
+                    if name in averaged:
+                        row.append(self._average([lines.get((method, column)) for column in sets], task))
+                if means:
+                    row.append(self._average([lines.get((method, column)) for column in columns], task))
+                row.append(self._score(self.overall.get((label, method)), task, brief=True))
+                rows.append(row)
+            tables.append(Table(head, rows, budget, spans=spans if groups else []))
         counts = [line.count for line in lines.values() if line.column]
         said = "below each score its difference to dense; " * self.has_dense
         said += "averages of groups count each set once; " * bool(averaged)
         said += "the mean of sets counts each set once; " * (means or last == "mean of sets")
         said += "all samples counts each sample once; " * (last == "all samples")
-        table = Table(head, rows, spans=spans if groups else [])
         title = f"by {task.columns}"
-        return Block([table], counted(counts, "a set"), self.commands(label), title, note=said.strip("; ").capitalize())
+        return Block(tables, counted(counts, "a set"), self.commands(label), title, note=said.strip("; ").capitalize())
 
     def _is_mean(self, lines: dict[tuple[str, str], Line], columns: list[str]) -> bool:
         """Whether the task's own total is the mean of its sets, seen in the methods that have them all."""
@@ -427,13 +470,13 @@ class Report:
                 mine = [row for row in here if row["method"] == method]
                 if mine:
                     made[method, column] = losses(mine, dense, f"{label}/{column}/loss")
-        table = self._loss_table(task, columns, lines, made)
+        tables = [self._loss_table(task, columns, lines, made, *group) for group in self.groups]
         counts = [line.count for line in lines.values() if line.column in columns]
-        blocks = [Block([table], counted(counts, "a row"), self.commands(label))]
+        blocks = [Block(tables, counted(counts, "a row"), self.commands(label))]
         metric = "kl" if task.compares else "loss"
         what = {"kl": "KL from dense, nats", "loss": "loss, nats"}[metric]
         drawn: list[str] = []
-        for index, column in enumerate(columns):
+        for index, column in enumerate([] if self.many else columns):
             here = in_column(task, good, column)
             curves = {m: curve([row for row in here if row["method"] == m], metric) for m in self.methods}
             curves = {m: c for m, c in curves.items() if c and not (metric == "kl" and m == "dense")}
@@ -461,6 +504,8 @@ class Report:
         columns: list[str],
         lines: dict[tuple[str, str], Line],
         made: dict[tuple[str, str], Losses],
+        title: str,
+        methods: list[str],
     ) -> Table:
         """A row for each column and method; metrics that no row has are left out."""
         several = len(columns) > 1 or bool(columns[0])
@@ -480,7 +525,7 @@ class Report:
         head += [Cell(title, unit) for _, title, unit, _, _ in extras]
         rows = []
         for column in columns:
-            for method in self.methods:
+            for method in methods:
                 row = [Cell(method)] + [Cell(heading(column))] * several
                 line, one = lines.get((method, column)), made.get((method, column))
                 if line is None or one is None:
@@ -495,23 +540,27 @@ class Report:
                     value = getattr(one, name)
                     row.append(Cell(number(None if value is None else scale * value, places)))
                 rows.append(row)
-        return Table(head, rows, labels=1 + several)
+        return Table(head, rows, title, labels=1 + several)
 
     def speed(self) -> Section:
         head = [Cell("method"), Cell("n"), Cell("held", "MiB a sample"), Cell("dense", "MiB a sample")]
         head += [Cell("bytes ratio"), Cell("prefill", "tokens a second"), Cell("decode", "tokens a second")]
         blocks = []
-        for label in self.tasks:
-            table, costs = [], []
-            for method in self.methods:
-                mine = [row for row in self.of_task(label) if row["method"] == method]
-                if mine:
-                    costs.append(cost(mine))
-                    table.append([Cell(method), *cost_cells(costs[-1])])
-                else:
-                    table.append([Cell(method), Cell("0 †", tone="missing"), *[Cell(NOTHING)] * 5])
+        for labels in [list(self.tasks)] if self.many else [[label] for label in self.tasks]:
+            tables, costs = [], []
+            for budget, methods in self.groups:
+                table = []
+                for method in methods:
+                    mine = [row for row in self.rows if row["method"] == method and row["task"] in labels]
+                    if mine:
+                        costs.append(cost(mine))
+                        table.append([Cell(method), *cost_cells(costs[-1])])
+                    else:
+                        table.append([Cell(method), Cell("0 †", tone="missing"), *[Cell(NOTHING)] * 5])
+                tables.append(Table(head, table, budget))
             count = counted((one.count for one in costs), "a row")
-            blocks.append(Block([Table(head, table)], count, self.commands(label), self.titles[label]))
+            title = "all tasks" if self.many else self.titles[labels[0]]
+            blocks.append(Block(tables, count, self.commands(*labels), title))
         text = [
             "Times of this harness run, not a benchmark: tokens of all rows of a pass over its seconds, with whatever "
             "else the machine was doing. Prefill reads the context and compresses it; a context that several samples "

@@ -9,7 +9,7 @@ import pytest
 
 from longwave.evals import plots, tasks
 from longwave.evals.page import Done, escape_markdown, fence
-from longwave.evals.report import measured_by, write_report
+from longwave.evals.report import by_budget, measured_by, write_report
 from tests.evals import made_up
 from tests.evals.made_up import HOSTILE, loss_row, text_row
 
@@ -412,3 +412,31 @@ def test_a_killed_run_says_what_is_missing(tmp_path):
     folder = made_up.write(tmp_path, grid(), samples={"grid": {"500": 100}})
     html, _ = report(folder)
     assert "of 100 samples" in html
+
+
+def test_many_methods_stand_in_a_table_a_budget(tmp_path):
+    """Without charts and heat maps, dense leading each; what is asked inside stands apart."""
+    methods = ["dense", *(f"m{i}:budget={budget}" for i in range(9) for budget in (0.25, 0.5)), "bare"]
+    inside = [{**row, "task": "grid:question=inside"} for row in grid(methods)]
+    made_up.write(tmp_path, [*grid(methods), *inside], ("grid", "grid:question=inside"), methods)
+    told = json.loads((tmp_path / "run.json").read_text())
+    told["tasks"]["grid:question=inside"]["question"] = "inside"
+    (tmp_path / "run.json").write_text(json.dumps(told))
+    html, markdown = report(tmp_path)
+    assert "<svg" not in html
+    summary = markdown.split("## ")[1] + markdown.split("### query-agnostic")[1].split("## grid")[0]
+    assert summary.count("budget 0.5\n") == summary.count("budget 0.25\n") == summary.count("no budget\n") == 2
+    assert summary.index("budget 0.5\n") < summary.index("budget 0.25\n") < summary.index("### query-aware")
+    assert "grid:question=inside; score, 0 to 100" in summary.split("### query-aware")[1]
+    found = tables(markdown.split("### query-agnostic")[1])[0]
+    assert [row[0] for row in found] == ["method", "---", "dense", *(f"m{i}:budget=0.5" for i in range(9))]
+
+
+def test_budgets_in_order():
+    methods = ["dense", "a:budget=0.125", "b:budget=2GiB", "c:budget=0.5", "d:store=kivi,budget=0.125", "[e", "f"]
+    assert by_budget(methods) == [
+        ("budget 0.5", ["dense", "c:budget=0.5"]),
+        ("budget 0.125", ["dense", "a:budget=0.125", "d:store=kivi,budget=0.125"]),
+        ("budget 2GiB", ["dense", "b:budget=2GiB"]),
+        ("no budget", ["dense", "[e", "f"]),
+    ]

@@ -1,9 +1,12 @@
-"""Votes and spans in plain torch: exact in float64, and never more scores at once than `query_block` allows.
+"""Votes and spans in plain torch, never with more scores at once than `query_block` allows.
 
 Shapes: B batch, Hq query heads, H key/value heads, G = Hq / H, Q queries, L stored tokens, D head_dim. A query's score
 of a token is q_h . k_(h // G), both before rotation; it has no scale, since the order alone counts. Every query votes
 in each of its heads for the tokens of its best scores, votes are counted over all of a row, and what wins is read with
 its neighbours (ReAttention, arXiv 2407.15176). Of equals the earlier one, everywhere.
+
+Scores are compared in float32, those of float64 too: in a first layer the keys of one word are equal but for rounding,
+which is not to choose.
 """
 
 import torch
@@ -31,7 +34,7 @@ def best(
     step = query_block(b * hq, min(COLUMNS, k.shape[2]))
     for at in (slice(start, start + step) for start in range(0, queries, step)):
         some = group_heads(q[:, :, at], k.shape[1])
-        value = torch.full((*some.shape[:3], top), -INF, dtype=wide, device=q.device)
+        value = torch.full((*some.shape[:3], top), -INF, device=q.device)
         index = torch.full(value.shape, -1, dtype=torch.long, device=q.device)
         for start in range(0, k.shape[2], COLUMNS):
             found = _offers(some, k[:, :, start : start + COLUMNS], start, begin, end, top, exact)
@@ -45,7 +48,8 @@ def _offers(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Score and number of the best tokens of a stretch from `start` on: [B, H, G Q, n] each."""
     x, y = q.flatten(0, 1), k.flatten(0, 1).mT
-    scores = (x @ y if q.dtype in (torch.float32, torch.float64) else _product(x, y)).unflatten(0, k.shape[:2])
+    scores = (x @ y if q.dtype in (torch.float32, torch.float64) else _product(x, y)).float()
+    scores = scores.unflatten(0, k.shape[:2])
     number = start + torch.arange(k.shape[2], device=q.device)
     inside = (number >= begin[:, None]) & (number < end[:, None])
     scores = scores.masked_fill_(~inside[:, None, None], -INF)

@@ -100,7 +100,8 @@ def best(
                 q, k, begin.to(torch.int32), end.to(torch.int32), value, index, part, q.shape[2], k.shape[2],
                 *q.stride(), *k.stride(), H=k.shape[1], G=q.shape[1] // k.shape[1], D=q.shape[3],
                 BD=max(16, triton.next_power_of_2(q.shape[3])), BR=size, BC=TILE, K=top,
-                BK=max(2, triton.next_power_of_2(top)), ROUNDS=top if exact else 1, num_warps=8, num_stages=2,
+                BK=max(2, triton.next_power_of_2(top)), ROUNDS=top if exact else 1, num_warps=8,
+                num_stages=2 if q.shape[3] * q.dtype.itemsize <= 256 else 1,
             )  # fmt: skip
     value, index = (x.movedim(0, -2).flatten(-2) for x in (value, index))
     order = index.argsort(-1)  # slots are in no order, and of equals the earlier one comes first

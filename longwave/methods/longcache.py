@@ -229,8 +229,9 @@ class ReAttentionLayer(MemoryLayer):
         k, v = (x[:, :, :longest] for x in self.dense.tensors())
         keep = self._chosen(p, k, stop, asks)
         index, count = select.places(keep, min(longest, self.method.scope))
-        where = index[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
-        k, v = _at_places(p, k.gather(2, where)), v.gather(2, where)
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        k, v = (x[rows, :, index].transpose(1, 2) for x in (k, v))  # on a CPU half of what `gather` takes
+        k = _at_places(p, k)
         place = (number - stop[:, None] + count[:, None]).clamp(min=0)  # what is read ends with the tokens that ask
         q = p.rotary.shift(p.module, p.q, p.known_positions(), place)
         if p.sinks is not None:
@@ -247,9 +248,7 @@ class ReAttentionLayer(MemoryLayer):
         if m.spans and k.shape[2] > m.scope:
             q = p.rotary.unrotate(p.module, p.q, p.known_positions())
             begin, end = torch.full_like(stop, m.sinks), stop - m.window
-            keep |= select.choose(
-                q, k, begin, end, asks, top=m.top, spans=m.spans, span=m.span, exact=m.exact
-            )  # fmt: skip
+            keep |= select.choose(q, k, begin, end, asks, top=m.top, spans=m.spans, span=m.span, exact=m.exact)
         return keep & (number < last)
 
     # steps

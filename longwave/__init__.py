@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Palu,
         PyramidKV,
         Quest,
+        ReAttention,
         Segmented,
         Selecting,
         SirLLM,
@@ -65,8 +66,9 @@ _HOMES = {
     **dict.fromkeys(
         (
             "AdaKV", "AttentionMatching", "Bound", "CaM", "Dense", "Evicting", "ExpectedAttention", "Fourier",
-            "FourierPaper", "H2O", "KNorm", "KVzip", "Kivi", "Method", "Palu", "PyramidKV", "Quest", "Segmented",
-            "Selecting", "SirLLM", "SnapKV", "SpecKV", "Streaming", "ThinK", "Tova", "TreeKV", "WeightedKV", "register",
+            "FourierPaper", "H2O", "KNorm", "KVzip", "Kivi", "Method", "Palu", "PyramidKV", "Quest", "ReAttention",
+            "Segmented", "Selecting", "SirLLM", "SnapKV", "SpecKV", "Streaming", "ThinK", "Tova", "TreeKV",
+            "WeightedKV", "register",
         ),
         "longwave.methods",
     ),
@@ -93,6 +95,7 @@ __all__ = [
     "Profile",
     "PyramidKV",
     "Quest",
+    "ReAttention",
     "SavedCacheError",
     "Segmented",
     "Selecting",

@@ -84,6 +84,13 @@ class OftenSpec(longwave.SpecKV):
     ahead: int = 0
 
 
+@dataclass(frozen=True)
+class FewAlone(longwave.ReAttention):
+    """longcache whose short chunks choose together too."""
+
+    alone: ClassVar[int] = 6
+
+
 # budget 1: nothing is dropped or compressed
 IDENTITY = {
     "dense": lambda model: longwave.cache(model, "dense"),
@@ -110,6 +117,8 @@ IDENTITY = {
     "quest-gathers": lambda model: longwave.cache(
         model, longwave.Quest(full_layers=0, chunk=7, sinks=2, window=4096), budget=0.5
     ),
+    # keys are turned back and forth, and the scope has room for all
+    "longcache": lambda model: longwave.cache(model, longwave.ReAttention(window=300, spans=10, span=5, chunk=16)),
 }
 
 # budgets that bite after a few dozen tokens
@@ -135,6 +144,7 @@ LOSSY = {
     ),
     "h2o": lambda model: longwave.cache(model, longwave.H2O(**ENDS), budget=0.3),
     "quest": lambda model: longwave.cache(model, longwave.Quest(full_layers=0, chunk=4, **ENDS), budget=0.3),
+    "longcache": lambda model: longwave.cache(model, FewAlone(chunk=8, top=2, spans=3, span=4, sinks=2, window=9)),
     "tova": lambda model: longwave.cache(model, longwave.Tova(**ENDS), budget=0.3),
     "treekv": lambda model: longwave.cache(model, longwave.TreeKV(block=4, **ENDS), budget=0.3),
     "treekv-slots": lambda model: longwave.cache(

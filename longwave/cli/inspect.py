@@ -61,7 +61,7 @@ def command(
             raise ValueError(f'side is "k" or "v", got {side!r}')
         from longwave.cli.pictures import kept_by_pair, plot_channel, plot_kept
         from longwave.evals.data import pydoc_haystack
-        from longwave.evals.fork import fork, needs_of, prefill
+        from longwave.evals.fork import can_fork, fork, needs_of, prefill, read
         from longwave.methods import get_method
         from longwave.methods.segmented import SegmentedBound
         from longwave.plan.profile import Profile
@@ -85,7 +85,11 @@ def command(
         empty = source.cache(loaded, chosen, budget, measured, count, measure)
         with waiting(f"reading {count:,} tokens"):
             exact = prefill(loaded, ids, needs=needs_of([empty]))
-            held = fork(exact, empty)
+            if can_fork(empty):
+                held = fork(exact, empty)
+            else:
+                held = empty
+                read(loaded, held, ids)
         report = held.report()
         result: dict[str, Any] = {**report.as_dict(), "dtype": named(loaded.dtype), "device": str(loaded.device)}
         expected = getattr(held.method, "expected", None)

@@ -1,8 +1,8 @@
 """One prompt, many methods: read it once into a dense cache, then give every method a cache of its own.
 
-This is exact. A prompt given in one call is read with full attention by every method and compressed afterwards, so
-the K and V that a method compresses are the dense ones. What a method needs to see of the prompt beside them (queries,
-attention) is observed while it is read, and handed on.
+This is exact. A prompt given in one call is read with full attention by every method that `can_fork`, and compressed
+afterwards, so the K and V that it compresses are the dense ones. What a method needs to see of the prompt beside them
+(queries, attention) is observed while it is read, and handed on.
 """
 
 import copy
@@ -61,8 +61,9 @@ def prefill(
 
 
 def can_fork(memory: Cache) -> bool:
-    """Whether a cache can be filled with what another one has read: transformers' quantized cache reads for itself."""
-    return isinstance(memory, LongCache)
+    """Whether a cache can be filled with what another one has read: transformers' quantized cache reads for itself, and
+    so does a method that reads otherwise than with full attention."""
+    return isinstance(memory, LongCache) and memory.method.reads_exactly
 
 
 def takes_gaps(memory: Cache) -> bool:

@@ -18,6 +18,7 @@ from longwave.methods.h2o import H2O
 from longwave.methods.kivi import Kivi
 from longwave.methods.knorm import KNorm
 from longwave.methods.kvzip import KVzip
+from longwave.methods.longcache import ReAttention
 from longwave.methods.palu import Palu
 from longwave.methods.pyramidkv import PyramidKV
 from longwave.methods.quest import Quest
@@ -35,7 +36,7 @@ from longwave.methods.weightedkv import WeightedKV
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
-        *(Dense, Fourier, FourierPaper, Kivi, ThinK, Palu, Quest),
+        *(Dense, Fourier, FourierPaper, Kivi, ThinK, Palu, Quest, ReAttention),
         *(Streaming, SnapKV, PyramidKV, AdaKV, SpecKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, KVzip),
         *(WeightedKV, CaM, AttentionMatching, SirLLM),
     )

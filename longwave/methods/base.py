@@ -97,6 +97,11 @@ class Bound(ABC):
         return Needs()
 
     @property
+    def reads_exactly(self) -> bool:
+        """Whether a prompt given in one call is read with full attention: then one reading serves many methods."""
+        return True
+
+    @property
     def warning(self) -> str | None:
         """What a user should know before relying on it."""
         return None

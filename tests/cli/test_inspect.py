@@ -90,6 +90,14 @@ def test_inspect_a_method_without_channels(folder, text, tmp_path, method):
     assert not (tmp_path / "made").exists()
 
 
+def test_inspect_a_method_that_reads_by_itself(folder, text):
+    far = ["inspect", "--model", folder, "--file", text, "--tokens", 200, "--method", "longcache", "--json"]
+    far += [part for option in ("window=16", "chunk=16", "spans=4", "span=4") for part in ("-o", option)]
+    result = json.loads(succeeds(*far).stdout)
+    assert result["parts"] == {"dense": result["nbytes"]}
+    assert result["method"] == "longcache(reads 64 tokens: 4 spans of 4, window=16)"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -36,6 +36,16 @@ def seen(model, make, ids, mask=None):
     return prefill(model, ids, mask, needs_of([make(model)]))
 
 
+def test_a_method_that_reads_otherwise_is_not_forked(llama):
+    method = longwave.ReAttention(window=16, chunk=16, spans=4, span=4)
+    assert not can_fork(longwave.cache(llama, method))
+    assert can_fork(longwave.cache(llama, method, 1.0))
+    empty, short = longwave.cache(llama, method), longwave.cache(llama, method)
+    with pytest.raises(ValueError, match=r"of more than 64 tokens otherwise than a dense cache does"):
+        fork(prefill(llama, tokens(1, 65)), empty)
+    assert fork(prefill(llama, tokens(1, 64)), short).get_seq_length() == 64
+
+
 @pytest.mark.parametrize("length", [1, 20, 141])
 def test_fork_equals_reading_the_prompt(llama, make, length):
     ids = tokens(2, length)

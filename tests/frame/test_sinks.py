@@ -107,7 +107,7 @@ def test_chunks_that_are_chosen_share_by_what_was_read(model, monkeypatch):
 
 
 def test_a_row_that_is_padded_is_the_row_alone(model):
-    for name in ("fourier", "quest"):
+    for name in ("fourier", "quest", "longcache"):
         ids, mask = tokens(2, 94), torch.ones(2, 94, dtype=torch.long)
         ids[0, :20], mask[0, :20] = 0, 0
         got = logits(model, LOSSY[name](model), ids, (90, 1, 1, 2), mask)

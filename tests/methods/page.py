@@ -24,6 +24,10 @@ ABOUT = {
     ),
     "palu": ("2407.21118", "time: keys are rebuilt in every step: [palu](palu.md)"),
     "quest": ("2406.10774", "bytes: it holds everything: [quest](quest.md)"),
+    "longcache": (
+        "2407.15176",
+        "bytes: it holds everything; needles among their likes: [longcache](longcache.md)",
+    ),
     "streaming": (
         "2309.17453",
         "whatever stood in between: [evicting](evicting.md)",

@@ -1,0 +1,59 @@
+"""Which stored tokens a layer reads: votes for the best keys, spans around what won. Formulas: reference.py."""
+
+import importlib
+from typing import Any
+
+import torch
+
+from longwave.ops.kernels import choice, wants_triton
+from longwave.ops.select import reference
+from longwave.ops.select.reference import TILE, places
+
+__all__ = ["TILE", "choose", "places"]
+
+
+def choose(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    asks: torch.Tensor | None = None,
+    *,
+    top: int,
+    spans: int,
+    span: int,
+    exact: bool = True,
+) -> torch.Tensor:
+    """Which tokens the queries of a row read together, in all heads: bool [B, L], of those begin[b] to end[b] - 1.
+
+    q [B, Hq, Q, D] and k [B, H, L, D], both before rotation and of one floating dtype; query head h belongs to KV head
+    h // (Hq / H). begin, end: int64 [B]. asks, bool [B, Q]: which queries are there; None for all. Each of them votes
+    in each of its heads for `top` tokens; the `spans` tokens of most votes stand, each with those around it, `span` in
+    all. exact=False lets a tile of `TILE` tokens offer its best one alone. Nothing is read back. ValueError where
+    shapes or dtypes do not go together.
+    """
+    if k.ndim != 4 or (k.shape[0], k.shape[3], k.dtype) != (q.shape[0], q.shape[3], q.dtype) or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"q [B, Hq, Q, D] and k [B, H, L, D] share B, D and dtype, and H divides Hq; "
+            f"got {list(q.shape)} in {q.dtype} and {list(k.shape)} in {k.dtype}"
+        )
+    index = _answers(q, k, top).best(q, k, begin, end, top, exact)
+    if asks is not None:
+        index = index.masked_fill(~asks[:, None, :, None], -1)
+    return reference.around(index, k.shape[2], begin, end, spans, span)
+
+
+def _answers(q: torch.Tensor, k: torch.Tensor, top: int) -> Any:
+    """The module that answers. RuntimeError if LONGWAVE_KERNELS asks for Triton and Triton cannot."""
+    if not wants_triton(q.device):
+        return reference
+    try:
+        module = importlib.import_module("longwave.ops.select.triton")
+    except ImportError:
+        if choice() == "triton":
+            raise
+        return reference
+    why = module.fits(q, k, top)
+    if why is not None and choice() == "triton":
+        raise RuntimeError(f"LONGWAVE_KERNELS=triton, but its kernel cannot choose among these tokens: {why}")
+    return reference if why is not None else module

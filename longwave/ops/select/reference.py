@@ -1,0 +1,103 @@
+"""Votes and spans in plain torch, never with more scores at once than `query_block` allows.
+
+Shapes: B batch, Hq query heads, H key/value heads, G = Hq / H, Q queries, L stored tokens, D head_dim. A query's score
+of a token is q_h . k_(h // G), both before rotation; it has no scale, since the order alone counts. Every query votes
+in each of its heads for the tokens of its best scores, votes are counted over all of a row, and what wins is read with
+its neighbours (ReAttention, arXiv 2407.15176). Of equals the earlier one, everywhere.
+
+Scores are compared in float32, those of float64 too: in a first layer the keys of one word are equal but for rounding,
+which is not to choose.
+"""
+
+import torch
+
+from longwave.ops.attention.reference import _product, group_heads, query_block
+
+INF = float("inf")
+TILE = 128  # tokens that offer their best one, where the choice is not exact
+COLUMNS = 1 << 14  # tokens that are scored at once: whole tiles
+
+
+@torch.no_grad()
+def best(
+    q: torch.Tensor, k: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, top: int, exact: bool
+) -> torch.Tensor:
+    """Of each query the `top` tokens of best score, the best first: int64 [B, Hq, Q, top], -1 where there are no more.
+
+    Tokens and arguments as in __init__.py.
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    b, hq, queries, _ = q.shape
+    if not k.is_cuda:  # a CPU multiplies no 16-bit numbers
+        q, k = q.to(wide), k.to(wide)
+    out = torch.full((b, hq, queries, top), -1, dtype=torch.long, device=q.device)
+    step = query_block(b * hq, min(COLUMNS, k.shape[2]))
+    for at in (slice(start, start + step) for start in range(0, queries, step)):
+        some = group_heads(q[:, :, at], k.shape[1])
+        value = torch.full((*some.shape[:3], top), -INF, device=q.device)
+        index = torch.full(value.shape, -1, dtype=torch.long, device=q.device)
+        for start in range(0, k.shape[2], COLUMNS):
+            found = _offers(some, k[:, :, start : start + COLUMNS], start, begin, end, top, exact)
+            value, index = first(torch.cat([value, found[0]], -1), torch.cat([index, found[1]], -1), top)
+        out[:, :, at] = index.unflatten(2, (hq // k.shape[1], -1)).flatten(1, 2)
+    return out
+
+
+def _offers(
+    q: torch.Tensor, k: torch.Tensor, start: int, begin: torch.Tensor, end: torch.Tensor, top: int, exact: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Score and number of the best tokens of a stretch from `start` on: [B, H, G Q, n] each."""
+    x, y = q.flatten(0, 1), k.flatten(0, 1).mT
+    scores = (x @ y if q.dtype in (torch.float32, torch.float64) else _product(x, y)).float()
+    scores = scores.unflatten(0, k.shape[:2])
+    number = start + torch.arange(k.shape[2], device=q.device)
+    inside = (number >= begin[:, None]) & (number < end[:, None])
+    scores = scores.masked_fill_(~inside[:, None, None], -INF)
+    if exact:
+        return first(scores, number.expand_as(scores), top)
+    tiles = torch.nn.functional.pad(scores, (0, -k.shape[2] % TILE), value=-INF).unflatten(-1, (-1, TILE))
+    value, at = tiles.max(-1)
+    return first(value, start + at + TILE * torch.arange(value.shape[-1], device=q.device), top)
+
+
+def first(value: torch.Tensor, index: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `top` greatest of value [..., n] and their numbers in index, the first of equals; then -inf and -1."""
+    values, indices = [], []
+    left = value.clone()
+    for _ in range(top):
+        most, at = left.max(-1, keepdim=True)  # of several the first one, says torch
+        values.append(most)
+        indices.append(index.gather(-1, at).masked_fill(most == -INF, -1))
+        left.scatter_(-1, at, -INF)
+    return torch.cat(values, -1), torch.cat(indices, -1)
+
+
+def around(
+    index: torch.Tensor, tokens: int, begin: torch.Tensor, end: torch.Tensor, spans: int, span: int
+) -> torch.Tensor:
+    """What the votes index [B, ...], of tokens by number or below 0 for none, make a row read: bool [B, tokens].
+
+    Of the tokens that got any the `spans` with most, each with the span // 2 before it and those behind it that make
+    `span`, none outside begin[b] to end[b] - 1.
+    """
+    batch = index.shape[0]
+    flat = index.flatten(1).long()
+    flat = flat.where(flat >= 0, torch.full_like(flat, tokens))
+    votes = flat.new_zeros(batch, tokens + 1).scatter_add_(1, flat, torch.ones_like(flat))[:, :tokens]
+    order = votes * tokens - torch.arange(tokens, device=flat.device)  # no two are equal
+    at = order.topk(min(spans, tokens)).indices
+    won = (votes.gather(1, at) > 0).long()
+    start = torch.maximum(at - span // 2, begin[:, None])
+    stop = torch.minimum(at - span // 2 + span, end[:, None])
+    edges = flat.new_zeros(batch, tokens + 1)
+    edges.scatter_add_(1, start.clamp(0, tokens), won).scatter_add_(1, stop.clamp(0, tokens), -won)
+    return edges.cumsum(1)[:, :tokens] > 0
+
+
+def places(keep: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers, rising, of those that keep, bool [B, n], says, at most `most` in a row: int64 [B, most], then zeros; and
+    how many there are, int64 [B]."""
+    slot = (keep.cumsum(1) - 1).where(keep, most).clamp(max=most)
+    made = slot.new_zeros(keep.shape[0], most + 1)
+    made.scatter_(1, slot, torch.arange(keep.shape[1], device=keep.device).expand_as(slot))
+    return made[:, :most], keep.sum(1)

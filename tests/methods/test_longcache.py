@@ -1,0 +1,365 @@
+"""longcache: what is chosen, that it is read at places without gaps, and that nothing else decides."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import longwave
+from longwave.frame import Pass
+from longwave.frame.attention import StepMask
+from longwave.methods.longcache import ReAttentionLayer
+from longwave.ops.attention.reference import causal_attention
+from longwave.rotary import Rotary
+from tests.conftest import into, left_padded, shape_of, tokens
+from tests.methods import naive
+from tests.methods.naive import SCALE, D, G, H, draw
+from tests.methods.test_evicting import step_of
+from tests.reading import read_in
+
+SMALL = dict(sinks=2, window=9, top=2, spans=3, span=4, chunk=8)
+METHOD = longwave.ReAttention(**SMALL)
+SCOPE = 2 + 3 * 4 + 9
+MODULE = SimpleNamespace(layer_idx=0)
+
+
+class Turning:
+    """A rotary embedding of pairs, that remembers the highest place it turned anything to."""
+
+    highest = 0
+
+    def rotates(self, module):
+        return True
+
+    def _by(self, x, angle):
+        angle = angle.double()[:, None, :, None] / 10 ** torch.arange(D // 2, dtype=torch.float64)
+        a, b = x.double().chunk(2, -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1).to(x.dtype)
+
+    def rotate(self, module, x, positions):
+        self.highest = max(self.highest, int(positions.max()))
+        return self._by(x, positions)
+
+    def unrotate(self, module, x, positions):
+        return self._by(x, -positions)
+
+    def shift(self, module, x, old, new):
+        self.highest = max(self.highest, int(new.max()))
+        return self._by(x, new - old)
+
+
+def new_layer(method=METHOD, dtype=torch.float64):
+    layer = method.bind(naive.shape(dtype), None, None).layer(0)
+    layer.progress.rotary = Turning()
+    return layer
+
+
+def drive(layer, k, v, q, sizes, valid=None, start=0):
+    """Passes of `sizes` with tokens whose k and q come un-rotated; yields each answer."""
+    for size in sizes:
+        now = slice(start, start + size)
+        seen = torch.ones(k.shape[0], start + size).bool() if valid is None else valid[:, : start + size]
+        at = (seen.long().cumsum(-1) - 1).clamp(min=0)[:, now]
+        turn = layer.progress.rotary._by
+        layer.update(turn(k[:, :, now], at), v[:, :, now])
+        mask = StepMask(None if valid is None else seen, True)
+        yield layer.forward(turn(q[:, :, now], at), SCALE, mask, MODULE, at)
+        start += size
+
+
+def answers(layer, *rest, **more):
+    return torch.cat(list(drive(layer, *rest, **more)), 2)
+
+
+# the twin: one row, with loops
+
+
+def stretches(method, start, stop):
+    """Borders of what chooses together in a pass of a row's tokens start to stop."""
+    step = 1 if stop - start <= method.alone else method.chunk
+    first = method.scope - method.scope % step
+    ends = [end for end in range(first, stop, step) if end > start]
+    return list(zip([start, *ends], [*ends, stop], strict=True))
+
+
+def read_by(method, k, q, start, stop):
+    """Places that the tokens start to stop - 1 read: k [H, n, D] and q [H * G, n, D], before rotation."""
+    if stop <= method.scope:
+        return list(range(stop))
+    votes = {}
+    middle = range(method.sinks, stop - method.window)
+    for i in range(start, stop):
+        for head in range(H * G):
+            scores = k[head // G] @ q[head, i]
+            for place in sorted(middle, key=lambda j: -float(scores[j]))[: method.top]:
+                votes[place] = votes.get(place, 0) + 1
+    won = sorted(votes, key=lambda j: (-votes[j], j))[: method.spans]
+    near = {j for c in won for j in range(c - method.span // 2, c - method.span // 2 + method.span)}
+    return [*range(method.sinks), *sorted(near & set(middle)), *range(stop - method.window, stop)]
+
+
+def twin(method, k, v, q, parts):
+    """Answers [H * G, n, D] of one row whose passes bring so many tokens."""
+    out, start = torch.zeros_like(q), 0
+    turn = Turning()._by
+    for count in parts:
+        for a, b in stretches(method, start, start + count):
+            places = read_by(method, k, q, a, b)
+            assert len(places) <= method.scope
+            at = torch.arange(len(places))[None]
+            keys = turn(k[None, :, places], at)[0]
+            for i in range(a, b):
+                mine = places.index(i)
+                for head in range(H * G):
+                    asked = turn(q[None, head : head + 1, i : i + 1], at[:, mine : mine + 1])[0, 0, 0]
+                    p = torch.softmax(keys[head // G, : mine + 1] @ asked * SCALE, -1)
+                    out[head, i] = p @ v[head // G, places[: mine + 1]]
+        start += count
+    return out
+
+
+COMINGS = {
+    "prompt": [70],
+    "steps": [30, *[1] * 20],
+    "chunks": [17, 19, 1, 3, 25],
+    "within": [SCOPE, 1, 1],
+}
+
+
+@pytest.mark.parametrize("coming", list(COMINGS))
+@pytest.mark.parametrize("pads", [[0], [0, 11, 45]], ids=["alone", "padded"])
+def test_each_row_reads_what_its_twin_reads(coming, pads):
+    sizes = COMINGS[coming]
+    total = sum(sizes)
+    k, v, q = draw(len(pads), total, seed=4)
+    valid = None if pads == [0] else torch.arange(total) >= torch.tensor([min(p, total - 5) for p in pads])[:, None]
+    found = answers(new_layer(), k, v, q, sizes, valid)
+    for row in range(len(pads)):
+        own = slice(None) if valid is None else valid[row]
+        parts = naive.parts_of(sizes, None if valid is None else valid[row])
+        want = twin(METHOD, k[row][:, own], v[row][:, own], q[row][:, own], parts)
+        torch.testing.assert_close(found[row][:, own], want, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(spans=0), dict(span=1), dict(span=5), dict(sinks=0), dict(top=40), dict(spans=200, window=8)]
+)
+def test_other_options(options):
+    method = longwave.ReAttention(**SMALL | options)
+    count = min(method.scope + 12, 70)
+    k, v, q = draw(1, 110, seed=5)
+    k, v, q = (x[:, :, :count] for x in (k, v, q))
+    found = answers(new_layer(method), k, v, q, [count - 2, 1, 1])
+    torch.testing.assert_close(found[0], twin(method, k[0], v[0], q[0], [count - 2, 1, 1]), rtol=0, atol=1e-9)
+
+
+# below the scope, and where all of the middle is chosen
+
+
+@pytest.mark.parametrize("sizes", [[SCOPE], [1] * SCOPE, [9, 1, SCOPE - 10]], ids=str)
+def test_within_the_scope_it_is_full_attention(sizes):
+    k, v, q = draw(2, SCOPE)
+    found = answers(new_layer(), k, v, q, sizes)
+    at = torch.arange(SCOPE)[None]
+    want = causal_attention(*(Turning()._by(x, at) for x in (q, k)), v, SCALE)
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-9)
+
+
+def test_gathered_whole_it_is_full_attention_too():
+    """What is chosen is put together and turned as any choice is: of all tokens it must make full attention."""
+    method = longwave.ReAttention(**SMALL | dict(window=100))
+    k, v, q = draw(2, 60)
+    layer = new_layer(method)
+    want = answers(new_layer(method), k, v, q, [60])
+    layer.attend = lambda p: layer._attend_in_stretches(p, torch.zeros(2, 1, dtype=torch.long))
+    torch.testing.assert_close(answers(layer, k, v, q, [60]), want, rtol=0, atol=1e-9)
+
+
+def test_all_of_a_models_logits_below_the_scope(llama):
+    ids, mask = left_padded(2, 60, [0, 13])
+    method = longwave.ReAttention(sinks=2, window=40, spans=6, span=4, chunk=8)
+    stock = read_in(llama, longwave.cache(llama, "dense"), ids, (40, 1, 1, 18), mask)
+    found = read_in(llama, longwave.cache(llama, method), ids, (40, 1, 1, 18), mask)
+    torch.testing.assert_close(found, stock, rtol=0, atol=1e-4)
+
+
+# positions
+
+
+def test_no_place_exceeds_the_scope():
+    layer = new_layer()
+    k, v, q = draw(1, 50 * 11)
+    answers(layer, k, v, q, [300, *[1] * 20, 40, 3, *[1] * 7, 180])
+    assert layer.progress.rotary.highest == SCOPE - 1
+
+
+def test_a_model_beyond_its_trained_length(llama):
+    """No position that its rotary embedding is asked for, but to undo it, exceeds the scope."""
+    memory = longwave.cache(llama, METHOD)
+    real, asked = memory._progress.rotary, []
+
+    class Watched(Rotary):
+        def rotate(self, module, x, positions):
+            asked.append(int(positions.max()))
+            return super().rotate(module, x, positions)
+
+        def shift(self, module, x, old, new):
+            asked.append(int(new.max()))
+            return super().shift(module, x, old, new)
+
+    memory._progress.rotary = Watched(real.turns)
+    longer = tokens(1, 3 * llama.config.max_position_embeddings)
+    assert torch.isfinite(read_in(llama, memory, longer, (1000, 1, 1, 34, 500))).all()
+    assert max(asked) == SCOPE - 1
+
+
+def test_where_it_stands_decides_nothing():
+    """Tokens that nobody asks for before a needle: the same is read, and answered."""
+    k, v, q = (x * 0.1 for x in draw(1, 120, seed=7))
+    found = []
+    for more in (0, 37):
+        empty = torch.zeros(1, H, more, D, dtype=k.dtype)
+        keys, values = (torch.cat([x[:, :, :2], empty, x[:, :, 2:]], 2) for x in (k, v))
+        asks = torch.cat([q[:, :, :2], empty.repeat_interleave(G, 1), q[:, :, 2:]], 2)
+        keys[:, :, 2 + more + 30] = 5.0
+        asks[:, :, -1] = 5.0
+        layer = new_layer(longwave.ReAttention(**SMALL | dict(top=1)))
+        found.append(list(drive(layer, keys, values, asks, [119 + more, 1]))[-1])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-9)
+
+
+# a needle, and the heads that ask for it
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "tiles"])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_the_needle_of_one_head_is_found(group, exact):
+    """In the KV head of the query head that asks, and in no other; the step's answer is the needle's value."""
+    heads = 4
+    shape = replace(naive.shape(), kv_heads=heads, query_heads=heads * group)
+    for head in range(heads * group):
+        method = longwave.ReAttention(**SMALL | dict(top=1, spans=2, span=1, exact=exact))
+        layer = method.bind(shape, None, None).layer(0)
+        layer.progress.rotary = Turning()
+        g = torch.Generator().manual_seed(head)
+        k = torch.randn(1, heads, 90, D, generator=g, dtype=torch.float64) * 0.01
+        v, q = torch.zeros_like(k), torch.zeros(1, heads * group, 90, D, dtype=torch.float64)
+        slow = torch.tensor([3, 7])  # the slowest pair: turned by places, it stays what it is
+        k[0, head // group, 40, slow], v[0, head // group, 40] = 30.0, 1.0
+        q[0, head, 89, slow] = 3.0
+        *_, out = drive(layer, k, v, q, [89, 1])  # heads that ask for nothing vote for the first token
+        assert out[0, head, 0].min() > 0.99, head
+        rest = [h for h in range(heads * group) if h // group != head // group]
+        assert out[0, rest].abs().max() < 0.01 if rest else True
+
+
+# chunks
+
+
+@pytest.mark.parametrize("size", [8, 24, 40])
+def test_chunks_of_whole_chunks_are_the_prompt(size, monkeypatch):
+    monkeypatch.setattr(longwave.ReAttention, "alone", 0)
+    k, v, q = draw(2, 120, seed=9)
+    want = answers(new_layer(), k, v, q, [120])
+    torch.testing.assert_close(answers(new_layer(), k, v, q, [size] * (120 // size)), want, rtol=0, atol=1e-9)
+
+
+def test_other_chunks_choose_otherwise():
+    k, v, q = draw(1, 120, seed=9, sharp=4)
+    found = [answers(new_layer(), k, v, q, [60, *sizes]) for sizes in ([60], [29, 31])]
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
+def test_a_short_pass_is_as_many_steps():
+    k, v, q = draw(2, 70, seed=9)
+    found = [answers(new_layer(), k, v, q, [40, *sizes]) for sizes in ([16, 14], [1] * 30, [5, 11, 14])]
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [[60], [33, 27], [30, *[1] * 10, 20]], ids=str)
+def test_later_tokens_change_nothing_before_their_chunk(sizes):
+    k, v, q = draw(1, 60, seed=2)
+    before = answers(new_layer(), k, v, q, sizes)
+    other = [torch.cat([x[:, :, :56], x[:, :, 56:] + 1], 2) for x in (k, v, q)]  # 56: a chunk begins
+    after = answers(new_layer(), *other, sizes)
+    assert torch.equal(before[:, :, :56], after[:, :, :56])
+    assert not torch.equal(before[:, :, 56:], after[:, :, 56:])
+
+
+# steps on the device
+
+
+@pytest.mark.parametrize("pads", [[0, 0], [0, 25]], ids=["even", "padded"])
+def test_a_step_on_the_device_reads_what_a_pass_does(pads):
+    valid = torch.arange(70) >= torch.tensor(pads)[:, None]
+    k, v, q = draw(2, 70)
+    passes, steps = new_layer(), new_layer()
+    for layer in (passes, steps):
+        list(drive(layer, k, v, q, [40], valid))
+    steps.reserve(30)
+    step = step_of(steps, 0)
+    for i, expected in enumerate(drive(passes, k, v, q, [1] * 30, valid, start=40)):
+        at = torch.tensor([[40 + i - pad] for pad in pads])
+        now = slice(40 + i, 41 + i)
+        turned = (Turning()._by(x[:, :, now], at) for x in (q, k))
+        p = Pass(*turned, v[:, :, now], SCALE, phase="step", positions=at, module=MODULE, rotary=Turning())
+        torch.testing.assert_close(steps.run_step(p, step), expected, rtol=0, atol=1e-9)
+        steps.stepped(1)
+        for count in (step.at, step.seen, step.total):
+            count.add_(1)
+
+
+# what is refused, and bytes
+
+
+def test_a_mask_beyond_the_scope_is_refused(llama):
+    memory = longwave.cache(llama, METHOD)
+    read_in(llama, memory, tokens(1, 40), (40,))
+    mask = torch.ones(1, 1, 4, 44, dtype=torch.bool)
+    mask[..., 7] = False
+    with pytest.raises(NotImplementedError, match=r"4D attention mask goes over tokens that are not read: of 44 .* 23"):
+        llama(tokens(1, 4), attention_mask=mask, **into(memory))
+    with pytest.raises(NotImplementedError, match="is_causal=False goes over"):
+        llama(tokens(1, 4), is_causal=False, **into(memory))
+    assert memory.get_seq_length() == 40
+
+
+def test_a_scope_beyond_what_the_model_knows_is_refused(llama):
+    with pytest.raises(ValueError, match=r"reads 8,192 tokens at once .* knows 512 positions: give fewer spans"):
+        longwave.cache(llama, "longcache")
+    assert longwave.ReAttention().scope == 8192
+
+
+def test_a_budget_decides_nothing(llama):
+    with pytest.raises(ValueError, match=r"keeps everything, so its budget is 1; got 0.5"):
+        longwave.cache(llama, METHOD, 0.5)
+    memory = longwave.cache(llama, METHOD, 1.0)
+    assert str(memory.method) == "longcache(reads everything)"
+    assert not any(isinstance(layer, ReAttentionLayer) for layer in memory.memory_layers())
+
+
+def test_bytes_are_a_dense_caches(llama):
+    memory = longwave.cache(llama, METHOD)
+    read_in(llama, memory, tokens(2, 200), (150, 50))
+    dense = longwave.Dense().bind(shape_of(llama), None, None)
+    assert memory.nbytes == memory.method.nbytes(200, 2) == dense.nbytes(200, 2)
+    assert str(memory.method) == "longcache(reads 23 tokens: 3 spans of 4, window=9)"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(sinks=-1), "sinks is a whole number of tokens, at least 0; got -1"),
+        (dict(top=0), "top is a whole number of tokens, at least 1; got 0"),
+        (dict(spans=-1), "spans is a whole number of spans, at least 0; got -1"),
+        (dict(span=0), "span is a whole number of tokens, at least 1; got 0"),
+        (dict(chunk=64, window=63), r"window is a whole number of tokens \(.*chunk.*\), at least 64; got 63"),
+        (dict(exact=1), "exact is True or False, got 1"),
+    ],
+    ids=str,
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        longwave.ReAttention(**options)

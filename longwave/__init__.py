@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from longwave.plan.profile import Profile
     from longwave.prefill.ahead import look_ahead
     from longwave.prefill.specpc import specpc
+    from longwave.rotary import extend
     from longwave.saved import SavedCacheError, restore, save
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ _HOMES = {
     "Profile": "longwave.plan.profile",
     "look_ahead": "longwave.prefill.ahead",
     "specpc": "longwave.prefill.specpc",
+    "extend": "longwave.rotary",
     "SavedCacheError": "longwave.saved",
     "restore": "longwave.saved",
     "save": "longwave.saved",
@@ -107,6 +109,7 @@ __all__ = [
     "WeightedKV",
     "__version__",
     "cache",
+    "extend",
     "generate",
     "load",
     "look_ahead",

@@ -41,9 +41,8 @@ class Extension:
     parameters: dict[str, Any]
 
     def __str__(self) -> str:
-        said = [
-            f"{name}={value:g}" for name, value in self.parameters.items() if name not in ("rope_type", "rope_theta")
-        ]
+        other = {name: value for name, value in self.parameters.items() if name not in ("rope_type", "rope_theta")}
+        said = [f"{name}={value:g}" for name, value in other.items()]
         if (theta := self.parameters.get("rope_theta")) is not None:
             said = [f"rotary base {self.base:,.0f} x {theta / self.base:.4g}"]
         return f"{self.trained:,} trained tokens extended to {self.tokens:,} by {self.rule}: {', '.join(said)}"
@@ -231,10 +230,8 @@ def _modules(model: nn.Module, config: Any, made: Any) -> list[tuple[nn.Module, 
             theirs, ours = dict(module.named_buffers()), dict(fresh.named_buffers())
             if {name: x.shape for name, x in theirs.items()} != {name: x.shape for name, x in ours.items()}:
                 _refuse(f"{type(module).__name__} makes tables of another shape of them")
-            same_kind = getattr(fresh, "rope_type", None) == getattr(module, "rope_type", None)
-            if same_kind and all(
-                not theirs[name].is_meta and torch.equal(theirs[name].cpu(), x) for name, x in ours.items()
-            ):
+            changed = getattr(fresh, "rope_type", None) != getattr(module, "rope_type", None)
+            if not changed and all(not x.is_meta and torch.equal(x.cpu(), ours[name]) for name, x in theirs.items()):
                 _refuse(f"{type(module).__name__} does not go by its config's rope_parameters")
             pairs.append((module, fresh))
     if not pairs:

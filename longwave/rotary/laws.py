@@ -1,8 +1,8 @@
 """How far a rotary base reaches, and the base that reaches a wanted length, by the scaling law of extrapolation.
 
 Source: ScalingRoPE, arXiv 2310.05209; the factor without training: LongLLaDA, arXiv 2506.14429. Channel pair i of d / 2
-turns once in 2 pi b^(2i / d) tokens. Pairs up to the *critical dimension* turned once or more within the trained length:
-the model has seen all of their angles. A larger base stays readable until the last of these has turned once.
+turns once in 2 pi b^(2i / d) tokens. Pairs up to the *critical dimension* turned once or more within the trained
+length: the model has seen all of their angles. A larger base stays readable until the last of these has turned once.
 """
 
 from __future__ import annotations

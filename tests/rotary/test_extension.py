@@ -1,4 +1,4 @@
-"""Tables beyond the trained length: transformers' own where it has them, ours by their formulas, and all that goes with them."""
+"""Tables beyond the trained length: transformers' own where it has them, ours by their formulas, and what follows."""
 
 import copy
 import logging
@@ -150,7 +150,7 @@ def test_a_table_that_changes_with_every_token_is_refused_beyond_the_trained_len
     read(model, memory, tokens(1, TRAINED + 9))  # one pass, one table
     with pytest.raises(ValueError, match="the cache holds 521 already"):
         read(model, memory, tokens(1, TRAINED + 10))
-    with pytest.raises(NotImplementedError, match='changes with the length .rope_type "dynamic"'):
+    with pytest.raises(NotImplementedError, match=r'changes with the length .rope_type "dynamic"'):
         longwave.cache(model, longwave.Streaming(tokens=100, positions="slots"))
 
 
@@ -198,7 +198,7 @@ def test_the_length_that_a_config_overstates():
 
 
 def test_a_rule_without_a_length_is_refused(folder):
-    with pytest.raises(ValueError, match="the rule 'yarn' says how.*give extend_to"):
+    with pytest.raises(ValueError, match=r"the rule 'yarn' says how.*give extend_to"):
         longwave.load(folder, rule="yarn")
 
 

@@ -61,8 +61,9 @@ def prefill(
 
 
 def can_fork(memory: Cache) -> bool:
-    """Whether a cache can be filled with what another one has read: transformers' quantized cache reads for itself."""
-    return isinstance(memory, LongCache)
+    """Whether a cache can be filled with what another one has read: transformers' quantized cache reads for itself, and
+    so does a method that reads otherwise than the model."""
+    return isinstance(memory, LongCache) and memory.method.method.reads_alike
 
 
 def takes_gaps(memory: Cache) -> bool:

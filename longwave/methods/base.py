@@ -28,6 +28,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     uses_profile: ClassVar[bool] = False  # whether a measurement of the model decides anything
+    reads_alike: ClassVar[bool] = True  # whether a prompt is read with the model's own attention, and settled after it
 
     @abstractmethod
     def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> Bound:

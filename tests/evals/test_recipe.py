@@ -80,6 +80,8 @@ def test_a_recipe_says_what_flags_say(file):
         batch: 2
         batch_tokens: 1000
         profile: my.json
+        extend_to: 9000
+        extend_rule: yarn
         """
     )
     flags = dict(
@@ -88,7 +90,9 @@ def test_a_recipe_says_what_flags_say(file):
         methods=["dense", "fourier:budget=0.25,window=64"],
         tasks=["needle:lengths=180,200,depths=0.1,0.9", "perplexity:text=pydoc"],
         **dict(limit=3, seed=7, max_tokens=400, question="with", chat=False, data=Path("some/data"), device="cuda"),
-        **dict(dtype="bfloat16", batch=2, batch_tokens=1000, profile=Path("my.json")),
+        **dict(
+            dtype="bfloat16", batch=2, batch_tokens=1000, profile=Path("my.json"), extend_to=9000, extend_rule="yarn"
+        ),
     )
     assert make_recipe(path) == make_recipe(None, **flags)
     assert set(flags) == set(Recipe.__dataclass_fields__), "an option was added: name it in both"
@@ -358,6 +362,7 @@ def test_every_method_is_measured_from_one_reading(loader, llama, hay, tmp_path,
     own_axes(llama).save(place(llama, shape_of(llama), 2))  # its tokenizer is not to be found
     methods += ["think:sinks=0,window=4,queries=4,ratio=0.75", "palu:window=16"]
     methods += ["speckv:window=16,tokens=40,ahead=0", "quest:window=16,chunk=8", "dense"]
+    methods += ["lm_infinite:window=16", "self_extend:window=16,group=4", "dual_chunk:chunk=32,window=8"]
     assert {parse_spec(method)[0] for method in methods} == set(METHODS), "a method was added: measure it here"
     read = []
     real = runner.prefill

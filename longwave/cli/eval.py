@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from longwave.cli.common import Source, first_line, options_of
+from longwave.cli.common import ExtendRule, ExtendTo, Source, first_line, options_of
 from longwave.cli.console import progress, show_json, show_table, user_errors
 
 app = typer.Typer(no_args_is_help=True, help="Measure methods on the field's benchmarks, and report.")
@@ -59,6 +59,8 @@ def run(
         int | None, typer.Option(help="Rows x longest prompt of a pass, at most; 16384 unless said.")
     ] = None,
     profile: Annotated[Path | None, typer.Option(help="Profile made by `longwave calibrate`.")] = None,
+    extend_to: ExtendTo = None,
+    extend_rule: ExtendRule = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure methods on tasks, same prompts for all; resumes, and two processes may share a folder."""
@@ -70,11 +72,12 @@ def run(
             out=out, model=model, limit=limit, seed=seed, max_tokens=max_tokens, question=question, chat=chat, data=data
         )
         given |= dict(device=device, dtype=dtype, batch=batch, batch_tokens=batch_tokens, profile=profile)
+        given |= dict(extend_to=extend_to, extend_rule=extend_rule)
         wanted = make_recipe(recipe, methods=method or None, tasks=task or None, **given)
         command = shlex.join(["longwave", *sys.argv[1:]])
 
         def load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
-            source = Source(model, device, dtype)
+            source = Source(model, device, dtype, wanted.extend_to, wanted.extend_rule)
             for method, budget in map(read_method, wanted.methods):
                 if not isinstance(method, Quantized):
                     source.check(method, budget)

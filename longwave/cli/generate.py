@@ -25,6 +25,8 @@ from longwave.cli.common import (
     Budget,
     Device,
     Dtype,
+    ExtendRule,
+    ExtendTo,
     Json,
     Measure,
     MethodName,
@@ -60,6 +62,8 @@ def command(
     budget: Budget = None,
     profile: ProfilePath = None,
     measure: Measure = True,
+    extend_to: ExtendTo = None,
+    extend_rule: ExtendRule = None,
     option: OptionList = None,
     max_new_tokens: MaxNewTokens = 200,
     temperature: Temperature = 0.0,
@@ -100,7 +104,7 @@ def command(
 
         chosen = get_method(method, **parse_options(option))
         measured = Profile.load(profile) if profile is not None else None
-        source = Source(model, device, dtype)
+        source = Source(model, device, dtype, extend_to, extend_rule)
         check_loop(why_python(source.device, graph), graph, compiled)
         held = 0  # tokens of the prompt that a saved prefix has
         if kept is not None:

@@ -12,6 +12,8 @@ from longwave.cli.common import (
     Budget,
     Device,
     Dtype,
+    ExtendRule,
+    ExtendTo,
     Json,
     Measure,
     MethodName,
@@ -37,6 +39,8 @@ def command(
     budget: Budget = None,
     profile: ProfilePath = None,
     measure: Measure = True,
+    extend_to: ExtendTo = None,
+    extend_rule: ExtendRule = None,
     option: OptionList = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text to read.")] = 2048,
     layer: Annotated[
@@ -70,7 +74,7 @@ def command(
         text = read_text(file, blank=False) if file else pydoc_haystack()
         chosen = get_method(method, **parse_options(option))
         measured = Profile.load(profile) if profile is not None else None
-        source = Source(model, device, dtype)
+        source = Source(model, device, dtype, extend_to, extend_rule)
         ids = source.tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :tokens]
         count = ids.shape[1]
         source.check_length(count, 0)

@@ -1,7 +1,7 @@
 """A model's rotation of keys as two short tables, so that keys can be turned back without the model.
 
 Channel i of a key at position p is a_i (cos(w_i p) x_i + sin(w_i p) x_j), j its partner: halves or neighbours, partial
-rotation and YaRN's scaling are all of this form. The tables are read off the model's own rotation (longwave/rotary.py)
+rotation and YaRN's scaling are all of this form. The tables are read off the model's own rotation (longwave/rotary/)
 at positions that are powers of two, where a float32 angle is exact, so that w comes out to its last bit.
 """
 

@@ -30,7 +30,8 @@ class Recipe:
     max_tokens: where prompts of tasks with a truncation rule are cut. question: "after" compresses the context before
     the question is seen, "inside" compresses all of the prompt but its last token, question included, "with" reads all
     of it in one exact pass; a task with an option `question` says it for itself. batch: prompts per pass.
-    batch_tokens: rows x longest.
+    batch_tokens: rows x longest. extend_to: tokens that the model is to read beyond those it was trained on, by the
+    rotary tables of extend_rule.
     """
 
     out: Path
@@ -48,6 +49,8 @@ class Recipe:
     batch: int = 8
     batch_tokens: int = 16384
     profile: Path | None = None
+    extend_to: int | None = None
+    extend_rule: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("out", "data", "profile"):
@@ -67,13 +70,14 @@ class Recipe:
             if twice:
                 raise ValueError(f"{', '.join(sorted(twice))} is given twice")
             object.__setattr__(self, name, specs)
-        for name in ("model", "device", "dtype"):
-            if not isinstance(getattr(self, name), str):
+        for name in ("model", "device", "dtype", "extend_rule"):
+            if not isinstance(getattr(self, name), str | None if name == "extend_rule" else str):
                 raise ValueError(f"{name} is a text, got {getattr(self, name)!r}")
         if not isinstance(self.chat, bool):
             raise ValueError(f"chat is true or false, got {self.chat!r}")
-        for name, least in (("limit", 1), ("seed", None), ("max_tokens", 1), ("batch", 1), ("batch_tokens", 1)):
-            if (value := getattr(self, name)) is not None or name not in ("limit", "max_tokens"):
+        numbers = (("limit", 1), ("seed", None), ("max_tokens", 1), ("batch", 1), ("batch_tokens", 1), ("extend_to", 1))
+        for name, least in numbers:
+            if (value := getattr(self, name)) is not None or name not in ("limit", "max_tokens", "extend_to"):
                 whole(name, value, least)
         if self.question not in QUESTION:
             raise ValueError(f"question is one of {', '.join(QUESTION)}; got {self.question!r}")
@@ -238,9 +242,11 @@ def make_header(
     import transformers
 
     import longwave
+    from longwave.rotary.extension import MARK
     from longwave.shape import context_limit
 
     template = getattr(tokenizer, "chat_template", None)
+    extended = getattr(model.config.get_text_config(decoder=True), MARK, None)
     weights = {name: float(f"{value:.4g}") for name, value in weights_of(model).items()}
     device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else platform.machine()
     return {
@@ -250,6 +256,7 @@ def make_header(
         "signature": hashlib.sha256(repr(sorted(weights.items())).encode()).hexdigest()[:16],
         "dtype": str(model.dtype).removeprefix("torch."),
         "window": context_limit(model),
+        **({} if extended is None else {"extension": f"{extended['rule']} from {extended['trained']:,} tokens"}),
         "seed": recipe.seed,
         "question": recipe.question,
         "chat": recipe.chat,

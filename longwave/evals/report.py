@@ -220,6 +220,7 @@ class Report:
         samples = len({(row["task"], row["id"]) for row in self.rows})
         cut = f", prompts cut to {header['max_tokens']:,} tokens" if header.get("max_tokens") else ""
         window = f"a window of {header['window']:,} tokens" if header.get("window") else "no stated window"
+        window += f" (rotary tables extended by {header['extension']})" if header.get("extension") else ""
         lead = (
             f"{plural(samples, 'sample')} of {plural(len(self.tasks), 'task')}, the same for "
             f"{plural(len(self.methods), 'method')}: model {header['model']} in "

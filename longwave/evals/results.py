@@ -34,7 +34,7 @@ SAID = {"model": str, "dtype": str, "seed": int, "question": str, "chat": bool}
 NUMBERS = ("tokens", "context", "new_tokens", "scored", "rows", "prefill_seconds", "decode_seconds")
 
 # What must not differ between runs that share a folder: their rows could not be compared.
-FIXED = ("model", "signature", "dtype", "seed", "question", "chat", "chat_template", "max_tokens")
+FIXED = ("model", "signature", "dtype", "seed", "question", "chat", "chat_template", "max_tokens", "extension")
 
 
 @dataclass
@@ -75,6 +75,8 @@ def check_header(header: Mapping[str, Any], path: Path) -> None:
     for name, kind in SAID.items():
         if not isinstance(header.get(name), kind):
             raise ValueError(_damaged(path, name))
+    if not isinstance(header.get("extension"), str | None):
+        raise ValueError(_damaged(path, "extension"))
     for name in ("window", "max_tokens"):
         if not isinstance(header.get(name), (int, type(None))):
             raise ValueError(_damaged(path, f"number of tokens as {name}"))

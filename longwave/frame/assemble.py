@@ -41,7 +41,7 @@ def assemble(model: PreTrainedModel, layer: Callable[[int], MemoryLayer], needs:
     built = LongCache(layers, method, rotary, watch)
     built.origin = Origin(model)
     built.drops = getattr(config, "original_max_position_embeddings", None) or 0
-    built._progress.switch = _switch(config)
+    built._progress.switch, built._progress.drifts = _switch(config)
     for memory in built.memory_layers():
         memory.planned = stored_dtype(model.dtype, model.device.type)
     return built
@@ -58,13 +58,16 @@ def _rotary(model: PreTrainedModel, needs: Needs) -> Rotary | None:
         return None
 
 
-def _switch(config: Any) -> int | None:
-    """Tokens beyond which a model's rotary embedding is another one, keys of earlier tokens included."""
+def _switch(config: Any) -> tuple[int | None, bool]:
+    """Tokens beyond which a model's rotary embedding is another one, keys of earlier tokens included, and whether it
+    changes with every token from there on."""
     ropes = getattr(config, "rope_parameters", None) or {}
     for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
         if rope.get("rope_type") == "longrope":
-            return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
-    return None
+            return rope.get("original_max_position_embeddings") or config.original_max_position_embeddings, False
+        if "dynamic" in str(rope.get("rope_type")):
+            return config.max_position_embeddings, True
+    return None, False
 
 
 def observing(model: PreTrainedModel, needs: Needs | None = None) -> LongCache:

@@ -246,6 +246,12 @@ class Counting(CacheLayerMixin):
             return
         counts = [new] * self.batch_size if valid is None else valid.sum(-1).tolist()
         after = max(row + count for row, count in zip(self.rows, counts, strict=True))
+        if self.progress.drifts and max(after, *self.rows) > switch:
+            raise ValueError(
+                f"beyond {switch:,} tokens this model rotates all of them otherwise with every token that comes "
+                f"(dynamic), and the cache holds {max(self.rows):,} already, turned as they were: extend the model by "
+                'a rule whose tables stay, such as "ntk" or "yarn"'
+            )
         if (after > switch) != self._beyond:
             raise ValueError(
                 f"beyond {switch:,} tokens this model rotates all of them otherwise (longrope), and the cache holds "

@@ -121,7 +121,7 @@ class Pass:
     q [batch, query_heads, tokens, head_dim], k and v [batch, kv_heads, tokens, head_dim]: the new tokens, rotated.
     valid bool [batch, tokens]: which of them are real; None for all. mask: a caller's own 4D mask (bool or additive).
     positions int [batch or 1, tokens] as the model has them, None where it does not say. module: the attention module
-    (its layer's rotary table, its output projection). rotary: turns and un-turns keys (rotary.py), where asked for.
+    (its layer's rotary table, its output projection). rotary: turns and un-turns keys (rotary/), where asked for.
     phase: "prompt" (nothing is stored yet), "step" (one token a row) or "chunk". sinks [query_heads]: learned scores
     of a token that has no value and takes its share of attention. lse float [batch, query_heads, tokens]: log of what
     the softmax divides by, where it is known.
@@ -210,7 +210,7 @@ class Queries:
         [batch, width], on the host, how many tokens of its row each one sees, 0 or less where nothing is remembered.
 
         A query close by is no model of a later one: each is turned by up to `LATER` tokens, by its number in the row,
-        so that the order of calls cannot matter, and sees all that its row has seen. Without a `rotary` (rotary.py)
+        so that the order of calls cannot matter, and sees all that its row has seen. Without a `rotary` (rotary/)
         they stay as they are. Nothing waits for the device.
         """
         assert self.q is not None

@@ -19,8 +19,9 @@ class Progress:
     broken: bool = False
     parked: bool = False  # what the layers hold lies in host memory until `LongCache.wake`
     lent: object | None = None  # of the decoder that holds the layers' storage and counts for them
-    rotary: Any = None  # of the model, where a method needs it (rotary.py)
-    switch: int | None = None  # tokens beyond which the model rotates all of them otherwise (longrope)
+    rotary: Any = None  # of the model, where a method needs it (rotary/)
+    switch: int | None = None  # tokens beyond which the model rotates all of them otherwise (longrope, dynamic)
+    drifts: bool = False  # whether it does so at every length beyond (dynamic)
     ids: Any = None  # of the running pass's tokens, where a method needs to know them (surprise.py)
     unheard: bool = False  # layers wait behind a pass for what its last layer says
     mask: tuple[Any, Any, list[int]] | None = None  # a pass's 4D mask, the plain one that it is, tokens of rows before

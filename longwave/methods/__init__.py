@@ -10,6 +10,7 @@ from longwave.methods.attention_matching import AttentionMatching
 from longwave.methods.base import Bound, Method
 from longwave.methods.cam import CaM
 from longwave.methods.dense import Dense
+from longwave.methods.dual_chunk import DualChunk
 from longwave.methods.evicting import Evicting
 from longwave.methods.expected_attention import ExpectedAttention
 from longwave.methods.fourier import Fourier
@@ -18,12 +19,15 @@ from longwave.methods.h2o import H2O
 from longwave.methods.kivi import Kivi
 from longwave.methods.knorm import KNorm
 from longwave.methods.kvzip import KVzip
+from longwave.methods.lm_infinite import LMInfinite
 from longwave.methods.longcache import ReAttention
 from longwave.methods.palu import Palu
 from longwave.methods.pyramidkv import PyramidKV
 from longwave.methods.quest import Quest
+from longwave.methods.remapped import Remapped
 from longwave.methods.segmented import Segmented
 from longwave.methods.selecting import Selecting
+from longwave.methods.self_extend import SelfExtend
 from longwave.methods.sirllm import SirLLM
 from longwave.methods.snapkv import SnapKV
 from longwave.methods.speckv import SpecKV
@@ -39,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
         *(Dense, Fourier, FourierPaper, Kivi, ThinK, Palu, Quest, ReAttention),
         *(Streaming, SnapKV, PyramidKV, AdaKV, SpecKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, KVzip),
         *(WeightedKV, CaM, AttentionMatching, SirLLM),
+        *(LMInfinite, SelfExtend, DualChunk),
     )
 }
 
@@ -75,6 +80,7 @@ __all__ = [
     "Bound",
     "CaM",
     "Dense",
+    "DualChunk",
     "Evicting",
     "ExpectedAttention",
     "Fourier",
@@ -82,12 +88,15 @@ __all__ = [
     "KNorm",
     "KVzip",
     "Kivi",
+    "LMInfinite",
     "Method",
     "Palu",
     "PyramidKV",
     "Quest",
+    "Remapped",
     "Segmented",
     "Selecting",
+    "SelfExtend",
     "SirLLM",
     "SnapKV",
     "SpecKV",

@@ -2,17 +2,20 @@
 
 Two models hold the same K and V where the weights that make them are the same, whatever they are wrapped in and in
 whatever type they are kept. So the projections themselves are asked: an adapter that is on or merged shows, one that
-is off, or is elsewhere in the model, does not.
+is off, or is elsewhere in the model, does not. Beside them stands how keys are turned, where that is not as trained.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+
+from longwave.rotary.extension import MARK
 
 NUMBERS = 16  # of a projection
 # How far a projection may be from the same one in other form, relatively: bfloat16 moves it by 0.002, 8 bits by 0.01,
@@ -73,7 +76,8 @@ def _far(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 @torch.no_grad()
 def fingerprint(model: PreTrainedModel, layers: tuple[int, ...]) -> dict[str, list[float]]:
     """layers: those whose K and V a cache compresses. Name of a projection -> `NUMBERS` numbers that stand for what it
-    makes and, last, its tolerance. Empty where no projection can be asked."""
+    makes and, last, its tolerance. Empty where no projection can be asked. A model whose rotation was extended
+    (rotary/extension.py) has an entry more, whose name says how: the keys of one turned otherwise are others."""
     found = {}
     for name, module in _projections(model, layers):
         made = _made(module, model.dtype)
@@ -81,6 +85,9 @@ def fingerprint(model: PreTrainedModel, layers: tuple[int, ...]) -> dict[str, li
             values, allowed = made
             short = (_signs(NUMBERS, len(values), 2) @ values.double().cpu() / len(values) ** 0.5).tolist()
             found[name] = [*(float(f"{x:.6g}") for x in short), allowed]
+    config = model.config.get_text_config(decoder=True)
+    if found and getattr(config, MARK, None) is not None:
+        found[f"rotation {json.dumps(config.rope_parameters, sort_keys=True)}"] = [1.0, 0.0]
     return found
 
 

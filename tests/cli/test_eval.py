@@ -273,3 +273,13 @@ def test_every_task_says_what_it_is_in_one_line():
 def test_help():
     for command in ("run", "ls", "report"):
         assert command in succeeds("eval", "--help").stdout
+
+
+def test_an_extended_model_is_told_from_a_plain_one(evaluate, out, hay):
+    run = [*evaluate, "--method", "dense", "--task", f"needle:lengths=180,haystack={hay}"]
+    assert "rotary base 10,000 x 11" in succeeds(*run, "--extend-to", 2048).stderr
+    header = json.loads((out / "run.json").read_text())
+    assert (header["window"], header["extension"]) == (2048, "ntk from 512 tokens")
+    assert "results of extension 'ntk from 512 tokens', not None" in refused(*run)
+    succeeds("eval", "report", out)
+    assert "a window of 2,048 tokens (rotary tables extended by ntk from 512 tokens)" in (out / "report.md").read_text()

@@ -229,3 +229,14 @@ def test_a_size_is_spent_on_this_prompt_and_its_answer(generate):
     assert json.loads(succeeds(*size, TEXT[:100]).stdout)["nbytes"] <= 60_000
     said = "58.59 KiB cannot hold 1 x 497 tokens: the smallest that fourier can do is"
     assert said in refused(*size, TEXT[:490])
+
+
+def test_beyond_the_trained_length(folder):
+    read = ["generate", "x" * 600, "--model", folder, "--max-new-tokens", 3, "--method", "dense"]
+    assert "exceed this model's context of 512" in refused(*read)
+    done = succeeds(*read, "--extend-to", 2048)
+    assert "longwave: 512 trained tokens extended to 2,048 by ntk: rotary base 10,000 x 11" in done.stderr
+    done = succeeds(*read, "--extend-to", 2048, "--extend-rule", "yarn", "--json")
+    assert json.loads(done.stdout)["prompt_tokens"] == 600
+    assert "did you mean 'yarn'" in refused(*read, "--extend-to", 2048, "--extend-rule", "yarm")
+    assert "give extend_to" in refused(*read, "--extend-rule", "yarn")

@@ -227,7 +227,9 @@ def test_runs_that_cannot_be_compared_share_no_folder(out, name):
     before = contents(out)
     with pytest.raises(ValueError) as error:
         Results.open(out, header(**{name: "another"}))
-    expected = "other weights under the same name tiny" if name == "signature" else f"{name} {header()[name]!r}, not 'a"
+    expected = (
+        "other weights under the same name tiny" if name == "signature" else f"{name} {header().get(name)!r}, not 'a"
+    )
     assert f"{out} holds results of {expected}" in str(error.value)
     assert "name another folder, nothing was overwritten" in str(error.value)
     assert contents(out) == before

@@ -70,6 +70,9 @@ ABOUT = {
         "2405.12528",
         "a prompt lies dense in all layers until it is read; to streaming: [evicting](evicting.md)",
     ),
+    "lm_infinite": ("2308.16137", "whatever stood in between; bytes: it holds all: [extension](extension.md)"),
+    "dual_chunk": ("2402.17463", "distances beyond the chunk before; bytes: it holds all: [extension](extension.md)"),
+    "self_extend": ("2401.01325", "order within a far group; bytes: it holds all: [extension](extension.md)"),
 }
 HEAD = ("method", "paper", "idea", "holds `tokens`", "slots", "pages", "device steps", "4D masks", "where it loses")
 
@@ -100,7 +103,7 @@ def table():
             accepts(cls, positions="slots"),
             accepts(cls, store="kivi"),
             supports(model, memory) is None,
-            not watches(memory.method),
+            not watches(memory.method) and memory.method.reads_exactly,
         )
         home = "https://arxiv.org/abs/" if "." in paper else "https://openreview.net/forum?id="
         cells = (

@@ -232,6 +232,8 @@ class Report:
             "inside": 'Question "inside" (query-aware): the question is compressed with its context.',
             "with": 'Question "with": context and question are read in one exact pass before anything is compressed.',
         }.get(header["question"], f"Question {header['question']!r}.")
+        if own := [self.titles[label] for label in self.tasks if self._question(label) != header["question"]]:
+            lead += f" Otherwise where a task says so: {'; '.join(own)}."
         days = sorted({str(run.get("started", ""))[:10] for run in runs} - {""})
         versions = [
             f"{name} {' / '.join(distinct(runs, name))}"

@@ -424,6 +424,7 @@ def test_many_methods_stand_in_a_table_a_budget(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(told))
     html, markdown = report(tmp_path)
     assert "<svg" not in html
+    assert "Otherwise where a task says so: grid:question=inside." in html
     summary = markdown.split("## ")[1] + markdown.split("### query-agnostic")[1].split("## grid")[0]
     assert summary.count("budget 0.5\n") == summary.count("budget 0.25\n") == summary.count("no budget\n") == 2
     assert summary.index("budget 0.5\n") < summary.index("budget 0.25\n") < summary.index("### query-aware")

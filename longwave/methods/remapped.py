@@ -56,7 +56,7 @@ class RemappedBound(Bound):
 
     @property
     def needs(self) -> Needs:
-        return Needs(positions=True, unrotated=True)
+        return Needs(unrotated=True)
 
     def __str__(self) -> str:
         return f"{self.method.name}(exact up to {self.method.exact():,} tokens)"
@@ -65,8 +65,7 @@ class RemappedBound(Bound):
         return RemappedLayer(index, self)
 
     def layer_bytes(self, index: int, tokens: int) -> int:
-        columns = self.shape.kv_heads * sum(dtype.itemsize for dtype in self.needs.columns().values())
-        return capacity(tokens) * (self.shape.token_bytes + columns)
+        return capacity(tokens) * self.shape.token_bytes
 
 
 class RemappedLayer(MemoryLayer):

@@ -54,7 +54,7 @@ class RemappedBound(Bound):
 
     @property
     def needs(self) -> Needs:
-        return Needs(positions=True, unrotated=True)
+        return Needs(unrotated=True)
 
     @property
     def reads_exactly(self) -> bool:
@@ -67,8 +67,7 @@ class RemappedBound(Bound):
         return RemappedLayer(index, self)
 
     def layer_bytes(self, index: int, tokens: int) -> int:
-        columns = self.shape.kv_heads * sum(dtype.itemsize for dtype in self.needs.columns().values())
-        return capacity(tokens) * (self.shape.token_bytes + columns)
+        return capacity(tokens) * self.shape.token_bytes
 
 
 class RemappedLayer(MemoryLayer):

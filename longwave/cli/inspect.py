@@ -128,7 +128,7 @@ def command(
         )
         print(report.method)
         print(f"ratio {report.ratio:.3f} in {result['dtype']} after {report.tokens:,} tokens")
-        if kept is not None:
+        if kept:
             rows = []
             for entry in result["kept"]:
                 quarters = [f"{x.float().mean():.2f}" for x in _quarters(entry["k_by_pair"])]

@@ -28,7 +28,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     uses_profile: ClassVar[bool] = False  # whether a measurement of the model decides anything
-    learns: ClassVar[bool] = False  # whether `known` finds out anything
+    learns: ClassVar[bool] = False  # whether `known` looks at the model
 
     @abstractmethod
     def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> Bound:

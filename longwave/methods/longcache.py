@@ -44,6 +44,7 @@ class ReAttention(Method):
     """
 
     name: ClassVar[str] = "longcache"
+    learns: ClassVar[bool] = True
     alone: ClassVar[int] = 16  # tokens of a row that choose one by one, as steps do, where a pass brings no more
 
     sinks: int = 32

@@ -39,7 +39,16 @@ from longwave.cli.common import (
     parse_options,
 )
 from longwave.cli.console import say, show_json, user_errors, waiting
-from longwave.cli.prefix import as_input, check_prefix, coder_for, is_chat, keep_prefix, prefix_ids, prompt_ids
+from longwave.cli.prefix import (
+    as_input,
+    check_prefix,
+    coder_for,
+    going_on,
+    is_chat,
+    keep_prefix,
+    prefix_ids,
+    prompt_ids,
+)
 
 
 def command(
@@ -149,7 +158,7 @@ def command(
                     logits_processor=[Read(done)],
                     stopping_criteria=[clock],
                     pad_token_id=tokenizer.pad_token_id,
-                    **choice,
+                    **going_on(loaded, memory, encoded["input_ids"], choice),
                 )
         except Unsupported as error:  # seen late: much of the answer may be out
             raise ValueError(f"{error}: {'leave out --compile' if compiled else 'pass --no-graph'}") from error

@@ -55,7 +55,7 @@ def as_input(*parts: Any) -> dict[str, Any]:
 
 
 def read_prefix(model: Any, cache: Any, ids: Any, chunk: int | None) -> None:
-    """Give ids to an empty cache, in passes of `chunk` tokens where that is given."""
+    """Give a cache ids that it has not read, in passes of `chunk` tokens where that is given."""
     import torch
 
     from longwave.frame import cache_argument
@@ -63,6 +63,17 @@ def read_prefix(model: Any, cache: Any, ids: Any, chunk: int | None) -> None:
     with torch.no_grad():
         for part in ids.to(model.device).split(chunk or ids.shape[1], 1):
             model(part, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
+
+
+def going_on(model: Any, cache: Any, ids: Any, choice: dict[str, Any]) -> dict[str, Any]:
+    """`choice` for a prompt of which a cache holds the beginning. Where it names chunks, all of the rest but the last
+    token is read here: transformers 5.17 gives the whole prompt again when it is to read in chunks."""
+    held, chunk = cache.get_seq_length(), choice.get("prefill_chunk_size")
+    if not (held and chunk):
+        return choice
+    if held < ids.shape[1] - 1:
+        read_prefix(model, cache, ids[:, held:-1], chunk)
+    return {name: value for name, value in choice.items() if name != "prefill_chunk_size"}
 
 
 def coder_for(memory: Any, model: Any, tokenizer: Any, size: str) -> Any:

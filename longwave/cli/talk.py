@@ -8,7 +8,7 @@ from typing import Any
 
 from longwave.cli.answer import loop_of, why_python
 from longwave.cli.common import encode
-from longwave.cli.prefix import as_input, prompt_ids, read_prefix, turn_ids
+from longwave.cli.prefix import as_input, going_on, prompt_ids, read_prefix, turn_ids
 
 SIZE = "0.1"  # of what /save codes, unless it says
 
@@ -79,7 +79,7 @@ class Talk:
             logits_processor=processors,
             stopping_criteria=criteria,
             pad_token_id=self.tokenizer.pad_token_id,
-            **self.choice,
+            **going_on(self.model, self.memory, ids, self.choice),
         )
         ends = self.model.generation_config.eos_token_id
         ended = int(out[0, -1]) in (ends if isinstance(ends, list) else [ends])

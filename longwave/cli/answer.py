@@ -16,12 +16,13 @@ Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 PrefillChunk = Annotated[int | None, typer.Option(min=1, help="Read in chunks of this many tokens.")]
 
 
-def sampling(temperature: float, top_k: int | None, top_p: float | None) -> dict[str, Any]:
-    """What `generate` is told of how to choose tokens. ValueError for options that decide nothing."""
+def told(temperature: float, top_k: int | None, top_p: float | None, prefill_chunk: int | None) -> dict[str, Any]:
+    """What `generate` is told of how to read and to choose tokens. ValueError for options that decide nothing."""
     chosen = {name: value for name, value in (("top_k", top_k), ("top_p", top_p)) if value is not None}
     if chosen and not temperature:
         raise ValueError("--top-k and --top-p choose what is sampled from: give a --temperature above 0")
-    return {"do_sample": True, "temperature": temperature, **chosen} if temperature else {"do_sample": False}
+    how = {"do_sample": True, "temperature": temperature, **chosen} if temperature else {"do_sample": False}
+    return how | ({"prefill_chunk_size": prefill_chunk} if prefill_chunk else {})
 
 
 def why_python(device: Any, graph: bool | None) -> str | None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from longwave.checks import read_text
-from longwave.cli.answer import MaxNewTokens, PrefillChunk, Read, Seed, Temperature, TopK, TopP, sampling
+from longwave.cli.answer import MaxNewTokens, PrefillChunk, Read, Seed, Temperature, TopK, TopP, told
 from longwave.cli.common import (
     Budget,
     Device,
@@ -57,9 +57,7 @@ def command(
     """Talk with a model, over documents: many turns, one cache, which /save keeps and /load takes up again."""
     with user_errors():
         text = "\n\n".join(read_text(path, blank=False) for path in file or [])
-        choice = sampling(temperature, top_k, top_p)
-        if prefill_chunk:
-            choice["prefill_chunk_size"] = prefill_chunk
+        choice = told(temperature, top_k, top_p, prefill_chunk)
         import torch
 
         from longwave.methods import get_method

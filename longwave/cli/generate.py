@@ -18,7 +18,7 @@ from longwave.cli.answer import (
     TopK,
     TopP,
     loop_of,
-    sampling,
+    told,
     why_python,
 )
 from longwave.cli.common import (
@@ -99,9 +99,7 @@ def command(
         parts += [prompt] if prompt and prompt.strip() else []
         if not parts:
             raise ValueError("the prompt is empty: give a PROMPT, a --file, or both")
-        choice = sampling(temperature, top_k, top_p)
-        if prefill_chunk:
-            choice["prefill_chunk_size"] = prefill_chunk
+        choice = told(temperature, top_k, top_p, prefill_chunk)
         import torch
         from transformers import TextStreamer
 

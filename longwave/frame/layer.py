@@ -534,7 +534,7 @@ class MemoryLayer(Keeping):
         p = Pass(k[:, :0], k, v, scaling, valid=valid, positions=positions, phase="prompt")
         p.rotary = self.progress.rotary
         if p.rotary is not None:  # keys come rotated, and may have to lie otherwise
-            p.module = next((module for module in p.rotary.turns if module.layer_idx == self.index), None)
+            p.module = p.rotary.module_of(self.index)
         self.arrive(p)
         self.write(p.k, p.v, valid, columns)
         if self.needs.queries:

@@ -90,6 +90,12 @@ class Needs:
         return ({"position": torch.int32} if self.positions else {}) | dict.fromkeys(told, torch.float32)
 
     @property
+    def in_passing(self) -> bool:
+        """Whether something is asked for that is seen while a text is read, and held nowhere afterwards but as columns
+        of its tokens."""
+        return self.watches or self.hidden or bool(self.again) or self.surprise > 0
+
+    @property
     def watches(self) -> bool:
         """Whether something of the attention over all tokens is asked for, by token."""
         return self.mass or bool(self.votes)
@@ -218,7 +224,7 @@ class Queries:
         number = self.numbers()
         if rotary is None:
             return self.q, number
-        module = next((module for module in rotary.turns if module.layer_idx == index), None)
+        module = rotary.module_of(index)
         by = ((number.double() * GOLDEN).frac() * LATER).long().clamp(min=0)
         later = self.positions + by.to(self.positions.device, non_blocking=True)
         seen = torch.tensor(self.seen)[:, None].expand_as(number)

@@ -13,11 +13,9 @@ from typing import ClassVar
 
 import torch
 
-from longwave.methods.base import CacheShape
 from longwave.methods.held import top
 from longwave.methods.ragged import RaggedBound
 from longwave.methods.snapkv import SnapKV
-from longwave.plan.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,9 @@ class AdaKV(SnapKV):
                 "or use snapkv with it"
             )
 
-    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> RaggedBound:
-        found = super().bind(shape, profile, budget)
-        return RaggedBound(self, shape, budget, shares=found.shares, kept=found.kept)  # type: ignore[attr-defined]
+    @property
+    def bound(self) -> type[RaggedBound]:
+        return RaggedBound
 
     def share_out(self, scores: list[torch.Tensor], free: list[torch.Tensor], keep: torch.Tensor) -> list[torch.Tensor]:
         """Which of the free tokens stay in each head: bool [batch, n], as scores and free of that head; n differs.

@@ -17,15 +17,12 @@ import torch
 
 from longwave.checks import whole
 from longwave.frame import MemoryLayer, Needs, Pass, Step
-from longwave.methods.base import CacheShape
 from longwave.methods.evicting import Evicting, EvictingBound, Held
 from longwave.methods.evicting_layer import EvictingLayer
 from longwave.methods.held import evictable
+from longwave.methods.segmented import BESIDE
 from longwave.ops import match
 from longwave.ops.attention.reference import group_heads
-from longwave.plan.profile import Profile
-
-BESIDE = 8  # channels beside K's for a bias: fused kernels want multiples of 8
 
 
 @dataclass(frozen=True)
@@ -60,10 +57,9 @@ class AttentionMatching(Evicting):
     def needs(self) -> Needs:
         return super().needs() | Needs(queries=self.queries, every=self.stride, shifts=self.later, bias=True)
 
-    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> EvictingBound:
-        bound = super().bind(shape, profile, budget)
-        assert isinstance(bound, EvictingBound)
-        return MatchingBound(self, shape, budget, shares=bound.shares, kept=bound.kept)
+    @property
+    def bound(self) -> type[MatchingBound]:
+        return MatchingBound
 
     def score(self, held: Held) -> torch.Tensor:
         score = torch.zeros_like(held.columns["bias"])

@@ -143,13 +143,18 @@ class Evicting(Method):
         share = 1.0 if fraction is None or fraction >= 1 else fraction * each / (each + columns)
         layers = len(shape.memory_layers)
         if self.tokens is None:
-            return EvictingBound(self, shape, budget, shares=self.spread(share, 1.0, layers))
+            return self.bound(self, shape, budget, shares=self.spread(share, 1.0, layers))
         mean = self.tokens - self.sinks - self.window
         parts = self.spread(mean, math.inf, layers)
         left = mean * layers - sum(map(math.floor, parts))  # rounded up where it is least
         up = sorted(range(layers), key=lambda i: math.floor(parts[i]) - parts[i])[:left]
         kept = tuple(math.floor(part) + (i in up) for i, part in enumerate(parts))
-        return EvictingBound(self, shape, budget, shares=(1.0,) * layers, kept=kept)
+        return self.bound(self, shape, budget, shares=(1.0,) * layers, kept=kept)
+
+    @property
+    def bound(self) -> type[EvictingBound]:
+        """What it is bound as."""
+        return EvictingBound
 
 
 @dataclass(frozen=True, eq=False)

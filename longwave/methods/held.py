@@ -78,8 +78,7 @@ def held_by(source: MemoryLayer, lengths: torch.Tensor | None = None, **about: A
         columns = dict(source.dense.columns)
     rotary = source.progress.rotary
     if source.needs.unrotated and rotary is not None:
-        module = next(module for module in rotary.turns if module.layer_idx == source.index)
-        about["rotation"] = Rotation(rotary, module)
+        about["rotation"] = Rotation(rotary, rotary.module_of(source.index))
     about |= {"rotary": rotary, "index": source.index}
     return Held(k, v, lengths, columns, source.queries, source.scaling, **about)
 

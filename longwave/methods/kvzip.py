@@ -62,10 +62,9 @@ class KVzip(Evicting):
             'nothing: give the budget as a fraction, or use "snapkv"'
         )
 
-    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> EvictingBound:
-        bound = super().bind(shape, profile, budget)
-        assert isinstance(bound, EvictingBound)
-        return KVzipBound(self, shape, budget, shares=bound.shares, kept=bound.kept)
+    @property
+    def bound(self) -> type[KVzipBound]:
+        return KVzipBound
 
     def score(self, held: Held) -> torch.Tensor:
         return held.columns[self.repeat.column]

@@ -174,7 +174,7 @@ class PaluLayer(SegmentedLayer):
     @property
     def _rotation(self) -> Rotation:
         rotary = self.progress.rotary
-        return Rotation(rotary, next((module for module in rotary.turns if module.layer_idx == self.index), None))
+        return Rotation(rotary, rotary.module_of(self.index))
 
     @contextmanager
     def _lent(self) -> Iterator[None]:

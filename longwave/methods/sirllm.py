@@ -53,9 +53,9 @@ class SirLLM(Evicting):
             "then. Give the budget as a fraction, or tokens, and read in chunks"
         )
 
-    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> SirBound:
-        found = super().bind(shape, profile, budget)
-        return SirBound(self, shape, budget, shares=found.shares, kept=found.kept)  # type: ignore[attr-defined]
+    @property
+    def bound(self) -> type[SirBound]:
+        return SirBound
 
     def score(self, held: Held) -> torch.Tensor:
         return held.columns["surprise"]

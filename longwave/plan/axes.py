@@ -93,7 +93,7 @@ def fit(
 def _plain(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """K before rotation and V of a dense layer that was read, [B, H, n, D]."""
     (k, v), rotary = layer.dense.view(), layer.progress.rotary
-    module = next(module for module in rotary.turns if module.layer_idx == layer.index)
+    module = rotary.module_of(layer.index)
     return rotary.unrotate(module, k, layer.dense.column("position")[:, 0].long()), v
 
 

@@ -59,6 +59,10 @@ class Rotary:
             _refuse(decoder, "no layer turns the keys that it stores: its positions are learned, ALiBi's or none")
         return cls(turns)
 
+    def module_of(self, index: int) -> nn.Module | None:
+        """The attention module of layer number `index`; None where that is none of the model's."""
+        return next((module for module in self.turns if module.layer_idx == index), None)
+
     def rotates(self, module: nn.Module) -> bool:
         """Whether the attention module turns its keys at all: some layers of SmolLM3, Cohere 2 or Llama 4 do not."""
         return self._turn(module) is not None

@@ -60,7 +60,7 @@ def read_coded(
     if ids.ndim != 2 or ids.shape[0] != 1 or not ids.shape[1] or ids.is_floating_point():
         raise ValueError(f"ids are whole numbers [1, n], one row without padding; got {list(ids.shape)} of {ids.dtype}")
     needs = needs or Needs()
-    if needs.watches or needs.hidden or needs.surprise or needs.again:
+    if needs.in_passing:
         raise ValueError("of a prompt that is coded nothing but queries is remembered: needs=Needs(queries=...)")
     shape = CacheShape.of(check_supported(model), stored_dtype(model.dtype, model.device.type))
     coder = coder_at(codec_for(model, tokenizer), model.device, fraction) if coder is None else coder

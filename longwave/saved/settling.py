@@ -46,7 +46,7 @@ def device_of(model: PreTrainedModel, index: int) -> torch.device:
 def check_needs(empty: LongCache, path: Any) -> Needs:
     """What a method needs of a prompt that a file holds. ValueError where no file does."""
     needs = next(empty.memory_layers()).needs
-    if needs.watches or needs.again or needs.hidden or needs.surprise:
+    if needs.in_passing:
         what = "the input of each layer" if needs.hidden else "the attention that each token got"
         what = "how little each token was expected" if needs.surprise else what
         raise ValueError(

@@ -13,23 +13,12 @@ import triton
 import triton.language as tl
 
 from longwave.ops.kernels import on_device
+from longwave.ops.triton_vectors import vectors
 
-# the interpreter multiplies the bits of bfloat16, not the numbers
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 PROGRAMS = 256  # with fewer, tokens are split into parts,
 PART = 512  # of no fewer than this
-
-
-@triton.jit
-def _vectors(base, at, held, stride, D: tl.constexpr, BD: tl.constexpr):
-    """[n, BD]: the vectors of D numbers at `at` [n], zeros behind them and where not `held` [n]."""
-    d = tl.arange(0, BD)
-    x = tl.load(base + at[:, None] + d[None, :] * stride, mask=held[:, None] & (d < D)[None, :], other=0.0)
-    if INTERPRETED:
-        x = x.to(tl.float32)
-    return x
 
 
 @triton.jit
@@ -44,11 +33,11 @@ def _rows_kernel(
     i, head = r // G, h * G + r % G
     held = i < Q
     visible = tl.minimum(tl.load(visible_ptr + b * Q + i, mask=held, other=0), L)
-    q = _vectors(q_ptr + b * q_b, head * q_h + i * q_q, held, q_d, D, BD)
+    q = vectors(q_ptr + b * q_b, head * q_h + i * q_q, held, q_d, D, BD)
     most, total = tl.full([BR], -INF, tl.float32), tl.zeros([BR], tl.float32)
     for start in range(begin, tl.minimum(tl.max(visible, 0), begin + part), BC):
         c = start + tl.arange(0, BC)
-        k = _vectors(k_ptr + b * k_b + h * k_h, c.to(tl.int64) * k_t, c < L, k_d, D, BD)
+        k = vectors(k_ptr + b * k_b + h * k_h, c.to(tl.int64) * k_t, c < L, k_d, D, BD)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
         s = tl.where(c[None, :] < visible[:, None], s, -INF)
         new = tl.maximum(most, tl.max(s, 1))
@@ -68,7 +57,7 @@ def _columns_kernel(
 ):  # fmt: skip
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    k = _vectors(k_ptr + b * k_b + h * k_h, c.to(tl.int64) * k_t, c < L, k_d, D, BD)
+    k = vectors(k_ptr + b * k_b + h * k_h, c.to(tl.int64) * k_t, c < L, k_d, D, BD)
     sums = tl.zeros([BC, BR], tl.float32)
     first = tl.load(first_ptr + b * tl.num_programs(0) + tl.program_id(0))
     for start in range(first * G, Q * G, BR):
@@ -76,7 +65,7 @@ def _columns_kernel(
         i, head = (r // G).to(tl.int64), h * G + r % G
         held = i < Q
         visible = tl.load(visible_ptr + b * Q + i, mask=held, other=0)
-        q = _vectors(q_ptr + b * q_b, head * q_h + i * q_q, held, q_d, D, BD)
+        q = vectors(q_ptr + b * q_b, head * q_h + i * q_q, held, q_d, D, BD)
         lse = tl.load(lse_ptr + (b * H * G + head) * Q + i, mask=held, other=INF)
         lse = tl.where(lse == -INF, INF, lse * LOG2E)  # as in reference.py
         s = tl.dot(k, tl.trans(q), input_precision="ieee") * factor - lse[None, :]

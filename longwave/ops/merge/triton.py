@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 
 from longwave.ops.merge.reference import EVEN, MOST
+from longwave.ops.triton_vectors import INTERPRETED, vectors
 
-# the interpreter multiplies the bits of bfloat16, not the numbers
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 INF = tl.constexpr(float("inf"))
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _EVEN, _MOST = tl.constexpr(EVEN), tl.constexpr(MOST)
@@ -24,11 +23,7 @@ def _queries(q_ptr, lse_ptr, start, b, h, q_b, q_h, q_p, q_d, P, G: tl.constexpr
     """Queries [BR, BD] of a KV head from row `start` on, and their lse [BR]: infinite where there is none."""
     r = start + tl.arange(0, BR)
     head, i, held = h * G + r // P, r % P, r < G * P
-    d = tl.arange(0, BD)
-    at = q_ptr + b * q_b + head * q_h + i * q_p
-    x = tl.load(at[:, None] + d[None, :] * q_d, mask=held[:, None] & (d < D)[None, :], other=0.0)
-    if INTERPRETED:
-        x = x.to(tl.float32)
+    x = vectors(q_ptr + b * q_b, head * q_h + i * q_p, held, q_d, D, BD)
     lse = tl.load(lse_ptr + (b * H * G + head) * P + i, mask=held, other=INF)
     return x, tl.where(lse == -INF, INF, lse)
 

@@ -11,22 +11,11 @@ import triton.language as tl
 
 from longwave.ops.kernels import on_device
 from longwave.ops.select.reference import TILE, first
+from longwave.ops.triton_vectors import vectors
 
-# the interpreter multiplies the bits of bfloat16, not the numbers
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 INF = tl.constexpr(float("inf"))
 PROGRAMS = 256  # with fewer, tokens are split into parts,
 PART = 2048  # of no fewer than this, and of whole tiles
-
-
-@triton.jit
-def _vectors(base, at, held, stride, D: tl.constexpr, BD: tl.constexpr):
-    """[n, BD]: the vectors of D numbers at `at` [n], zeros behind them and where not `held` [n]."""
-    d = tl.arange(0, BD)
-    x = tl.load(base + at[:, None] + d[None, :] * stride, mask=held[:, None] & (d < D)[None, :], other=0.0)
-    if INTERPRETED:
-        x = x.to(tl.float32)
-    return x
 
 
 @triton.jit
@@ -41,14 +30,14 @@ def _best_kernel(
     r = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     i, head = r // G, h * G + r % G
     held = i < Q
-    q = _vectors(q_ptr + b * q_b, head * q_h + i * q_q, held, q_d, D, BD)
+    q = vectors(q_ptr + b * q_b, head * q_h + i * q_q, held, q_d, D, BD)
     slot = tl.arange(0, BK)
     value = tl.where((slot < K)[None, :], -INF, INF) + tl.zeros([BR, BK], tl.float32)
     index = (-1 - slot)[None, :] + tl.zeros([BR, BK], tl.int32)
     for start in range(tl.maximum(begin // BC * BC, own), tl.minimum(end, own + part), BC):
         c = start + tl.arange(0, BC)
         inside = (c >= begin) & (c < end)
-        k = _vectors(k_ptr + b * k_b + h * k_h, c.to(tl.int64) * k_t, inside, k_d, D, BD)
+        k = vectors(k_ptr + b * k_b + h * k_h, c.to(tl.int64) * k_t, inside, k_d, D, BD)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         s = tl.where(inside[None, :], s, -INF)
         if tl.max((tl.max(s, 1) > tl.min(value, 1)).to(tl.int32), 0) > 0:

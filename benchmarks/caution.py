@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import longwave
+from benchmarks.hybrid import opened
 from benchmarks.sensitivity import BUDGETS, Judge
 from longwave.cli.console import show_table
 from longwave.plan import planner
@@ -43,7 +44,7 @@ def planned(shape, profile, caution, share):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: [float(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2", help="or the folder of benchmarks.hybrid")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--profile", type=Path, action="append", default=[])
@@ -53,7 +54,7 @@ def main():
     parser.add_argument("--context", type=int, default=3000)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    model, tokenizer = longwave.load(args.model, dtype=args.dtype)
+    model, tokenizer = opened(args.model, args.dtype)
     model.to(args.device)
     shape = CacheShape.of(model.config.get_text_config(decoder=True), model.dtype)
     judge, found = Judge(model, tokenizer, args.judged, args.context, 256), []

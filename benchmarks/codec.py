@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 import longwave
+from benchmarks.hybrid import opened
 from benchmarks.sensitivity import Judge
 from longwave.cli.console import show_table
 from longwave.codec import Effort, build, calibrate
@@ -47,21 +48,22 @@ KVTC = "KVTC's form"
 class Coded:
     """Segments by one of our codecs."""
 
-    def __init__(self, read, **options):
+    def __init__(self, read, device, **options):
         if options.get("groups") == "layer":
             options["groups"] = tuple((i, i + 1) for i in range(len(read.shape.memory_layers)))
-        self.codec = build(read, **options)
+        self.codec, self.device = build(read, **options), device
 
     def at(self, size):
         least, most = self.codec.sizes
         if not least <= size <= most:
             return None
-        codec = self.codec.at(size)
+        codec = self.codec.at(size, device=self.device)
 
-        def through(k, v, ids, start):
-            made = codec.encode(k, v, ids=ids, start=start)
-            codec.decode(made, k, v)
-            return len(made)
+        def through(segments):
+            ks, vs, ids, starts = zip(*segments, strict=True)
+            made = codec.encode_many(ks, vs, ids=ids, starts=starts)
+            codec.decode_many(made, ks, vs)
+            return sum(map(len, made))
 
         return through
 
@@ -133,14 +135,25 @@ class Kvtc:
         aim = size
         for _ in range(4):  # DEFLATE takes some off
             made = self.coder(self.allot(aim))
-            taken = sum(made(one.k.clone(), one.v.clone(), None, one.start) for one in self.read.apart[:4])
+            taken = sum(made(one.k.clone(), one.v.clone(), one.start) for one in self.read.apart[:4])
             aim *= size / (taken / sum(2 * 2 * one.k.numel() for one in self.read.apart[:4]))
             if aim > 0.5:
                 return None
-        return self.coder(self.allot(aim))
+        through = self.coder(self.allot(aim))
+
+        def every(segments):
+            taken = 0
+            for k, v, _, start in segments:
+                one, two = k.cpu(), v.cpu()
+                taken += through(one, two, start)
+                k.copy_(one)
+                v.copy_(two)
+            return taken
+
+        return every
 
     def coder(self, allotted):
-        def through(k, v, ids, start):
+        def through(k, v, start):
             sides = self.columns(k, v, start)
             out, taken, first = [torch.empty_like(x) for x in sides], 0, 0
             for number, cut, mean, axes, size, errors in self.parts:
@@ -177,37 +190,36 @@ class CodedJudge(Judge):
     def through(self, coder):
         """(mean KL, its standard error, bytes over those in 16 bits, seconds of coding and decoding 1,000 tokens)."""
         kls, taken, dense, seconds, tokens = [], 0, 0, 0.0, 0
-        for memory, ids, exact in self.read:
+        for number, (memory, ids, _) in enumerate(self.read):
             made = fork(memory, longwave.cache(self.model, "dense"))
             layers = list(made.memory_layers())
             pairs = [layer.dense.view() for layer in layers]
-            k, v = (torch.stack([pair[side][0].transpose(0, 1) for pair in pairs]).cpu() for side in (0, 1))
+            k, v = (torch.stack([pair[side][0].transpose(0, 1) for pair in pairs]) for side in (0, 1))
             end = k.shape[1] - WINDOW
-            for start in range(SINKS, end, TOKENS):
-                part = slice(start, min(end, start + TOKENS))
-                one, two = k[:, part].clone(), v[:, part].clone()
-                began = time.perf_counter()
-                taken += coder(one, two, self.ids[len(kls)][part], start)
-                seconds += time.perf_counter() - began
-                k[:, part], v[:, part] = one, two
-                dense, tokens = dense + 2 * 2 * one.numel(), tokens + one.shape[1]
-            for number, layer in enumerate(layers):
+            parts = [slice(start, min(end, start + TOKENS)) for start in range(SINKS, end, TOKENS)]
+            began = time.perf_counter()
+            taken += coder([(k[:, part], v[:, part], self.ids[number][part], part.start) for part in parts])
+            seconds += time.perf_counter() - began
+            dense, tokens = dense + 2 * 2 * k[:, SINKS:end].numel(), tokens + end - SINKS
+            for position, layer in enumerate(layers):
                 device = layer.dense.k.device
-                new = [x[number].transpose(0, 1)[None].to(device) for x in (k, v)]
+                new = [x[position].transpose(0, 1)[None].to(device) for x in (k, v)]
                 layer.dense.k, layer.dense.v = (x.contiguous() for x in new)
                 layer.dense.owned = True
-            kls.append(float(score(self.model, made, ids).divergence(exact)[0].mean()))
+            kls.append(self.divergence(number, score(self.model, made, ids)))
         kl = torch.tensor(kls)
         return float(kl.mean()), float(kl.std() / len(kls) ** 0.5), taken / dense, 1000 * seconds / tokens
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2", help="or the folder of benchmarks.hybrid")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--windows", type=int, default=16, help="unseen ones")
     parser.add_argument("--context", type=int, default=2820)
+    parser.add_argument("--judge-text", default="mixed", help="task divergence's text=, or a file")
+    parser.add_argument("--recall", action="store_true", help="judge answers for facts hidden in the windows")
     parser.add_argument("--scored", type=int, default=256)
     parser.add_argument("--sizes", type=lambda text: [float(part) for part in text.split(",")], default=list(SIZES))
     parser.add_argument("--only", default="", help="a regular expression that a row's name must hold")
@@ -220,7 +232,7 @@ def main():
     names = [name for name in (*ROWS, KVTC) if re.search(args.only, name)]
     if not names:
         parser.error(f"no row's name holds {args.only!r}; there are {', '.join((*ROWS, KVTC))}")
-    model, tokenizer = longwave.load(args.model, dtype=args.dtype)
+    model, tokenizer = opened(args.model, args.dtype)
     model.to(args.device)
     effort = Effort.of(model)
     given = {"windows": args.fit_windows, "tokens": args.fit_tokens, "channels": args.channels}
@@ -229,11 +241,11 @@ def main():
     began = time.perf_counter()
     read = calibrate(model, tokenizer, [path.read_text() for path in args.text] or own_texts(), effort)
     print(f"read in {time.perf_counter() - began:.0f} s: {read.about}", flush=True)
-    judge = CodedJudge(model, tokenizer, args.windows, args.context, args.scored)
+    judge = CodedJudge(model, tokenizer, args.windows, args.context, args.scored, args.judge_text, args.recall)
     found = []
     for name in names:
         began = time.perf_counter()
-        coder = Kvtc(read) if name == KVTC else Coded(read, **ROWS[name])
+        coder = Kvtc(read) if name == KVTC else Coded(read, model.device, **ROWS[name])
         print(f"{name}: built in {time.perf_counter() - began:.0f} s", flush=True)
         for size in args.sizes:
             through = coder.at(size)

@@ -1,7 +1,7 @@
 """How long a greedy continuation stays what a dense cache would have said, on step-by-step sums.
 
     python -m benchmarks.continuation [--model smollm2] [--device cuda] [--budgets 0.25,0.1] [--out FILE]
-    python -m benchmarks.continuation --hybrid FOLDER ...            the trained model of benchmarks/hybrid.py
+    python -m benchmarks.continuation --model FOLDER ...             the trained model of benchmarks/hybrid.py
 
 A prompt is a list of sums of three to five numbers, worked out step by step, about `--context` tokens of it; the model
 goes on for `--new` tokens. A row's figure is how many tokens come before the first one that differs, and of how many
@@ -52,7 +52,6 @@ def alike(ours, theirs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--hybrid", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--budgets", default="0.5,0.25,0.15625,0.1,0.06,0.04")
@@ -62,13 +61,7 @@ def main():
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    model, tokenizer = longwave.load(
-        "smollm2" if args.hybrid else args.model, dtype="float32" if args.hybrid else args.dtype
-    )
-    if args.hybrid:
-        made = hybrid.hybrid(model)
-        hybrid.load(made, args.hybrid)
-        model = made.to(getattr(torch, args.dtype))
+    model, tokenizer = hybrid.opened(args.model, args.dtype)
     model.to(args.device).eval()
     ids = prompts(tokenizer, args.rows, args.context, args.seed).to(args.device)
 
@@ -116,7 +109,7 @@ def main():
     )  # fmt: skip
     if args.out:
         about = {
-            "model": str(args.hybrid or args.model), "dtype": args.dtype, "device": args.device, "rows": args.rows,
+            "model": args.model, "dtype": args.dtype, "device": args.device, "rows": args.rows,
             "context": args.context, "new": args.new, "seed": args.seed, "dense_begins": texts[0][:200],
         }  # fmt: skip
         args.out.write_text(json.dumps({"about": about, "rows": found}, indent=1) + "\n")

@@ -183,6 +183,17 @@ def load(model, folder):
             parameter.data.copy_(weight * held[name + ".scale"].float() if name + ".scale" in held else weight)
 
 
+def opened(name, dtype="float32"):
+    """(model, tokenizer) as `longwave.load` gives them; the trained model of this file where `name` is its folder."""
+    folder = Path(name)
+    if not any(folder.glob("attention-*.safetensors")):
+        return longwave.load(name, dtype=dtype)
+    plain, tokenizer = longwave.load("smollm2", dtype="float32")
+    model = hybrid(plain)
+    load(model, folder)
+    return model.to(getattr(torch, dtype)), tokenizer
+
+
 def judged(model, tokenizer, budgets, windows, context):
     """Rows of KL by budget and plan, and what measuring took."""
     judge = Judge(model, tokenizer, windows, context, 256)

@@ -12,6 +12,7 @@ perturbation.py as well: 75 minutes for eight of them on two CPU cores, 171 s fo
 import argparse
 import dataclasses
 import json
+import random
 import time
 from pathlib import Path
 
@@ -36,18 +37,30 @@ BUDGETS = (0.25, 0.15625, 0.1, 0.06, 0.04)
 
 
 class Judge:
-    """Unseen windows, read once: what a plan's cache says of the tokens after them, against the dense model."""
+    """Unseen windows, read once: what a plan's cache says of the tokens after them, against the dense model.
 
-    def __init__(self, model, tokenizer, windows, context, scored):
-        task = Divergence(contexts=(context,), scored=scored, windows=windows)
+    text: of task divergence, or a file. hides: facts are written into the windows; only what answers for them counts.
+    """
+
+    def __init__(self, model, tokenizer, windows, context, scored, text="mixed", hides=False):
+        task = Divergence(contexts=(context,), scored=scored, windows=windows, text=text)
         samples = task.samples(Setting(tokenizer, seed=42, data=data_folder()))
-        self.model, self.read = model, []
-        self.ids = [list(one.ids) for one in samples]
-        for one in samples:
-            ids = torch.tensor([list(one.ids)])
+        self.model, self.read, self.ids, self.weights = model, [], [], []
+        for number, one in enumerate(samples):
+            row, weight = list(one.ids), [1.0] * (len(one.ids) - context - 1)
+            if hides:
+                row, weight, _ = recall.hide(tokenizer, row, context, random.Random(number))
+            ids = torch.tensor([row])
             memory = prefill(model, ids[:, :context], needs=probing(longwave.Fourier().window))
             exact = score(model, fork(memory, longwave.cache(model, "dense")), ids[:, context:])
             self.read.append((memory, ids[:, context:], exact))
+            self.ids.append(row)
+            self.weights.append(torch.tensor(weight) / sum(weight))
+
+    def divergence(self, number, found):
+        """Mean KL over what counts of window `number`."""
+        kl = found.divergence(self.read[number][-1])[0][0]
+        return float((kl * self.weights[number].to(kl.device)).sum())
 
     def dense(self):
         return sum(exact.loss for *_, exact in self.read) / len(self.read)
@@ -55,9 +68,9 @@ class Judge:
     def __call__(self, make):
         """(mean KL, its standard error, loss over dense) of caches that `make` builds."""
         kls, losses = [], []
-        for memory, ids, exact in self.read:
+        for number, (memory, ids, exact) in enumerate(self.read):
             found = score(self.model, fork(memory, make()), ids)
-            kls.append(float(found.divergence(exact)[0].mean()))
+            kls.append(self.divergence(number, found))
             losses.append(found.loss - exact.loss)
         kl = torch.tensor(kls)
         return float(kl.mean()), float(kl.std() / len(kls) ** 0.5), sum(losses) / len(losses)

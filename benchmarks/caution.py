@@ -3,8 +3,9 @@
     python -m benchmarks.caution [--profile FILE ...] [--caution 0,0.5,1,2] [--judged 8] [--device cuda] [--out FILE]
 
 Merging loses nothing in most windows and much in a few, so what it was measured to cost on some windows is less than
-what it will cost. Each profile (default: the one that ships) is planned with every caution, in standard deviations over
-its windows, and once without merging; the plans are judged on unseen windows. Budgets are of 16-bit numbers.
+what it will cost. Each profile (default: the one that ships) is planned with every caution, in windows more in which a
+head loses what the median head loses in its worst, and once without merging; the plans are judged on unseen windows.
+Budgets are of 16-bit numbers.
 """
 
 import argparse

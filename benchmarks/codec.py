@@ -257,16 +257,15 @@ def main():
                 f"{name:24s} {size:.2f} bytes {ratio:.4f}  KL {kl:.5f} ({error:.5f})  {seconds:.2f} s a 1,000",
                 flush=True,
             )
+            if args.out:
+                told = {"arguments": vars(args), "read": read.about, "dense loss": judge.dense(), "rows": found}
+                args.out.write_text(json.dumps(told, default=str) + "\n")
     cells = {(row["row"], row["size"]): f"{row['bytes']:.4f}: {row['kl']:.4f}" for row in found}
     show_table(
         f"bytes: KL from dense, {args.windows} windows of {args.context}",
         ["", *map(str, args.sizes)],
         [[name, *(cells.get((name, size), "") for size in args.sizes)] for name in names],
     )
-    if args.out:
-        args.out.write_text(
-            json.dumps({"arguments": vars(args), "read": read.about, "rows": found}, default=str) + "\n"
-        )
 
 
 if __name__ == "__main__":

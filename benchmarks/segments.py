@@ -91,7 +91,7 @@ def expected(measured, more, page, limit):
                 sizes.append(tokens * sum(code_bytes(code, small) for code in both_codes("merged", small)))
                 own = cost[:, position, head]
                 text = float(own[~measured.recall].mean()) + 0.25 * float(own[measured.recall].mean())
-                costs.append(text + planner.CAUTION * float(own.std()))
+                costs.append(text + planner.CAUTION * float(cost.amax(0).median()) / len(cost))
             hull = planner.lower_hull(sizes, costs)
             spent, total = spent + sizes[hull[0]], total + costs[hull[0]]
             number = len(steps)

@@ -186,5 +186,5 @@ class Fitted:
         found = hashlib.blake2b(repr((VERSION, self.groups, self.kv_heads, self.cosines)).encode(), digest_size=16)
         for name, x in self.tensors():
             found.update(f"{name} {list(x.shape)} {x.dtype}".encode())
-            found.update(x.contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(x.flatten().view(torch.uint8).numpy().tobytes())
         return found.digest()

@@ -31,7 +31,7 @@ from longwave.plan.options import (
 from longwave.plan.profile import SIDES, Sensitivity
 
 EIGHT = 1 / 200  # what 8 bits cost beside 4: the squared error falls by 255, with a margin
-CAUTION = 0.5  # standard deviations over windows on top of what merging costs: it loses rarely, and then much
+CAUTION = 1.0  # windows that merging counts as not seen: it loses rarely, and then much (`Sensitivity.unseen`)
 FREE = 1e-9  # nats that a measured 0 counts: a budget of 1 then keeps everything as it is
 
 # Where nothing is measured: KL in nats when all heads of SmolLM2 take an option, the other side exact, by bits, from
@@ -127,7 +127,7 @@ def units(
         return [joined(keys, values)] * heads
     assert measured is not None
     every = [measured.costs(side) for side in SIDES]
-    every[-1] = every[-1] + CAUTION * measured.spread(SIDES[-1])
+    every[-1] = every[-1] + CAUTION * measured.unseen(SIDES[-1])
     made = []
     for head in range(heads):
         weights = measured.weights(position, head)

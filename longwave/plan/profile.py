@@ -64,10 +64,11 @@ class Sensitivity:
             torch.zeros(every.shape[1:]),
         )
 
-    def spread(self, side: str) -> torch.Tensor:
-        """Standard deviation over windows of every option's cost, 0 of one window: [layers, kv_heads, options]."""
+    def unseen(self, side: str) -> torch.Tensor:
+        """What one more window may add to an option's mean over windows, should a head lose in it what the median head
+        loses in the window that is its worst: [options]. What is rare is in none of a few windows."""
         every = getattr(self, side)
-        return every.std(0) if len(every) > 1 else torch.zeros(every.shape[1:])
+        return every.amax(0).flatten(0, 1).median(0).values / len(every)
 
     def order(self, position: int) -> torch.Tensor:
         """K's channels of memory layer number `position` by falling weight: int64 [kv_heads, head_dim]."""

@@ -7,12 +7,14 @@ from benchmarks.codec import Coded, Kvtc, packed_bits
 from tests.codec.conftest import error
 
 
-@pytest.mark.parametrize("row", [Kvtc, Coded, lambda read: Coded(read, groups="layer")])
+@pytest.mark.parametrize(
+    "row", [Kvtc, lambda read: Coded(read, "cpu"), lambda read: Coded(read, "cpu", groups="layer")]
+)
 def test_a_row_codes_in_place_at_its_size(small, row):
     made, losses = row(small.read), []
     for size in (0.18, 0.1):
         k, v, ids = (x.clone() for x in small.part(4, 132))
-        taken = made.at(size)(k, v, ids.tolist(), 4)
+        taken = made.at(size)([(k, v, ids.tolist(), 4)])
         assert 0.7 < taken / (4 * k.numel()) / size < 1.3
         losses.append(error(v, small.part(4, 132)[1]))
     assert 0 < losses[0] < losses[1] < 1

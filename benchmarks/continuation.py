@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +21,9 @@ import torch
 import longwave
 from benchmarks import hybrid
 from longwave.cli.console import show_table
+from longwave.frame import cache_argument
+
+RESTORED = "dense, restored"
 
 
 def worked(rng):
@@ -55,6 +59,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--budgets", default="0.5,0.25,0.15625,0.1,0.06,0.04")
+    parser.add_argument("--sizes", default="", help="of prompts that are saved coded and restored dense")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--context", type=int, default=2500)
     parser.add_argument("--new", type=int, default=2000)
@@ -79,9 +84,23 @@ def main():
     texts, found = tokenizer.batch_decode(exact), []
     shuffled, _, _ = continued(longwave.cache(model, "dense"))
     assert torch.equal(exact, shuffled), "dense does not repeat itself: nothing can be compared with it"
-    whole = [[*map(float, budget.split())] for budget in args.budgets.split(",")]
-    for method, (budget,) in [("fourier", b) for b in whole] + [("kivi", b) for b in whole if b[0] >= 0.15]:
-        ours, report, seconds = continued(longwave.cache(model, method, budget=budget, tokenizer=tokenizer))
+
+    def restored(size):
+        """A dense cache of all but the prompt's last token, saved in so many bytes and read back."""
+        cache, read = longwave.cache(model, "dense"), ids[:, :-1]
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            model(read, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
+            longwave.save(cache, read, Path(folder) / "prompt.lw", size=size, tokenizer=tokenizer)
+            return longwave.restore(model, Path(folder) / "prompt.lw", tokenizer=tokenizer)[0]
+
+    budgets, sizes = ([float(x) for x in text.split(",") if x] for text in (args.budgets, args.sizes))
+    every = [("fourier", b) for b in budgets] + [("kivi", b) for b in budgets if b >= 0.15]
+    for method, budget in every + [(RESTORED, size) for size in sizes]:
+        if method == RESTORED:
+            start = restored(budget)
+        else:
+            start = longwave.cache(model, method, budget=budget, tokenizer=tokenizer)
+        ours, report, seconds = continued(start)
         same = [alike(a, b) for a, b in zip(ours, exact, strict=True)]
         lines = []
         for mine, text in zip(tokenizer.batch_decode(ours), texts, strict=True):

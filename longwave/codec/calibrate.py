@@ -43,7 +43,7 @@ class Effort:
     def of(cls, model: PreTrainedModel) -> Effort:
         """What takes a minute or so on the model's device. ValueError where its context is too short."""
         cuda = model.device.type == "cuda"
-        made = cls(3072, 20, 9, 4, 256, 16, 6144) if cuda else cls(1280, 8, 3, 2, 128, 5, 2048)
+        made = cls(3072, 34, 9, 4, 256, 16, 6144) if cuda else cls(1280, 8, 3, 2, 128, 5, 2048)
         tokens = min(made.tokens, context_limit(model) or made.tokens)
         if tokens < SHORTEST:
             raise ValueError(f"its context of {tokens} tokens is too short to fit a codec, at least {SHORTEST}")

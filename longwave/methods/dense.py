@@ -48,6 +48,8 @@ class Dense(Method):
             isinstance(self.size, bool) or not isinstance(self.size, (int, float)) or not 0 < self.size <= 1
         ):
             raise ValueError(f"size is a fraction of the bytes in 16 bits, such as 0.05; got {self.size!r}")
+        if self.coder is not None and not isinstance(getattr(self.coder, "fingerprint", None), bytes):
+            raise ValueError(f"coder is what codes segments, such as longwave.codec's, got {self.coder!r}")
 
     @property
     def share(self) -> float:

@@ -257,6 +257,7 @@ def test_options_that_mean_nothing(made):
         ({"offload": "host"}, "offload is"),
         ({"size": 0.1}, "decide nothing without offload"),
         ({"coder": Raw()}, "decide nothing without offload"),
+        ({"offload": "coded", "coder": "mine"}, "coder is what codes segments"),
         ({"offload": "coded", "size": 0}, "size is a fraction"),
         ({"offload": "coded", "size": True}, "size is a fraction"),
         ({"offload": "coded", "size": "5%"}, "size is a fraction"),

@@ -16,6 +16,7 @@ import torch
 from longwave.codec.coder import SINKS, WINDOW, Coder, Share, decode_all, encode_in, together
 from longwave.codec.latest import Latest
 from longwave.frame import MemoryLayer
+from longwave.frame.attention import own_arithmetic
 from longwave.store.state import State, demand, under, within
 
 
@@ -85,7 +86,8 @@ class Middle:
         for start, stop in zip([first, *ends], ends, strict=False):
             k, v = gathered(layers, 0, start, stop)
             ids = column[start - part.tokens : stop - part.tokens].long().cpu()
-            blob = encode_in(part.coder, part.room, k, v, ids, start)
+            with own_arithmetic(k.device.type):
+                blob = encode_in(part.coder, part.room, k, v, ids, start)
             blobs.append(torch.frombuffer(bytearray(blob), dtype=torch.uint8))
         part.blobs, part.tokens = [*part.blobs, *blobs], ends[-1] - SINKS
         for layer in layers:
@@ -124,7 +126,8 @@ class Middle:
         cuts = [slice(start - before, stop - before) for start, stop in zip(starts, ends, strict=True)]
         own = range(group[0] - part.layers[0], group[-1] + 1 - part.layers[0])
         blobs = [blob.numpy().data for blob in part.blobs[first:last]]
-        decode_all(part.coder, blobs, [k[:, cut] for cut in cuts], [v[:, cut] for cut in cuts], own, starts)
+        with own_arithmetic(device.type):
+            decode_all(part.coder, blobs, [k[:, cut] for cut in cuts], [v[:, cut] for cut in cuts], own, starts)
         return k, v
 
     def let_go(self, position: int) -> None:

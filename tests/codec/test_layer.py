@@ -273,6 +273,39 @@ def test_options_that_mean_nothing(made):
         read(made["llama"], small, tokens(1, LENGTH))
 
 
+@pytest.mark.parametrize("around", ["inference", "bfloat16", "autocast"])
+def test_modes_and_types(made, around):
+    """A half is read under inference_mode, or all in 16 bits, or under autocast."""
+    model, ids = made["llama"], tokens(1, LENGTH + 2)
+    if around == "bfloat16":
+        model = copy.deepcopy(model).bfloat16()
+    with torch.autocast("cpu", enabled=around == "autocast"):
+        memory, dense = coded(model), longwave.cache(model, "dense")  # bfloat16 loses nothing of bfloat16
+        with torch.inference_mode(around == "inference"):
+            for cache in (memory, dense):
+                read(model, cache, ids[:, :LENGTH])
+        ours, theirs = (read(model, cache, ids) for cache in (memory, dense))
+        assert not memory.report().parts["expanded"]
+    loose = 0.1 if around == "inference" else 0.02
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=loose, atol=loose)
+
+
+def test_what_fails_ahead_fails_the_pass(made, monkeypatch):
+    model, ids = made["llama"], tokens(1, LENGTH + 1)
+    memory = coded(model, group=1)
+    read(model, memory, ids[:, :LENGTH])
+    coder = next(memory.memory_layers()).middle.parts[1].coder
+    monkeypatch.setattr(coder, "decode", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no room")))
+    with pytest.raises(MemoryError, match="no room"):
+        read(model, memory, ids)
+    with pytest.raises(ValueError, match="failed half-way"):
+        read(model, memory, ids)
+    monkeypatch.undo()
+    memory.reset()
+    read(model, memory, ids)
+    assert memory.report().parts["coded"] > 0
+
+
 def test_by_the_models_own_codec(small, monkeypatch):
     """Its groups apart give what they give together; the bytes are those that were asked for."""
     from longwave.methods import dense as module

@@ -68,12 +68,13 @@ def main():
             report = cache.report()
             if size is not None:
                 check(model, cache, ids[:, args.context : args.context + 1])
-            seconds = {}
-            for ahead in (True, False) if size is not None else (None,):
+            seconds, scratch = {}, {}
+            for ahead in (False, True) if size is not None else (None,):
                 if size is not None:
                     next(cache.memory_layers()).middle.ahead = ahead
                 steps = [ids[:, args.context + i : args.context + i + 1] for i in range(args.steps)]
                 seconds[ahead] = statistics.median(read(model, cache, step)[1] for step in steps)
+                scratch[ahead] = cache.report().scratch
                 cache.crop(-args.steps)
             kl = float(score(model, cache, scored).divergence(exact)[0].mean())
         rows.append(
@@ -81,19 +82,20 @@ def main():
                 "size": size,
                 "nbytes": report.nbytes,
                 "parts": report.parts,
-                "scratch": cache.report().scratch,
+                "scratch": scratch.get(False, 0),
+                "scratch_ahead": scratch.get(True, 0),
                 "dense_nbytes": report.dense_nbytes,
                 "read": reading,
-                "step": seconds.get(True, seconds.get(None)),
-                "step_without_ahead": seconds.get(False),
+                "step": seconds.get(False, seconds.get(None)),
+                "step_ahead": seconds.get(True),
                 "kl": kl,
             }
         )
         print(json.dumps(rows[-1]), flush=True)
-    columns = ["", "held", "of it coded", "a pass takes", "s to read", "s a step", "without ahead", "KL"]
+    columns = ["", "held", "of it coded", "a pass takes", "s to read", "s a step", "ahead", "KL"]
     table = []
     for row in rows:
-        whole, alone = row["dense_nbytes"], row["step_without_ahead"]
+        whole, ahead = row["dense_nbytes"], row["step_ahead"]
         table.append(
             [
                 "dense" if row["size"] is None else f"coded {row['size']:g}",
@@ -102,7 +104,7 @@ def main():
                 f"{row['scratch'] / whole:.3f}",
                 f"{row['read']:.1f}",
                 f"{row['step']:.2f}",
-                "" if alone is None else f"{alone:.2f}",
+                "" if ahead is None else f"{ahead:.2f} ({row['scratch_ahead'] / whole:.3f})",
                 f"{row['kl']:.5f}",
             ]
         )

@@ -25,7 +25,7 @@ class CodedLayer(MemoryLayer):
     middle: Middle | None = None  # once it is part of a cache
 
     def __init__(
-        self, index: int, position: int, parts: Sequence[Part], needs: Needs | None = None, ahead: bool = True
+        self, index: int, position: int, parts: Sequence[Part], needs: Needs | None = None, ahead: bool | None = None
     ):
         """position: its number among the memory layers. parts: of all of these, as they begin. ahead: as `Middle`."""
         needs = needs or Needs()
@@ -90,7 +90,7 @@ class CodedLayer(MemoryLayer):
         dense, scratch = self.dense.view(), self.progress.scratch
         coded = self.middle.of(self.position, dense[0], ahead=True)
         made = scratch.take(dense[0], self.rows[0])
-        scratch.beside((1 + self._ahead) * sum(x.nbytes for x in self.middle.expanded()))
+        scratch.beside((1 + self.middle.goes_ahead(dense[0].device)) * sum(x.nbytes for x in self.middle.expanded()))
         for x, kept, middle in zip(made, dense, coded, strict=True):
             torch.cat([kept[:, :, :SINKS], middle, kept[:, :, SINKS:]], 2, out=x)
         return made

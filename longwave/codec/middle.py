@@ -1,8 +1,8 @@
 """The middle of one row as segments of a coder, in host memory, for all memory layers.
 
 Full segments are coded as soon as all layers that are coded together hold them. A pass expands the middle of as many
-layers as the coder decodes together when the first of them attends, has that of the next ones expanded meanwhile, and
-lets go of it behind the last of them.
+layers as the coder decodes together when the first of them attends, has that of the next ones expanded meanwhile (on a
+GPU), and lets go of it behind the last of them.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ class Part:
 
 
 class Middle:
-    """parts: of all memory layers, in order. ahead: whether a pass expands the next group of layers meanwhile."""
+    """parts: of all memory layers, in order. ahead: whether a pass expands the next group of layers meanwhile; None:
+    where the layers are not on the CPU, which has nothing else to expand with."""
 
-    def __init__(self, parts: Sequence[Part], layers: Sequence[MemoryLayer], ahead: bool):
+    def __init__(self, parts: Sequence[Part], layers: Sequence[MemoryLayer], ahead: bool | None):
         self.parts = [replace(part, blobs=[], tokens=0) for part in parts]
         self.layers, self.ahead = list(layers), ahead
         self.groups = [
@@ -58,6 +59,9 @@ class Middle:
     def part(self, position: int) -> Part:
         """Of memory layer number `position`."""
         return next(part for part in self.parts if position in part.layers)
+
+    def goes_ahead(self, device: torch.device) -> bool:
+        return device.type != "cpu" if self.ahead is None else self.ahead
 
     def _group(self, position: int) -> int:
         return next(number for number, (_, group) in enumerate(self.groups) if position in group)
@@ -108,7 +112,7 @@ class Middle:
         first, last = (start - SINKS) // every, min(-(-(stop - SINKS) // every), len(part.blobs))
         form = like.shape[1], like.shape[3], like.dtype, like.device
         then = None
-        if ahead and self.ahead and number + 1 < len(self.groups):
+        if ahead and self.goes_ahead(like.device) and number + 1 < len(self.groups):
             blobs = self.groups[number + 1][0].blobs
             then = (number + 1, 0, len(blobs), form) if blobs else None
         k, v = self._latest.get((number, first, last, form), then, like.device)

@@ -4,10 +4,13 @@ import torch
 
 
 class Raw:
-    """`longwave.saved.Coder` without a loss where numbers fit `dtype`. calls: (start, layers) of each decoding."""
+    """`longwave.saved.Coder` without a loss where numbers fit `dtype`. layers: the model's, of which it decodes `group`
+    together. calls: (start, layers) of each decoding."""
 
-    def __init__(self, dtype=torch.float32, tokens=16, group=1, name=b"raw"):
-        self.dtype, self.tokens, self.group, self.calls = dtype, tokens, group, []
+    def __init__(self, dtype=torch.float32, tokens=16, layers=0, group=1, name=b"raw"):
+        self.dtype, self.tokens, self.calls = dtype, tokens, []
+        if layers:
+            self.groups = [range(first, min(first + group, layers)) for first in range(0, layers, group)]
         self.fingerprint, self.lossless = name + str(dtype).encode(), dtype == torch.float32
 
     def bound(self, n, max_bytes=None):
@@ -32,3 +35,14 @@ class Raw:
             raise ValueError(f"the segment has {shape[1]} tokens, not {k.shape[1]}")
         for x, y in zip((k, v), both, strict=True):
             x.copy_(y[layers.start : layers.stop])
+
+
+class Parted(Raw):
+    """The same, and its groups can be coded alone."""
+
+    def __init__(self, layers, dtype=torch.float32, tokens=16, group=1):
+        super().__init__(dtype, tokens, layers, group)
+        self.own = [Raw(dtype, tokens, len(own), len(own), b"%d of " % own[0]) for own in self.groups]
+
+    def parts(self):
+        return self.own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -25,6 +26,15 @@ class Placed:
         self.weight, self.mean = (x.to(device, dtype) for x in (side.weight, side.mean))
         self.predictor = side.predictor.to(device, dtype) * side.unit.to(device, dtype)
         self._held = [self._axes(g, step, True) for g in range(len(side.bases))]
+
+    def part(self, group: int) -> Placed:
+        """A group's alone, sharing its numbers."""
+        made, cut = copy.copy(self), self.columns[group]
+        vars(made).pop("_along", None)
+        made.bases, made.columns = (self.bases[group],), [slice(0, cut.stop - cut.start)]
+        made.weight, made.mean, made.predictor = self.weight[cut], self.mean[cut], self.predictor[:, cut]
+        made._held = [self._held[group]]
+        return made
 
     def predicted(self, tokens: Tokens | None, columns: slice) -> Tensor:
         """[n, channels], the mean alone without ids."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -30,6 +32,7 @@ class SegmentCodec:
     tokens: of a whole segment. fingerprint: 16 bytes, of all that was fitted; blobs carry the first 8. layers,
     kv_heads: what it covers, memory layers counted from 0. size: bytes aimed at over those of K and V in 16 bits.
     step: of the quantiser, 2^(step / 32) in weighted units.
+    groups: layers that are best decoded together, those that one part of a blob holds.
     Immutable, so threads may share it; synchronous, without threads of its own. Tensors may be on any device and of any
     strides, of float16, bfloat16, float32 or float64; dtype is what is computed in, on `device`.
     """
@@ -50,25 +53,38 @@ class SegmentCodec:
         self.layers, self.kv_heads = range(fitted.layers), range(fitted.kv_heads)
         self.groups = [range(*group) for group in fitted.groups]
         self.vocabulary = len(fitted.table)
-        self._fitted, self._tables = fitted, fitted.entropy
+        self._width, self._places, self._tables = fitted.width, fitted.places, fitted.entropy
+        self._cosines = fitted.cosines
         self._table = fitted.table.to(self.device)
         self._streams = Streams(self._tables, self.device)
         self._rotation = fitted.rotation.to(self.device)
         cuts = [fitted.columns(g) for g in range(len(self.groups))]
         self._sides = [Placed(side, cuts, self.device, dtype, step) for side in (fitted.k, fitted.v)]
 
+    def __deepcopy__(self, memo: object) -> SegmentCodec:
+        return self
+
     # sizes
 
-    @property
-    def group(self) -> int:
-        """Memory layers that are best decoded together: those that one part of a blob holds."""
-        return max(len(group) for group in self.groups)
+    def parts(self) -> list[SegmentCodec]:
+        """A codec of each of its groups of layers alone, layers counted from the group's first: what these hold can be
+        coded before others are there, and lie by itself. At the same step the numbers decoded are the same."""
+        return [self._part(g) for g in range(len(self.groups))]
+
+    def _part(self, group: int) -> SegmentCodec:
+        own, part = self.groups[group], copy.copy(self)
+        part.fingerprint = hashlib.blake2b(self.fingerprint + group.to_bytes(4, "little"), digest_size=16).digest()
+        part.layers, part.groups = range(len(own)), [range(len(own))]
+        part._places = self._places if own.start == 0 else None
+        part._rotation = self._rotation.layers(slice(own.start, own.stop))
+        part._sides = [side.part(group) for side in self._sides]
+        return part
 
     def bound(self, n: int, max_bytes: int | None = None, *, start: int | None = None) -> int:
         """The most bytes that `encode` makes of n tokens, whatever they are; start: of the first, where it is known.
         ValueError where max_bytes is less than it needs for its header, ids and raw tokens."""
         self._check_count(n)
-        each = 2 * len(self.layers) * self._fitted.width * 4
+        each = 2 * len(self.layers) * self._width * 4
         fixed = form.SIZE + self._id_bytes(n)
         if max_bytes is None:
             return fixed + n * each
@@ -79,7 +95,7 @@ class SegmentCodec:
 
     def typical(self, n: int) -> int:
         """The bytes to expect of n tokens of running text."""
-        return round(self.size * 2 * 2 * n * len(self.layers) * self._fitted.width)
+        return round(self.size * 2 * 2 * n * len(self.layers) * self._width)
 
     # a segment
 
@@ -115,7 +131,7 @@ class SegmentCodec:
         n = self._check(k, v)
         if not (_finite(k) and _finite(v)):
             raise ValueError("K or V holds a number that is not finite: there is nothing to code of such a segment")
-        known, start = self._places(k, v, ids, start)
+        known, start = self._placed(k, v, ids, start)
         most = self.bound(n, max_bytes, start=start)
         made = self._fitting(k, v, known, start, most)
         if out is None:
@@ -170,9 +186,9 @@ class SegmentCodec:
 
         Tokens whose embeddings are equal cannot be told apart; any of them predicts the same.
         """
-        if self._fitted.places is None:
+        if self._places is None:
             return None
-        found = self._fitted.places.find(k0.to(self.device), v0.to(self.device), self._rotation.layers([0]))
+        found = self._places.find(k0.to(self.device), v0.to(self.device), self._rotation.layers([0]))
         return None if found is None else (found[0].tolist(), found[1])
 
     @staticmethod
@@ -182,7 +198,7 @@ class SegmentCodec:
 
     # encoding
 
-    def _places(self, k: Tensor, v: Tensor, ids: Any, start: int | None) -> tuple[np.ndarray | None, int]:
+    def _placed(self, k: Tensor, v: Tensor, ids: Any, start: int | None) -> tuple[np.ndarray | None, int]:
         known = None
         if ids is not None:
             known = np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids).reshape(-1)
@@ -263,7 +279,7 @@ class SegmentCodec:
 
     def _contexts(self, group: int, step: int, n: int, known: bool) -> np.ndarray:
         """uint8 [numbers of K's and V's components in a group]."""
-        band = bands(n).numpy() if self._fitted.cosines else np.zeros(n, np.int64)
+        band = bands(n).numpy() if self._cosines else np.zeros(n, np.int64)
         found = []
         for side in self._sides:
             size = side.scales(group, known).band.numpy().astype(np.int64)[side.coded(group, step, known)]
@@ -282,7 +298,7 @@ class SegmentCodec:
                 raise ValueError(f"{name} is {list(x.shape)}, this segment and these layers make {list(expected)}")
         begin = header.start if start is None else int(start)
         _check_start(begin)
-        raw = 2 * len(self.layers) * header.raw * self._fitted.width * header.dtype.itemsize
+        raw = 2 * len(self.layers) * header.raw * self._width * header.dtype.itemsize
         return Opened(header, *form.split(rest, raw, 0 if header.step is None else len(self.groups)), k, v, begin)
 
     def _fill(self, some: list[Opened], wanted: list[int]) -> None:
@@ -311,7 +327,9 @@ class SegmentCodec:
                 self._write(one, todo, {g: next(numbers[one.kind, g]) for g in todo})
 
     def _damaged(self, group: int, why: Any) -> CodecError:
-        return CodecError(f"the part of layers {self.groups[group]} of a segment is damaged: {why}")
+        return CodecError(
+            f"the part of layers {self.groups[group][0]} to {self.groups[group][-1]} of a segment is damaged: {why}"
+        )
 
     def _write_raw(self, one: Opened, wanted: list[int]) -> None:
         header, start = one.header, one.start
@@ -326,7 +344,7 @@ class SegmentCodec:
 
     def _write(self, one: Opened, todo: dict[int, list[tuple[int, range]]], numbers: dict[int, Tensor]) -> None:
         step, n, known = one.kind
-        raw, width, ids = one.header.raw, self._fitted.width, one.header.ids
+        raw, width, ids = one.header.raw, self._width, one.header.ids
         tokens = self._tokens(None if ids is None else np.array(ids), raw)
         along = self._along(n)
         positions = torch.arange(one.start + raw, one.start + raw + n, device=self.device)
@@ -354,7 +372,7 @@ class SegmentCodec:
 
     def _along(self, n: int) -> Tensor:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return cosines(n, like) if self._fitted.cosines else torch.eye(n, dtype=self.dtype, device=self.device)
+        return cosines(n, like) if self._cosines else torch.eye(n, dtype=self.dtype, device=self.device)
 
     def _id_bytes(self, n: int) -> int:
         return -(-n * form.id_bits(self.vocabulary) // 8)

@@ -12,6 +12,7 @@ from longwave.frame.attention import stored_dtype, use_longwave_attention
 from longwave.frame.beside import with_state
 from longwave.frame.cache import LongCache, Origin
 from longwave.frame.hidden import Watch
+from longwave.frame.ids import Teller
 from longwave.frame.layer import MemoryLayer
 from longwave.frame.observe import Needs
 from longwave.frame.surprise import Listener
@@ -34,6 +35,7 @@ def assemble(model: PreTrainedModel, layer: Callable[[int], MemoryLayer], needs:
         Watch(model, indices) if needs.hidden else None,
         Listener(model) if needs.surprise else None,
         Reader(model, needs.again) if needs.again else None,
+        Teller(model) if needs.ids else None,
     )
     layers = [layer(index) if other is None else other for index, other in enumerate(others)]
     layers = [with_state(made, states[index]) if index in states else made for index, made in enumerate(layers)]

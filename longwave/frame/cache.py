@@ -72,6 +72,8 @@ class LongCache(Cache):
         self._progress = Progress(first, attention[-1], memory[-1], rotary=rotary)
         for layer in self.memory_layers():
             layer.progress = self._progress
+        for layer in self.memory_layers():
+            layer.join(list(self.memory_layers()))
         self._unused = [None if isinstance(layer, MemoryLayer) else copy.deepcopy(layer) for layer in layers]
 
     @uncompiled

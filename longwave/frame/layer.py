@@ -52,6 +52,9 @@ class MemoryLayer(Keeping):
 
     # what a method overrides
 
+    def join(self, peers: list[MemoryLayer]) -> None:
+        """The memory layers of the cache that this one has become part of, itself included."""
+
     def refuse(self, p: Pass) -> None:
         """Raise for a pass that this layer cannot answer. Called before anything is written."""
 
@@ -107,6 +110,8 @@ class MemoryLayer(Keeping):
 
     def unsteady(self) -> str | None:
         """Why this layer cannot decode in storage of a fixed size, or None if it can."""
+        if self.needs.ids:
+            return "its method needs to know which tokens come, and steps do not tell"
         return None if type(self) is MemoryLayer else "its method does not say how much storage a step needs"
 
     def reserve(self, new: int) -> None:
@@ -404,6 +409,11 @@ class MemoryLayer(Keeping):
                 "what this model expects is not heard, and the cache's method judges tokens by it: the cache came "
                 "without its model, so build it with longwave.cache on the very model that uses it"
             )
+        if self.needs.ids and (self.progress.ids is None or self.progress.ids.shape != (k.shape[0], k.shape[2])):
+            raise ValueError(
+                "which tokens these are is not known, and the cache's method needs it: pass input_ids, not embeddings, "
+                "to the very model that the cache was built on"
+            )
         if self.needs.unrotated:
             p.known_positions()
         if p.rotary is not None:
@@ -457,6 +467,10 @@ class MemoryLayer(Keeping):
         given = dict(columns or {})
         if self.needs.positions and "position" not in given:
             given["position"] = self.positions_of(k, valid, positions)[:, None]
+        if self.needs.ids and "token" not in given:
+            if self.progress.ids is None:
+                raise ValueError("which tokens these are is not known, and the cache's method needs it")
+            given["token"] = self.progress.ids[:, None].to(k.device)
         self.dense.append(k, v, valid, given)
         counts = [k.shape[2]] * self.batch_size if valid is None else valid.sum(-1).tolist()
         self.rows = [row + count for row, count in zip(self.rows, counts, strict=True)]

@@ -49,7 +49,7 @@ class Needs:
     cache's first memory layer remembers what went into the head: one, and those that `crop` may take back. again: the
     most attention that each token gets while the model repeats it, a column for every way to; until then nothing
     settles. Tokens that come one at a time have 0. bias: a column for what attention adds to a token's scores, 0 as it
-    comes.
+    comes. ids: which token it is, a column (ids.py).
     """
 
     queries: int = 0
@@ -63,6 +63,7 @@ class Needs:
     surprise: int = 0
     again: tuple[Repeat, ...] = ()
     bias: bool = False
+    ids: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         asked = [needs for needs in (self, other) if needs.queries]
@@ -81,13 +82,15 @@ class Needs:
             max(self.surprise, other.surprise),
             tuple(sorted({*self.again, *other.again})),
             self.bias or other.bias,
+            self.ids or other.ids,
         )
 
     def columns(self) -> dict[str, torch.dtype]:
         """The side columns that a token store keeps for this."""
         told = [*(["mass"] if self.mass else []), *map(votes_of, self.votes), *(["surprise"] if self.surprise else [])]
         told += [repeat.column for repeat in self.again] + (["bias"] if self.bias else [])
-        return ({"position": torch.int32} if self.positions else {}) | dict.fromkeys(told, torch.float32)
+        whole = [*(["position"] if self.positions else []), *(["token"] if self.ids else [])]
+        return dict.fromkeys(whole, torch.int32) | dict.fromkeys(told, torch.float32)
 
     @property
     def in_passing(self) -> bool:

@@ -22,6 +22,10 @@ class Scratch:
         k, v = (x[:needed].view(1, heads, tokens, dim) for x in held)
         return k, v
 
+    def beside(self, nbytes: int) -> None:
+        """So many bytes more are held in a pass, by somebody else."""
+        self.most = max(self.most, nbytes + sum(x.nbytes for x in self.tensors()))
+
     def tensors(self) -> list[torch.Tensor]:
         return list(self._held or ())
 

@@ -7,16 +7,15 @@ model last as long as the cache.
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from longwave.frame.cache import LongCache
 from longwave.frame.hooks import Hooks
-from longwave.frame.observe import Queries
+from longwave.frame.ids import given
+from longwave.frame.observe import Needs, Queries
 
 LOGITS = 1 << 24  # held at once
 
@@ -39,19 +38,13 @@ class Listener(Hooks):
         super().__init__(hooks)
 
 
-def _given(module: Any, args: Any, kwargs: Any) -> tuple[LongCache | None, torch.Tensor | None]:
-    """The cache of a pass, if its layers ask for surprises, and the ids."""
-    found = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    found |= found.pop("kwargs", {})
-    for cache in found.values():
-        if isinstance(cache, LongCache) and any(layer.needs.surprise for layer in cache.memory_layers()):
-            return cache, found.get("input_ids")
-    return None, None
+def _asks(needs: Needs) -> bool:
+    return needs.surprise > 0
 
 
 @torch.compiler.disable
 def _before(module: Any, args: Any, kwargs: Any) -> None:
-    cache, ids = _given(module, args, kwargs)
+    cache, ids = given(module, args, kwargs, _asks)
     if cache is None:
         return
     if ids is None:
@@ -64,7 +57,7 @@ def _before(module: Any, args: Any, kwargs: Any) -> None:
 
 @torch.compiler.disable
 def _after(head: Any, config: Any, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-    cache, _ = _given(module, args, kwargs)
+    cache, _ = given(module, args, kwargs, _asks)
     if cache is None or cache._progress.ids is None:  # another cache's hooks, of the same model, came first
         return
     ids, cache._progress.ids = cache._progress.ids, None

@@ -1,6 +1,6 @@
 """Saved caches: what was read once lies in a file, exactly or coded, and is never read again."""
 
-from longwave.saved.coded import Coder
+from longwave.codec.coder import Coder
 from longwave.saved.container import SavedCacheError
 from longwave.saved.look import Saved, look
 from longwave.saved.reading import read_coded

@@ -5,55 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from longwave.budget import human
-from longwave.frame import LongCache, MemoryLayer
+from longwave.codec.coder import SINKS, WINDOW, Coder, Room, decode_all, encode_in, together
+from longwave.codec.latest import Latest
+from longwave.codec.middle import gathered
+from longwave.frame import LongCache
 from longwave.methods.segmented import SegmentedLayer
 from longwave.saved.container import SavedCacheError
 from longwave.saved.ends import ends, from_ends
 from longwave.store.state import State, under, within
-
-SINKS, WINDOW = 4, 128  # first and last tokens of a row, which are not the coder's
-
-
-class Coder(Protocol):
-    """What codes segments: `longwave.codec.SegmentCodec`, or anything like it. Immutable, for one model.
-
-    tokens: of a segment at most. fingerprint: of all that a blob's meaning depends on. A coder may have `group`, the
-    memory layers that it decodes best together; without it that is one. It may have `decode_many`, as SegmentCodec has:
-    on a GPU that is what it is fast by. One that is `lossless` gives back what it was
-    given, and the ends of rows beside it stay as they are, too.
-    """
-
-    tokens: int
-    fingerprint: bytes
-
-    def bound(self, n: int, max_bytes: int | None = None) -> int:
-        """A hard upper bound of a segment of n tokens."""
-        ...
-
-    def encode(
-        self,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        ids: torch.Tensor | None = None,
-        start: int | None = None,
-        out: Any = None,
-        max_bytes: int | None = None,
-    ) -> Any:
-        """The blob of k, v [layers, n, kv_heads, head_dim], rotated, whose first token is the row's number `start`;
-        ids int64 [n]. Without `out` its bytes."""
-        ...
-
-    def decode(
-        self, blob: Any, k: torch.Tensor, v: torch.Tensor, *, layers: range | None = None, start: int | None = None
-    ) -> None:
-        """Write K and V of some memory layers, by their number among those, into k, v as above, of any strides."""
-        ...
 
 
 def whole(cache: LongCache) -> None:
@@ -93,32 +56,6 @@ def ends_of(cache: LongCache, coder: Coder) -> State:
     return made
 
 
-class Room:
-    """Bytes that all segments of so many tokens have together. One takes up to twice its share, as long as half of
-    theirs is left to those after it."""
-
-    def __init__(self, room: int, tokens: int):
-        self._room, self._left, self._share = room, tokens, room / max(1, tokens)
-
-    def encode(
-        self, layers: list[MemoryLayer], coder: Coder, ids: torch.Tensor, row: int, start: int, stop: int
-    ) -> Any:
-        """The blob of a segment of a row, with its ids [n]. ValueError where the coder takes more than it may."""
-        n = stop - start
-        most = int(
-            max(self._room * n / self._left, min(2 * self._share * n, self._room - self._share * (self._left - n) / 2))
-        )
-        k, v = _gathered(layers, row, start, stop)
-        blob = coder.encode(k, v, ids=ids, start=start, max_bytes=most)
-        if len(blob) > most:
-            raise ValueError(
-                f"the codec takes {len(blob):,} bytes for tokens {start} to {stop - 1} of row {row}, which may have "
-                f"{most:,} ({human(self._room)} are left for {self._left:,} tokens): give a larger size"
-            )
-        self._room, self._left = self._room - len(blob), self._left - n
-        return blob
-
-
 def encode(cache: LongCache, ids: torch.Tensor, coder: Coder, room: int) -> dict[str, torch.Tensor]:
     """Every segment as "rows.ROW.segments.NUMBER" uint8 [bytes], together in `room` bytes at most.
 
@@ -130,39 +67,14 @@ def encode(cache: LongCache, ids: torch.Tensor, coder: Coder, room: int) -> dict
     left = Room(room, sum(stop - start for *_, start, stop in todo))
     for row, number, start, stop in todo:
         own = ids[row, : mask.shape[1]][mask[row]][start:stop]
-        made |= segment(row, number, left.encode(layers, coder, own, row, start, stop))
+        blob = encode_in(coder, left, *gathered(layers, row, start, stop), own, start, row)
+        made[segment(row, number)] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
     return made
 
 
-def segment(row: int, number: int, blob: Any) -> dict[str, torch.Tensor]:
-    """A blob as a file has it."""
-    return {f"rows.{row}.segments.{number}": torch.frombuffer(bytearray(blob), dtype=torch.uint8)}
-
-
-def decode_all(
-    coder: Coder,
-    blobs: Sequence[Any],
-    ks: Sequence[torch.Tensor],
-    vs: Sequence[torch.Tensor],
-    layers: range,
-    starts: Sequence[int],
-) -> None:
-    """Several segments, together where the coder can."""
-    many = getattr(coder, "decode_many", None)
-    if many is not None:
-        many(blobs, ks, vs, layers=layers, starts=starts)
-        return
-    for one, k, v, start in zip(blobs, ks, vs, starts, strict=True):
-        coder.decode(one, k, v, layers=layers, start=start)
-
-
-def _gathered(layers: list[MemoryLayer], row: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V [layers, n, kv_heads, head_dim] of some tokens, on the layers' device, or the host where they differ."""
-    spans = [layer.span(row, start, stop) for layer in layers]
-    where = {k.device for k, _ in spans}
-    device = where.pop() if len(where) == 1 else torch.device("cpu")
-    k, v = (torch.stack([x.to(device).transpose(0, 1) for x in side]) for side in zip(*spans, strict=True))
-    return k, v
+def segment(row: int, number: int) -> str:
+    """What a file calls a blob."""
+    return f"rows.{row}.segments.{number}"
 
 
 class Coded:
@@ -180,7 +92,7 @@ class Coded:
         self.rows: list[int] = list(facts["rows"])
         self._facts, self._tensors, self._path = facts, tensors, path
         self._given, self._fit = coder, fit
-        self._held: tuple[range, torch.Tensor, torch.Tensor] | None = None
+        self._latest = Latest(self._decode)
         if coder is not None:
             self._checked(coder)
 
@@ -196,28 +108,20 @@ class Coded:
     def _coder(self) -> Coder:
         return self._checked(self._fit()) if self._given is None else self._given
 
-    @property
-    def _span(self) -> int:
-        """Layers that are decoded together."""
-        return max(1, getattr(self._coder, "group", 1))
-
     def layer(self, position: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [batch, kv_heads, longest, head_dim] of memory layer number `position`, zeros behind a row's end.
 
-        Holds what the coder decodes together, until a layer of others is asked for.
+        Holds what the coder decodes together, until its last layer was asked for, or one of others.
         """
-        if self._held is None or position not in self._held[0]:
-            self._held = None
-            first = position // self._span * self._span
-            self._held = self._decode(
-                range(first, min(first + self._span, len(self._tensors["rows.0.k.kept"]))), device
-            )
-        own, k, v = self._held
-        if self._span == 1:
-            self._held = None
-        return k[position - own[0]].to(device), v[position - own[0]].to(device)
+        layers = len(self._tensors["rows.0.k.kept"])
+        own = next(group for group in together(self._coder, layers) if position in group)
+        k, v = self._latest.get((own, device))
+        if position == own[-1]:
+            self._latest.forget()
+        return k[position - own[0]], v[position - own[0]]
 
-    def _decode(self, own: range, device: torch.device) -> tuple[range, torch.Tensor, torch.Tensor]:
+    def _decode(self, key: tuple[range, torch.device]) -> tuple[torch.Tensor, torch.Tensor]:
+        own, device = key
         like = self._tensors["rows.0.k.kept"]
         shape = (len(own), len(self.rows), like.shape[1], max(self.rows), like.shape[3])
         made = torch.zeros(shape, dtype=like.dtype, device=device), torch.zeros(shape, dtype=like.dtype, device=device)
@@ -228,7 +132,7 @@ class Coded:
                 x[:, row, :, :first] = kept[:, :, :first]
                 x[:, row, :, seen - (kept.shape[2] - first) : seen] = kept[:, :, first:]
         todo = list(segments(self.rows, self._coder.tokens))
-        blobs = [self._tensors[f"rows.{row}.segments.{number}"].numpy().tobytes() for row, number, *_ in todo]
+        blobs = [self._tensors[segment(row, number)].numpy().tobytes() for row, number, *_ in todo]
         ks, vs = ([x[:, row, :, start:stop].transpose(1, 2) for row, _, start, stop in todo] for x in made)
         try:
             decode_all(self._coder, blobs, ks, vs, own, [start for _, _, start, _ in todo])
@@ -240,4 +144,4 @@ class Coded:
                     where = f"tokens {start} to {stop - 1} of row {row}"
                     raise SavedCacheError(f"{self._path}: {where}: {error}") from error
             raise
-        return own, *made
+        return made

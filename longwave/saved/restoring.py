@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from longwave import build
 from longwave.codec import codec_for, kept_codec
+from longwave.codec.coder import Coder
 from longwave.frame import LongCache, assemble, stored_dtype
 from longwave.frame.observe import Queries
 from longwave.frame.parked import give_states
 from longwave.methods import Bound, Method
 from longwave.saved.binding import unpack
-from longwave.saved.coded import Coded, Coder, whole
+from longwave.saved.coded import Coded, whole
 from longwave.saved.container import Reader, SavedCacheError
 from longwave.saved.identity import check_identity
 from longwave.saved.look import where

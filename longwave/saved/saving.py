@@ -11,12 +11,13 @@ import torch
 
 from longwave.budget import human, parse_budget
 from longwave.codec import Codec, codec_for
+from longwave.codec.coder import Coder
 from longwave.frame import LongCache, MemoryLayer, stored_dtype
 from longwave.frame.parked import states_of
 from longwave.methods import Bound
 from longwave.saved import container
 from longwave.saved.binding import pack
-from longwave.saved.coded import Coder, encode, ends_of, segments, whole
+from longwave.saved.coded import encode, ends_of, segments, whole
 from longwave.saved.identity import identity
 from longwave.shape import CacheShape, check_supported
 from longwave.store.state import State

@@ -68,12 +68,23 @@ def settle_into(model: PreTrainedModel, empty: LongCache, prompt: Prompt) -> Non
     for position, layer in enumerate(_filling(model, empty, prompt)):
         state = prompt.states[layer.index]
         k, v = prompt.layer(position, layer.device)
-        own = queries[position]
+        own, columns = queries[position], {}
+        if layer.needs.ids:
+            columns["token"] = _in_rows(prompt, k.shape[2]).to(layer.device)
         if own is not None and needs.queries:
             own.move(layer.device)
         with own_arithmetic(layer.device.type):
-            layer.take(k, v, list(state["rows"]), state["scaling"], {}, own if needs.queries else None)
+            layer.take(k, v, list(state["rows"]), state["scaling"], columns, own if needs.queries else None)
         _count(layer, state)
+
+
+def _in_rows(prompt: Prompt, longest: int) -> torch.Tensor:
+    """The ids as rows hold them, without padding: int64 [batch, 1, longest]."""
+    made = torch.zeros(len(prompt.mask), 1, longest, dtype=torch.long)
+    for row, real in enumerate(prompt.mask):
+        own = prompt.ids[row, : len(real)][real]
+        made[row, 0, : len(own)] = own
+    return made
 
 
 def _filling(model: PreTrainedModel, cache: LongCache, prompt: Prompt) -> Any:

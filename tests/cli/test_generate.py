@@ -240,3 +240,14 @@ def test_beyond_the_trained_length(folder):
     assert json.loads(done.stdout)["prompt_tokens"] == 600
     assert "did you mean 'yarn'" in refused(*read, "--extend-to", 2048, "--extend-rule", "yarm")
     assert "give extend_to" in refused(*read, "--extend-rule", "yarn")
+
+
+def test_layers_that_lie_coded(generate, text, codecs, tmp_path):
+    (tmp_path / "short").write_text(TEXT[:300])
+    given = [*generate, "--method", "dense", "-o", "offload=coded", "-o", "size=0.15", "--file", tmp_path / "short"]
+    found = json.loads(succeeds(*given, "What does it do?", "--json").stdout)
+    assert found["parts"]["coded"] > 0
+    assert found["nbytes"] < found["dense_nbytes"]
+    assert found["scratch"] > 0
+    assert "leave budget=0.3 out" in refused(*given, "What does it do?", "--budget", 0.3)
+    assert "coder is what codes segments" in refused(*given, "What does it do?", "-o", "coder=mine")

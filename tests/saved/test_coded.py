@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import longwave
+from longwave.codec.coder import SINKS, WINDOW
 from longwave.evals.fork import fork, needs_of, prefill
 from longwave.frame import Needs, observing
-from longwave.saved.coded import SINKS, WINDOW
 from tests.coder import Raw
 from tests.conftest import build, left_padded, merging_profile, random_profile, tokens
 from tests.matrix import ENDS, Often
@@ -102,7 +102,7 @@ def test_ids_that_are_not_read_yet(made, text, path):
 def test_layers_that_are_decoded_together(made, text, path):
     model = made["llama"]
     memory = dense(model, text)
-    save(memory, text, path, coder := Raw(group=2), "1MB")
+    save(memory, text, path, coder := Raw(layers=3, group=2), "1MB")
     twin, _ = longwave.restore(model, path, coder=coder)
     check_state(state_of(twin), state_of(memory))
     assert {layers for _, layers in coder.calls} == {(0, 1), (2,)}

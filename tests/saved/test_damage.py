@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import longwave
+from longwave.codec.coder import SINKS, WINDOW
 from longwave.saved import container, look
-from longwave.saved.coded import SINKS, WINDOW
 from tests.coder import Raw
 from tests.conftest import build, random_profile, tokens
 from tests.matrix import ENDS

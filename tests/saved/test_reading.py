@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import longwave
+from longwave.codec.coder import SINKS, WINDOW
+from longwave.codec.layer import CodedLayer
+from longwave.codec.middle import Middle
 from longwave.frame import Needs, cache_argument, observing
 from longwave.saved import look, read_coded, reading
-from longwave.saved.coded import SINKS, WINDOW
 from tests.coder import Raw
 from tests.conftest import build, tokens
 from tests.reading import check_state, read, state_of
@@ -45,7 +47,8 @@ def plenty(monkeypatch):
 def test_the_file_of_a_prompt_that_was_read_in_chunks(made, kind, chunk, plenty, path):
     """Without a loss in the codec: K and V, counts, sliding and linear layers, and what comes after."""
     model, ids = made[kind], tokens(1, LENGTH + 9)
-    size = read_coded(model, ids[:, :LENGTH], path, chunk=chunk, coder=(coder := Raw(group=2)), about={"who": "us"})
+    coder = Raw(layers=len(list(longwave.cache(model, "dense").memory_layers())), group=2)
+    size = read_coded(model, ids[:, :LENGTH], path, chunk=chunk, coder=coder, about={"who": "us"})
     assert size == path.stat().st_size
     found = look(path)
     assert (found.kind, found.rows, found.segments, found.about) == ("coded", [LENGTH], 7, {"who": "us"})
@@ -59,22 +62,22 @@ def test_the_file_of_a_prompt_that_was_read_in_chunks(made, kind, chunk, plenty,
 def test_never_dense_as_a_whole(made, plenty, path, monkeypatch):
     """A layer holds the first tokens, the window, an open segment and a chunk; a pass decodes two layers at a time."""
     model, most, groups = made["llama"], [], []
-    attend, of = reading.ReadingLayer.attend, reading.Middle.of
+    attend, of = CodedLayer.attend, Middle.of
 
     def attending(self, p):
         most.append(self.dense.longest)
         assert self.dense.longest >= min(self.rows[0], SINKS + WINDOW + p.q.shape[2])  # exact before each chunk
         return attend(self, p)
 
-    def decoding(self, layer, like):
-        found = of(self, layer, like)
-        groups.append(self._held[1].shape[0])
+    def decoding(self, *args, **options):
+        found = of(self, *args, **options)
+        groups.append(self.expanded()[0].shape[0])
         return found
 
-    monkeypatch.setattr(reading.ReadingLayer, "attend", attending)
-    monkeypatch.setattr(reading.Middle, "of", decoding)
+    monkeypatch.setattr(CodedLayer, "attend", attending)
+    monkeypatch.setattr(Middle, "of", decoding)
     ids = tokens(1, 490)
-    read_coded(model, ids, path, chunk=20, coder=Raw(group=2))
+    read_coded(model, ids, path, chunk=20, coder=Raw(layers=3, group=2))
     assert max(most) <= SINKS + WINDOW + 16 + 20
     assert set(groups) == {1, 2}
 

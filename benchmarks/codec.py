@@ -1,6 +1,7 @@
 """What a coded cache says of the tokens after it: KL from the dense model, and real bytes, by size and by step.
 
     python -m benchmarks.codec [--windows 16 --context 2820 --scored 256] [--only PATTERN] [--device cuda] [--out FILE]
+    python -m benchmarks.codec --needles 1000,2000 --sizes 0.05 ...         needles behind what was coded with all steps
 
 A codec is fitted on the text that ships with the package (or `--text` files) once for all rows: all steps, each step
 left out, the basis of every layer by itself, and the form of KVTC (arXiv 2511.01815) as read from its paper: principal
@@ -27,8 +28,11 @@ from longwave.cli.console import show_table
 from longwave.codec import Effort, build, calibrate
 from longwave.codec.fit import _regrouped
 from longwave.codec.transform import TOKENS, principal
-from longwave.evals.fork import fork
+from longwave.evals.data import data_folder
+from longwave.evals.fork import fork, prefill
 from longwave.evals.loss import score
+from longwave.evals.task import Setting
+from longwave.evals.tasks.needle import Needle
 from longwave.plan.automatic import own_texts
 
 SIZES = (0.15, 0.10, 0.07, 0.05, 0.03, 0.02)
@@ -183,32 +187,58 @@ def packed_bits(codes, bits):
     return np.packbits(np.unpackbits(codes.reshape(-1, 1), axis=1, bitorder="little")[:, :bits]).tobytes()
 
 
+@torch.no_grad()
+def through(model, memory, ids, coder):
+    """(a dense cache of what `memory` read, its middle coded and decoded; bytes of the segments; what they take in 16
+    bits; seconds of coding and decoding)."""
+    made = fork(memory, longwave.cache(model, "dense"))
+    layers = list(made.memory_layers())
+    pairs = [layer.dense.view() for layer in layers]
+    k, v = (torch.stack([pair[side][0].transpose(0, 1) for pair in pairs]) for side in (0, 1))
+    end = k.shape[1] - WINDOW
+    parts = [slice(start, min(end, start + TOKENS)) for start in range(SINKS, end, TOKENS)]
+    began = time.perf_counter()
+    taken = coder([(k[:, part], v[:, part], list(ids[part]), part.start) for part in parts])
+    seconds = time.perf_counter() - began
+    for position, layer in enumerate(layers):
+        new = [x[position].transpose(0, 1)[None] for x in (k, v)]
+        layer.dense.k, layer.dense.v = (x.contiguous() for x in new)
+        layer.dense.owned = True
+    return made, taken, 2 * 2 * k[:, SINKS:end].numel(), seconds
+
+
 class CodedJudge(Judge):
     """Unseen windows whose middle goes through a codec."""
 
-    @torch.no_grad()
     def through(self, coder):
         """(mean KL, its standard error, bytes over those in 16 bits, seconds of coding and decoding 1,000 tokens)."""
-        kls, taken, dense, seconds, tokens = [], 0, 0, 0.0, 0
+        kls, sums, tokens = [], [0, 0, 0.0], 0
         for number, (memory, ids, _) in enumerate(self.read):
-            made = fork(memory, longwave.cache(self.model, "dense"))
-            layers = list(made.memory_layers())
-            pairs = [layer.dense.view() for layer in layers]
-            k, v = (torch.stack([pair[side][0].transpose(0, 1) for pair in pairs]) for side in (0, 1))
-            end = k.shape[1] - WINDOW
-            parts = [slice(start, min(end, start + TOKENS)) for start in range(SINKS, end, TOKENS)]
-            began = time.perf_counter()
-            taken += coder([(k[:, part], v[:, part], self.ids[number][part], part.start) for part in parts])
-            seconds += time.perf_counter() - began
-            dense, tokens = dense + 2 * 2 * k[:, SINKS:end].numel(), tokens + end - SINKS
-            for position, layer in enumerate(layers):
-                device = layer.dense.k.device
-                new = [x[position].transpose(0, 1)[None].to(device) for x in (k, v)]
-                layer.dense.k, layer.dense.v = (x.contiguous() for x in new)
-                layer.dense.owned = True
+            made, *figures = through(self.model, memory, self.ids[number], coder)
+            sums, tokens = [a + b for a, b in zip(sums, figures, strict=True)], tokens + made.get_seq_length()
             kls.append(self.divergence(number, score(self.model, made, ids)))
-        kl = torch.tensor(kls)
+        kl, (taken, dense, seconds) = torch.tensor(kls), sums
         return float(kl.mean()), float(kl.std() / len(kls) ** 0.5), taken / dense, 1000 * seconds / tokens
+
+
+def asked(model, tokenizer, coders, lengths, found):
+    """Needles (88 a length: 11 depths, 8 texts) that are asked for behind a middle that went through each of `coders`
+    {size: one, None: none}; what is answered comes to `found`, one dict a prompt."""
+    task = Needle(lengths=lengths, depths=[i / 10 for i in range(11)], repeats=8, haystack="essays")
+    for sample in task.samples(Setting(tokenizer, seed=42, data=data_folder())):
+        ids = torch.tensor([list(sample.ids)], device=model.device)
+        memory = prefill(model, ids[:, : sample.context])
+        told = {"length": sample.meta["length"], "depth": sample.meta["depth"], "repeat": sample.meta["repeat"]}
+        for size, coder in coders.items():
+            cache, taken, dense, _ = through(model, memory, sample.ids, coder or (lambda segments: 0))
+            out = longwave.generate(
+                model, ids, attention_mask=torch.ones_like(ids), cache=cache, max_new_tokens=sample.max_new_tokens,
+                do_sample=False,
+            )  # fmt: skip
+            text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            told[str(size)] = task.judge(sample, text).score
+            told[f"bytes {size}"] = taken / dense
+        found.append(told)
 
 
 def main():
@@ -220,6 +250,7 @@ def main():
     parser.add_argument("--context", type=int, default=2820)
     parser.add_argument("--judge-text", default="mixed", help="task divergence's text=, or a file")
     parser.add_argument("--recall", action="store_true", help="judge answers for facts hidden in the windows")
+    parser.add_argument("--needles", type=lambda text: [int(x) for x in text.split(",")], help="ask at these lengths")
     parser.add_argument("--scored", type=int, default=256)
     parser.add_argument("--sizes", type=lambda text: [float(part) for part in text.split(",")], default=list(SIZES))
     parser.add_argument("--only", default="", help="a regular expression that a row's name must hold")
@@ -241,6 +272,18 @@ def main():
     began = time.perf_counter()
     read = calibrate(model, tokenizer, [path.read_text() for path in args.text] or own_texts(), effort)
     print(f"read in {time.perf_counter() - began:.0f} s: {read.about}", flush=True)
+    if args.needles:
+        codec, found = Coded(read, model.device), []
+        try:
+            asked(model, tokenizer, {None: None} | {size: codec.at(size) for size in args.sizes}, args.needles, found)
+        finally:
+            means = {key: sum(one[key] for one in found) / max(len(found), 1) for key in found[0]} if found else {}
+            print(f"{len(found)} needles at {args.needles}: {means}", flush=True)
+            if args.out:
+                args.out.write_text(
+                    json.dumps({"arguments": vars(args), "read": read.about, "rows": found}, default=str) + "\n"
+                )
+        return
     judge = CodedJudge(model, tokenizer, args.windows, args.context, args.scored, args.judge_text, args.recall)
     found = []
     for name in names:

@@ -31,7 +31,7 @@ from longwave.plan.options import (
 from longwave.plan.profile import SIDES, Sensitivity
 
 EIGHT = 1 / 200  # what 8 bits cost beside 4: the squared error falls by 255, with a margin
-CAUTION = 1.0  # windows that merging counts as not seen: it loses rarely, and then much (`Sensitivity.unseen`)
+CAUTION = 0.5  # unseen windows that merging is counted to lose in: it loses rarely, then much (Sensitivity.unseen)
 FREE = 1e-9  # nats that a measured 0 counts: a budget of 1 then keeps everything as it is
 
 # Where nothing is measured: KL in nats when all heads of SmolLM2 take an option, the other side exact, by bits, from

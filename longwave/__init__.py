@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ExpectedAttention,
         Fourier,
         FourierPaper,
+        InfLLM,
         Kivi,
         KNorm,
         KVzip,
@@ -72,9 +73,9 @@ _HOMES = {
     **dict.fromkeys(
         (
             "AdaKV", "AttentionMatching", "Bound", "CaM", "Dense", "DualChunk", "Evicting", "ExpectedAttention",
-            "Fourier", "FourierPaper", "H2O", "KNorm", "KVzip", "Kivi", "LMInfinite", "Method", "Palu", "PyramidKV",
-            "Quest", "ReAttention", "Remapped", "Segmented", "Selecting", "SelfExtend", "SirLLM", "SnapKV", "SpecKV",
-            "Streaming", "ThinK", "Tova", "TreeKV", "WeightedKV", "register",
+            "Fourier", "FourierPaper", "H2O", "InfLLM", "KNorm", "KVzip", "Kivi", "LMInfinite", "Method", "Palu",
+            "PyramidKV", "Quest", "ReAttention", "Remapped", "Segmented", "Selecting", "SelfExtend", "SirLLM", "SnapKV",
+            "SpecKV", "Streaming", "ThinK", "Tova", "TreeKV", "WeightedKV", "register",
         ),
         "longwave.methods",
     ),
@@ -92,6 +93,7 @@ __all__ = [
     "ExpectedAttention",
     "Fourier",
     "FourierPaper",
+    "InfLLM",
     "KNorm",
     "KVzip",
     "Kivi",

@@ -16,6 +16,7 @@ from longwave.methods.expected_attention import ExpectedAttention
 from longwave.methods.fourier import Fourier
 from longwave.methods.fourier_paper import FourierPaper
 from longwave.methods.h2o import H2O
+from longwave.methods.infllm import InfLLM
 from longwave.methods.kivi import Kivi
 from longwave.methods.knorm import KNorm
 from longwave.methods.kvzip import KVzip
@@ -44,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
         *(Streaming, SnapKV, PyramidKV, AdaKV, SpecKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, KVzip),
         *(WeightedKV, CaM, AttentionMatching, SirLLM),
         *(LMInfinite, SelfExtend, DualChunk),
+        *(InfLLM,),
     )
 }
 
@@ -85,6 +87,7 @@ __all__ = [
     "ExpectedAttention",
     "Fourier",
     "FourierPaper",
+    "InfLLM",
     "KNorm",
     "KVzip",
     "Kivi",

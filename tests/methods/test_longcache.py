@@ -78,7 +78,7 @@ def answers(layer, *rest, **more):
 def stretches(method, start, stop):
     """Borders of what chooses together in a pass of a row's tokens start to stop."""
     step = 1 if stop - start <= method.alone else method.chunk
-    first = method.scope - method.scope % step
+    first = method.plain - method.plain % step
     ends = [end for end in range(first, stop, step) if end > start]
     return list(zip([start, *ends], [*ends, stop], strict=True))
 

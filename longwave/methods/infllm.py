@@ -21,11 +21,12 @@ import torch
 
 from longwave.checks import whole
 from longwave.frame import Needs, Pass, Step
-from longwave.methods.base import CacheShape
+from longwave.methods.base import CacheShape, check_host
 from longwave.methods.remapped import View, scores_of
 from longwave.methods.scoped import Scoped, ScopedBound, ScopedLayer
 from longwave.ops import select
 from longwave.ops.attention.reference import query_block
+from longwave.store.resident import Resident
 from longwave.store.state import State, demand
 from longwave.store.tokens import capacity, writable
 
@@ -36,7 +37,8 @@ class InfLLM(Scoped):
 
     sinks: first tokens, always read. window: tokens seen at their distance, itself included. block: far tokens that are
         read together. blocks: how many are read. representatives: keys whose mean stands for a block. chunk: tokens of
-        a prompt that choose together.
+        a prompt that choose together. host: keys and values lie in host memory, and on the device the blocks that are
+        read, with `cached` more that were read last.
 
     It takes no budget, since all is held; 1 reads all.
     """
@@ -51,6 +53,8 @@ class InfLLM(Scoped):
     blocks: int = 16
     representatives: int = 4
     chunk: int = 512
+    host: bool = False
+    cached: int = 16
 
     def __post_init__(self) -> None:
         whole("sinks", self.sinks, 0, "tokens")
@@ -60,6 +64,12 @@ class InfLLM(Scoped):
             raise ValueError(f"a block of {self.block} keys has no {self.representatives} representatives among them")
         whole("chunk", self.chunk, 1, "tokens")
         whole("window", self.window, self.chunk, "tokens (those that choose together, chunk, lie in it)")
+        whole("cached", self.cached, 0, "blocks")
+        if not isinstance(self.host, bool):
+            raise ValueError(f"host is True or False, got {self.host!r}")
+
+    def check(self, device: torch.device) -> None:
+        check_host(self.host, device)
 
     @property
     def positions(self) -> int:
@@ -68,6 +78,13 @@ class InfLLM(Scoped):
     @property
     def plain(self) -> int:
         return self.window
+
+    @property
+    def slots(self) -> int:
+        """Blocks of a row on the device where the tokens lie in host memory: all that one stretch may touch, and those
+        that are cached."""
+        near = self.window + self.block + self.chunk
+        return -(-self.sinks // self.block) + 2 * self.blocks + near // self.block + 3 + self.cached
 
     def bound(self, shape: CacheShape, budget: float | None) -> InfLLMBound:
         return InfLLMBound(self, shape, budget)
@@ -96,15 +113,16 @@ class InfLLMBound(ScopedBound):
 
     def reads(self) -> str:
         m = self.method
-        return f"window={m.window}, {m.blocks} blocks of {m.block}, sinks={m.sinks}"
+        host = ", in host memory" if m.host else ""
+        return f"window={m.window}, {m.blocks} blocks of {m.block}, sinks={m.sinks}{host}"
 
     def reading(self, index: int) -> InfLLMLayer:
         return InfLLMLayer(index, self)
 
     def beside(self, tokens: int) -> int:
-        shape = self.shape
-        held = capacity(tokens)
-        return shape.kv_heads * (4 * held + self.method.full(held) * shape.head_dim * shape.dtype.itemsize)
+        shape, m = self.shape, self.method
+        held, copied = capacity(tokens), m.slots * m.block * shape.token_bytes if m.host else 0
+        return copied + shape.kv_heads * (4 * held + m.full(held) * shape.head_dim * shape.dtype.itemsize)
 
 
 class InfLLMLayer(ScopedLayer):
@@ -116,12 +134,20 @@ class InfLLMLayer(ScopedLayer):
         super()._clear()
         self.means: torch.Tensor | None = None  # [batch, kv_heads, blocks of the capacity, head_dim]
         self._known: list[int] = []  # blocks of each row that it covers
+        self.resident: Resident | None = None  # what lies on the device too, once K and V lie in host memory
 
     # blocks
 
     def settle(self) -> None:
         self.dense.fit()
         self.ahead(self.dense.lengths)
+        if self.method.host and not self.dense.fixed:
+            self._to_host()
+
+    def _to_host(self) -> None:
+        self.dense.move("cpu")
+        if self.resident is None:
+            self.resident = Resident(self.dense, self.method.block, self.method.slots, self.device)
 
     def ahead(self, starts: list[int]) -> None:
         k = self.dense.k
@@ -129,7 +155,8 @@ class InfLLMLayer(ScopedLayer):
         ready, known = [self.method.full(n) for n in starts], self._known or [0] * self.batch_size
         room, old = self.method.full(capacity(k.shape[2])), self.means
         if old is None or old.shape[2] != room or not writable(old):
-            self.means = k.new_zeros(*k.shape[:2], room, k.shape[3])
+            home = k.device if old is None else old.device
+            self.means = k.new_zeros(*k.shape[:2], room, k.shape[3], device=home)
             if old is not None:
                 both = min(room, old.shape[2])
                 self.means[:, :, :both] = old[:, :, :both]
@@ -138,7 +165,7 @@ class InfLLMLayer(ScopedLayer):
             first, last = min(a for a, _ in late), max(b for _, b in late)
             there = torch.arange(first, last, device=k.device).expand(self.batch_size, -1)
             assert self.means is not None
-            self.means[:, :, first:last] = self._stands_for(there)
+            self.means[:, :, first:last] = self._stands_for(there).to(self.means.device)
         self._known = [max(a, b) for a, b in zip(known, ready, strict=True)]
 
     def _stands_for(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -155,7 +182,10 @@ class InfLLMLayer(ScopedLayer):
 
     def parts(self) -> dict[str, list[torch.Tensor]]:
         parts = super().parts()
-        return parts if self.means is None else {**parts, "means": [self.means]}
+        if self.method.host:
+            parts = {"host memory" if name == "dense" else name: tensors for name, tensors in parts.items()}
+        parts |= {} if self.means is None else {"means": [self.means]}
+        return parts if self.resident is None else {**parts, "read last": self.resident.copies()}
 
     def move(self, device: torch.device | str) -> None:
         super().move(device)
@@ -165,12 +195,16 @@ class InfLLMLayer(ScopedLayer):
     def select_rows(self, rows: torch.Tensor) -> None:
         super().select_rows(rows)
         self._known = [self._known[row] for row in rows.tolist()] if self._known else []
+        if self.resident is not None:
+            self.resident = Resident(self.dense, self.method.block, self.method.slots, self.device)
         if self.means is not None:
             self.means = self.means.index_select(0, rows.to(self.means.device))
             self.ahead(self.dense.lengths)
 
     def drop_last(self, counts: list[int]) -> None:
         super().drop_last(counts)
+        if self.resident is not None:
+            self.resident.forget(self.dense.lengths)
         if self._known:  # a block that is back in the window is made anew when it leaves
             lengths = self.dense.lengths
             self._known = [min(n, self.method.full(held)) for n, held in zip(self._known, lengths, strict=True)]
@@ -184,6 +218,8 @@ class InfLLMLayer(ScopedLayer):
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
         super().load_state(state, device)
         if state:
+            if self.method.host:
+                self._to_host()
             self.means, self._known = state.get("means"), list(state["known"])
             if self.means is not None and self.dense.k is not None:
                 shape = [*self.dense.k.shape[:2], self.dense.k.shape[3]]
@@ -192,6 +228,11 @@ class InfLLMLayer(ScopedLayer):
                 demand(len(self._known) == self.batch_size, f"{len(self._known)} rows of {self.batch_size} are known")
 
     # attention
+
+    def attend(self, p: Pass) -> torch.Tensor:
+        if self.resident is not None:
+            self.resident.forget(self._before)
+        return super().attend(p)
 
     def observe(self, p: Pass) -> None:
         """`read` has seen what each key got."""
@@ -208,7 +249,7 @@ class InfLLMLayer(ScopedLayer):
         m = self.method
         asks = torch.ones_like(number, dtype=torch.bool) if asks is None else asks
         index, count = self._places(p, number, stop, longest, asks)
-        k, v = self.taken(index)
+        k, v = self.taken(index) if self.resident is None else self.resident.read(index, count)
         rank = torch.arange(index.shape[1], device=index.device)
         begin = (number[:, :1] - m.window).clamp(min=0)
         wide = torch.float64 if k.dtype == torch.float64 else torch.float32
@@ -231,7 +272,8 @@ class InfLLMLayer(ScopedLayer):
             got += share.masked_fill(~counts[:, None, None], 0).sum((2, 3))
             if p.lse is not None:
                 p.lse[:, :, some] = lse[..., 0].flatten(1, 2).float()
-        self.dense.columns["mass"].scatter_add_(2, index[:, None].expand_as(got), got.float())
+        column = self.dense.columns["mass"]
+        column.scatter_add_(2, index[:, None].expand_as(got).to(column.device), got.to(column.device).float())
         return out
 
     def _places(
@@ -255,6 +297,9 @@ class InfLLMLayer(ScopedLayer):
         return select.places(keep & (j < stop[:, None]), min(longest, most))
 
     # steps
+
+    def unsteady(self) -> str | None:
+        return "keys and values lie in host memory" if self.method.host else None
 
     def reserve(self, new: int) -> None:
         super().reserve(new)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         KNorm,
         KVzip,
         LMInfinite,
+        LongHeads,
         Method,
         Palu,
         PyramidKV,
@@ -73,9 +74,9 @@ _HOMES = {
     **dict.fromkeys(
         (
             "AdaKV", "AttentionMatching", "Bound", "CaM", "Dense", "DualChunk", "Evicting", "ExpectedAttention",
-            "Fourier", "FourierPaper", "H2O", "InfLLM", "KNorm", "KVzip", "Kivi", "LMInfinite", "Method", "Palu",
-            "PyramidKV", "Quest", "ReAttention", "Remapped", "Segmented", "Selecting", "SelfExtend", "SirLLM", "SnapKV",
-            "SpecKV", "Streaming", "ThinK", "Tova", "TreeKV", "WeightedKV", "register",
+            "Fourier", "FourierPaper", "H2O", "InfLLM", "KNorm", "KVzip", "Kivi", "LMInfinite", "LongHeads", "Method",
+            "Palu", "PyramidKV", "Quest", "ReAttention", "Remapped", "Segmented", "Selecting", "SelfExtend", "SirLLM",
+            "SnapKV", "SpecKV", "Streaming", "ThinK", "Tova", "TreeKV", "WeightedKV", "register",
         ),
         "longwave.methods",
     ),
@@ -99,6 +100,7 @@ __all__ = [
     "Kivi",
     "LMInfinite",
     "LongCache",
+    "LongHeads",
     "MemoryLayer",
     "Method",
     "Palu",

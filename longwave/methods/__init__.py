@@ -22,6 +22,7 @@ from longwave.methods.knorm import KNorm
 from longwave.methods.kvzip import KVzip
 from longwave.methods.lm_infinite import LMInfinite
 from longwave.methods.longcache import ReAttention
+from longwave.methods.longheads import LongHeads
 from longwave.methods.palu import Palu
 from longwave.methods.pyramidkv import PyramidKV
 from longwave.methods.quest import Quest
@@ -45,7 +46,7 @@ METHODS: dict[str, type[Method]] = {
         *(Streaming, SnapKV, PyramidKV, AdaKV, SpecKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, KVzip),
         *(WeightedKV, CaM, AttentionMatching, SirLLM),
         *(LMInfinite, SelfExtend, DualChunk),
-        *(InfLLM,),
+        *(InfLLM, LongHeads),
     )
 }
 
@@ -92,6 +93,7 @@ __all__ = [
     "KVzip",
     "Kivi",
     "LMInfinite",
+    "LongHeads",
     "Method",
     "Palu",
     "PyramidKV",

@@ -22,17 +22,17 @@ import torch
 from longwave.checks import whole
 from longwave.frame import Needs, Pass, Step
 from longwave.methods.base import CacheShape, check_host
+from longwave.methods.blocks import BlockLayer, Blocks
 from longwave.methods.remapped import View, scores_of
-from longwave.methods.scoped import Scoped, ScopedBound, ScopedLayer
+from longwave.methods.scoped import ScopedBound
 from longwave.ops import select
 from longwave.ops.attention.reference import query_block
 from longwave.store.resident import Resident
-from longwave.store.state import State, demand
-from longwave.store.tokens import capacity, writable
+from longwave.store.tokens import capacity
 
 
 @dataclass(frozen=True)
-class InfLLM(Scoped):
+class InfLLM(Blocks):
     """Everything is kept; far tokens lie in blocks, and the best blocks are read at one distance (InfLLM).
 
     sinks: first tokens, always read. window: tokens seen at their distance, itself included. block: far tokens that are
@@ -125,15 +125,16 @@ class InfLLMBound(ScopedBound):
         return copied + shape.kv_heads * (4 * held + m.full(held) * shape.head_dim * shape.dtype.itemsize)
 
 
-class InfLLMLayer(ScopedLayer):
+class InfLLMLayer(BlockLayer):
     """A column of what each key got while it was in the window, and a mean key of each block that has left it."""
 
     method: InfLLM
 
+    def heads(self) -> int:
+        return self.bound.shape.kv_heads
+
     def _clear(self) -> None:
         super()._clear()
-        self.means: torch.Tensor | None = None  # [batch, kv_heads, blocks of the capacity, head_dim]
-        self._known: list[int] = []  # blocks of each row that it covers
         self.resident: Resident | None = None  # what lies on the device too, once K and V lie in host memory
 
     # blocks
@@ -150,23 +151,13 @@ class InfLLMLayer(ScopedLayer):
             self.resident = Resident(self.dense, self.method.block, self.method.slots, self.device)
 
     def ahead(self, starts: list[int]) -> None:
-        k = self.dense.k
-        assert k is not None
-        ready, known = [self.method.full(n) for n in starts], self._known or [0] * self.batch_size
-        room, old = self.method.full(capacity(k.shape[2])), self.means
-        if old is None or old.shape[2] != room or not writable(old):
-            home = k.device if old is None else old.device
-            self.means = k.new_zeros(*k.shape[:2], room, k.shape[3], device=home)
-            if old is not None:
-                both = min(room, old.shape[2])
-                self.means[:, :, :both] = old[:, :, :both]
-        late = [(a, b) for a, b in zip(known, ready, strict=True) if a < b]
+        means, ready = self.fit(), [self.method.full(n) for n in starts]
+        late = [(a, b) for a, b in zip(self._known, ready, strict=True) if a < b]
         if late:
             first, last = min(a for a, _ in late), max(b for _, b in late)
-            there = torch.arange(first, last, device=k.device).expand(self.batch_size, -1)
-            assert self.means is not None
-            self.means[:, :, first:last] = self._stands_for(there).to(self.means.device)
-        self._known = [max(a, b) for a, b in zip(known, ready, strict=True)]
+            there = torch.arange(first, last, device=self.dense.k.device).expand(self.batch_size, -1)  # type: ignore[union-attr]
+            means[:, :, first:last] = self._stands_for(there).to(means.device)
+        self._known = [max(a, b) for a, b in zip(self._known, ready, strict=True)]
 
     def _stands_for(self, blocks: torch.Tensor) -> torch.Tensor:
         """Mean keys of row b's blocks [batch, n], of those that got most attention: [batch, kv_heads, n, head_dim]."""
@@ -184,48 +175,22 @@ class InfLLMLayer(ScopedLayer):
         parts = super().parts()
         if self.method.host:
             parts = {"host memory" if name == "dense" else name: tensors for name, tensors in parts.items()}
-        parts |= {} if self.means is None else {"means": [self.means]}
         return parts if self.resident is None else {**parts, "read last": self.resident.copies()}
-
-    def move(self, device: torch.device | str) -> None:
-        super().move(device)
-        if self.means is not None:
-            self.means = self.means.to(device)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         super().select_rows(rows)
-        self._known = [self._known[row] for row in rows.tolist()] if self._known else []
         if self.resident is not None:
             self.resident = Resident(self.dense, self.method.block, self.method.slots, self.device)
-        if self.means is not None:
-            self.means = self.means.index_select(0, rows.to(self.means.device))
-            self.ahead(self.dense.lengths)
 
     def drop_last(self, counts: list[int]) -> None:
         super().drop_last(counts)
         if self.resident is not None:
             self.resident.forget(self.dense.lengths)
-        if self._known:  # a block that is back in the window is made anew when it leaves
-            lengths = self.dense.lengths
-            self._known = [min(n, self.method.full(held)) for n, held in zip(self._known, lengths, strict=True)]
-            self.ahead(lengths)
-
-    def state(self) -> State:
-        made = super().state()
-        known = {} if self.means is None else {"means": self.means}
-        return made and {**made, **known, "known": list(self._known)}
 
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
         super().load_state(state, device)
-        if state:
-            if self.method.host:
-                self._to_host()
-            self.means, self._known = state.get("means"), list(state["known"])
-            if self.means is not None and self.dense.k is not None:
-                shape = [*self.dense.k.shape[:2], self.dense.k.shape[3]]
-                found = [*self.means.shape[:2], self.means.shape[3]]
-                demand(found == shape and self.means.dtype == self.dtype, f"means are {list(self.means.shape)}")
-                demand(len(self._known) == self.batch_size, f"{len(self._known)} rows of {self.batch_size} are known")
+        if state and self.method.host:
+            self._to_host()
 
     # attention
 
@@ -301,16 +266,9 @@ class InfLLMLayer(ScopedLayer):
     def unsteady(self) -> str | None:
         return "keys and values lie in host memory" if self.method.host else None
 
-    def reserve(self, new: int) -> None:
-        super().reserve(new)
-        self.ahead(self.dense.lengths)
-
     def release(self) -> None:
         super().release()
         self.ahead(self.dense.lengths)
-
-    def step_state(self) -> list[torch.Tensor]:
-        return [*super().step_state(), *([] if self.means is None else [self.means])]
 
     def observe_step(self, p: Pass, step: Step) -> None:
         """`read` has."""

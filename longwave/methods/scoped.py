@@ -45,6 +45,11 @@ class Scoped(Method):
     def plain(self) -> int:
         """Tokens up to which a row is read whole and at its own positions."""
 
+    @property
+    def takes(self) -> int:
+        """Tokens up to which it can take over what a dense cache has read."""
+        return self.plain
+
     def known(self, model: PreTrainedModel, shape: CacheShape, tokenizer: Any) -> Method:
         limit = context_limit(model)
         if limit is not None and self.positions > limit:
@@ -160,9 +165,9 @@ class ScopedLayer(MemoryLayer):
         p.k = p.unrotated()
 
     def _adopt(self, source: MemoryLayer) -> None:
-        if max(source.rows) > self.method.plain:
+        if max(source.rows) > self.method.takes:
             raise ValueError(
-                f"{self.method.name} reads a prompt of more than {self.method.plain:,} tokens otherwise than a dense "
+                f"{self.method.name} reads a prompt of more than {self.method.takes:,} tokens otherwise than a dense "
                 "cache does, so it cannot take over what that has read: let the model read the prompt into it"
             )
         super()._adopt(source)

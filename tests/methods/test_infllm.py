@@ -210,10 +210,13 @@ def check_steps(method, pads):
     for i, expected in enumerate(drive(passes, k, v, q, [1] * 30, valid, start=40)):
         at = torch.tensor([[40 + i - pad] for pad in pads])
         now = slice(40 + i, 41 + i)
+        step.positions.copy_(at)
         turned = (Turning()._by(x[:, :, now], at) for x in (q, k))
         p = Pass(*turned, v[:, :, now], SCALE, phase="step", positions=at, module=MODULE, rotary=Turning())
         torch.testing.assert_close(steps.run_step(p, step), expected, rtol=0, atol=1e-9)
         steps.stepped(1)
+        if steps.ripe():
+            steps.settle()
         for count in (step.at, step.seen, step.total):
             count.add_(1)
     steps.release()

@@ -32,6 +32,9 @@ class Turning:
     def rotates(self, module):
         return True
 
+    def module_of(self, index):
+        return MODULE
+
     def _by(self, x, angle):
         angle = angle.double()[:, None, :, None] / 10 ** torch.arange(D // 2, dtype=torch.float64)
         a, b = x.double().chunk(2, -1)

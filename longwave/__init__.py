@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from longwave.plan.profile import Profile
     from longwave.prefill.ahead import look_ahead
     from longwave.prefill.specpc import specpc
+    from longwave.prefill.xl3m import xl3m
     from longwave.rotary import extend
     from longwave.saved import SavedCacheError, restore, save
 
@@ -67,6 +68,7 @@ _HOMES = {
     "Profile": "longwave.plan.profile",
     "look_ahead": "longwave.prefill.ahead",
     "specpc": "longwave.prefill.specpc",
+    "xl3m": "longwave.prefill.xl3m",
     "extend": "longwave.rotary",
     "SavedCacheError": "longwave.saved",
     "restore": "longwave.saved",
@@ -132,6 +134,7 @@ __all__ = [
     "restore",
     "save",
     "specpc",
+    "xl3m",
 ]
 
 

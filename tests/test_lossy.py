@@ -253,7 +253,7 @@ def check_fork(model, memory, empty, ids, mask, length):
     forked = fork(prefill(model, ids[:, :length], mask[:, :length], needs_of([empty])), empty)
     but = ("_run",)  # a row's padding has no columns in a fork
     needs = memory.method.needs
-    near = 1e-6 if needs.unrotated and needs.mass else 1e-9  # by keys that the model's float32 tables turned back
+    near = 1e-6 if needs.unrotated and needs.mass else 1e-9  # a float32 column, of sums in another order
     check_state(state_of(forked), state_of(memory), but, rtol=near, atol=near)
     assert forked.nbytes == memory.nbytes
     sizes = (*STEPS[:20], 5, 1)

@@ -197,7 +197,7 @@ class InfLLMLayer(BlockLayer):
     def attend(self, p: Pass) -> torch.Tensor:
         if self.resident is not None:
             self.resident.forget(self._before)
-        return super().attend(p)
+        return self.attend_in_stretches(p)  # short rows too: what each key gets is counted there
 
     def observe(self, p: Pass) -> None:
         """`read` has seen what each key got."""

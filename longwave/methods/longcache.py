@@ -13,17 +13,15 @@ counted row by row, a pass of few tokens chooses for each of them, and a long pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from longwave.checks import whole
-from longwave.frame import MemoryLayer, Pass
+from longwave.frame import Pass
 from longwave.methods.base import CacheShape
-from longwave.methods.scoped import Scoped, ScopedBound, ScopedLayer
+from longwave.methods.scoped import Scoped, ScopedBound, ScopedLayer, at_places
 from longwave.ops import mass, select
 from longwave.ops.attention.reference import causal_attention, dense_attention, step_attention
 
@@ -96,30 +94,6 @@ class ReAttentionLayer(ScopedLayer):
 
     method: ReAttention
 
-    def attend(self, p: Pass) -> torch.Tensor:
-        if max(self.dense.lengths) > self.method.scope:
-            return self.attend_in_stretches(p)
-        before = torch.tensor(self._before, device=p.q.device)[:, None]
-        real = torch.ones_like(p.q[:, 0, :, 0], dtype=torch.long) if p.valid is None else p.valid.long()
-        place = before + (real.cumsum(-1) - 1).clamp(min=0)
-        turned = replace(p, q=p.rotary.shift(p.module, p.q, p.known_positions(), place))
-        with self._turned(p):
-            out = MemoryLayer.attend(self, turned)
-            if p.sinks is not None:
-                p.lse = self.lse(turned)
-        return out
-
-    @contextmanager
-    def _turned(self, p: Pass) -> Iterator[None]:
-        """In here the stored keys are rotated to their places in the row."""
-        stored = self.dense.k
-        assert stored is not None
-        self.dense.k = _at_places(p, stored)
-        try:
-            yield
-        finally:
-            self.dense.k = stored
-
     def read(
         self,
         p: Pass,
@@ -133,7 +107,7 @@ class ReAttentionLayer(ScopedLayer):
         keep = self._chosen(p, self.dense.k[:, :, :longest], stop, asks)
         index, count = select.places(keep, min(longest, self.method.scope))
         k, v = self.taken(index)
-        k = _at_places(p, k)
+        k = at_places(p, k)
         place = (number - stop[:, None] + count[:, None]).clamp(min=0)  # what is read ends with the tokens that ask
         q = p.rotary.shift(p.module, p.q, p.known_positions(), place)
         if p.sinks is not None:
@@ -152,8 +126,3 @@ class ReAttentionLayer(ScopedLayer):
             begin, end = torch.full_like(stop, m.sinks), stop - m.window
             keep |= select.choose(q, k, begin, end, asks, top=m.top, spans=m.spans, span=m.span, exact=m.exact)
         return keep & (number < last)
-
-
-def _at_places(p: Pass, k: torch.Tensor) -> torch.Tensor:
-    """Keys [batch, kv_heads, n, head_dim] rotated to 0, 1, 2 ..."""
-    return p.rotary.rotate(p.module, k, torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1))

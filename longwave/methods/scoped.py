@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -175,7 +176,28 @@ class ScopedLayer(MemoryLayer):
     # attention
 
     def attend(self, p: Pass) -> torch.Tensor:
-        return self.attend_in_stretches(p)
+        if max(self.dense.lengths) > self.method.plain:
+            return self.attend_in_stretches(p)
+        before = torch.tensor(self._before, device=p.q.device)[:, None]
+        real = torch.ones_like(p.q[:, 0, :, 0], dtype=torch.long) if p.valid is None else p.valid.long()
+        place = before + (real.cumsum(-1) - 1).clamp(min=0)
+        turned = replace(p, q=p.rotary.shift(p.module, p.q, p.known_positions(), place))
+        with self._turned(p):
+            out = super().attend(turned)
+            if p.sinks is not None:
+                p.lse = self.lse(turned)
+        return out
+
+    @contextmanager
+    def _turned(self, p: Pass) -> Iterator[None]:
+        """In here the stored keys are rotated to their places in the row."""
+        stored = self.dense.k
+        assert stored is not None
+        self.dense.k = at_places(p, stored)
+        try:
+            yield
+        finally:
+            self.dense.k = stored
 
     def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """How a row reads the tokens from start to stop that a pass brings: those that are read plainly at once, then
@@ -228,3 +250,8 @@ class ScopedLayer(MemoryLayer):
         assert self.dense.k is not None
         stop = step.seen[:, 0].long()
         return self.read(p, stop[:, None] - 1, stop, self.dense.k.shape[2])
+
+
+def at_places(p: Pass, k: torch.Tensor) -> torch.Tensor:
+    """Keys [batch, kv_heads, n, head_dim] rotated to 0, 1, 2 ..."""
+    return p.rotary.rotate(p.module, k, torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1))

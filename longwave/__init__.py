@@ -22,10 +22,12 @@ if TYPE_CHECKING:
         ExpectedAttention,
         Fourier,
         FourierPaper,
+        InfLLM,
         Kivi,
         KNorm,
         KVzip,
         LMInfinite,
+        LongHeads,
         Method,
         Palu,
         PyramidKV,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from longwave.plan.profile import Profile
     from longwave.prefill.ahead import look_ahead
     from longwave.prefill.specpc import specpc
+    from longwave.prefill.xl3m import xl3m
     from longwave.rotary import extend
     from longwave.saved import SavedCacheError, restore, save
 
@@ -65,6 +68,7 @@ _HOMES = {
     "Profile": "longwave.plan.profile",
     "look_ahead": "longwave.prefill.ahead",
     "specpc": "longwave.prefill.specpc",
+    "xl3m": "longwave.prefill.xl3m",
     "extend": "longwave.rotary",
     "SavedCacheError": "longwave.saved",
     "restore": "longwave.saved",
@@ -72,9 +76,9 @@ _HOMES = {
     **dict.fromkeys(
         (
             "AdaKV", "AttentionMatching", "Bound", "CaM", "Dense", "DualChunk", "Evicting", "ExpectedAttention",
-            "Fourier", "FourierPaper", "H2O", "KNorm", "KVzip", "Kivi", "LMInfinite", "Method", "Palu", "PyramidKV",
-            "Quest", "ReAttention", "Remapped", "Segmented", "Selecting", "SelfExtend", "SirLLM", "SnapKV", "SpecKV",
-            "Streaming", "ThinK", "Tova", "TreeKV", "WeightedKV", "register",
+            "Fourier", "FourierPaper", "H2O", "InfLLM", "KNorm", "KVzip", "Kivi", "LMInfinite", "LongHeads", "Method",
+            "Palu", "PyramidKV", "Quest", "ReAttention", "Remapped", "Segmented", "Selecting", "SelfExtend", "SirLLM",
+            "SnapKV", "SpecKV", "Streaming", "ThinK", "Tova", "TreeKV", "WeightedKV", "register",
         ),
         "longwave.methods",
     ),
@@ -92,11 +96,13 @@ __all__ = [
     "ExpectedAttention",
     "Fourier",
     "FourierPaper",
+    "InfLLM",
     "KNorm",
     "KVzip",
     "Kivi",
     "LMInfinite",
     "LongCache",
+    "LongHeads",
     "MemoryLayer",
     "Method",
     "Palu",
@@ -128,6 +134,7 @@ __all__ = [
     "restore",
     "save",
     "specpc",
+    "xl3m",
 ]
 
 

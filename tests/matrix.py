@@ -91,6 +91,15 @@ class FewAlone(longwave.ReAttention):
     alone: ClassVar[int] = 6
 
 
+@dataclass(frozen=True)
+class FewInfLLM(longwave.InfLLM):
+    """And infllm."""
+
+    alone: ClassVar[int] = 6
+
+
+FAR = dict(sinks=2, chunk=8, block=4, blocks=3, representatives=2)
+
 # budget 1: nothing is dropped or compressed
 IDENTITY = {
     "dense": lambda model: longwave.cache(model, "dense"),
@@ -119,6 +128,10 @@ IDENTITY = {
     ),
     # keys are turned back and forth, and the scope has room for all
     "longcache": lambda model: longwave.cache(model, longwave.ReAttention(window=300, spans=10, span=5, chunk=16)),
+    # all is in the window; what leaves it would go into blocks
+    "infllm": lambda model: longwave.cache(model, longwave.InfLLM(sinks=2, window=300, chunk=16, block=8)),
+    # every head has room for all chunks
+    "longheads": lambda model: longwave.cache(model, longwave.LongHeads(chunk=16, chunks=20)),
 }
 
 # budgets that bite after a few dozen tokens
@@ -170,6 +183,8 @@ LOSSY = {
     "lm_infinite": lambda model: longwave.cache(model, longwave.LMInfinite(sinks=2, window=16)),
     "self_extend": lambda model: longwave.cache(model, longwave.SelfExtend(group=4, window=16)),
     "dual_chunk": lambda model: longwave.cache(model, longwave.DualChunk(chunk=24, window=8)),
+    "longheads": lambda model: longwave.cache(model, longwave.LongHeads(chunk=10, chunks=3)),
+    "infllm": lambda model: longwave.cache(model, FewInfLLM(**FAR, window=20)),
     "palu": lambda model: longwave.cache(model, SmallPalu(axes=own_axes(model), **ENDS), budget=0.5),
 }
 

@@ -58,6 +58,9 @@ def state_of(memory):
             chunks = torch.arange(layer.summary.shape[2]) * layer.method.chunk
             real = chunks < torch.tensor(layer.dense.lengths)[:, None]
             state["summary"] = layer.summary * real[:, None, :, None, None]
+        if getattr(layer, "means", None) is not None:
+            real = torch.arange(layer.means.shape[2]) < torch.tensor(layer._known)[:, None]
+            state["means"] = layer.means * real[:, None, :, None]
         found.append(state)
     return found
 

@@ -11,8 +11,8 @@ import torch
 from longwave.evals.fork import can_fork, fork, needs_of, prefill
 from longwave.methods import Evicting, Remapped, Segmented
 from longwave.methods.evicting import EvictingLayer
-from longwave.methods.longcache import ReAttentionLayer
 from longwave.methods.remapped import RemappedLayer
+from longwave.methods.scoped import ScopedLayer
 from longwave.methods.segmented import SegmentedLayer
 from tests.conftest import build, into, left_padded, tokens
 from tests.matrix import LOSSY
@@ -66,8 +66,8 @@ def lost_something(memory):
         return min(layer._evicted) > 0
     if isinstance(layer, SegmentedLayer):
         return min(layer.store.tokens) > 0
-    if isinstance(layer, ReAttentionLayer):
-        return min(layer.rows) > layer.method.scope
+    if isinstance(layer, ScopedLayer):
+        return min(layer.rows) > layer.method.plain
     if isinstance(layer, RemappedLayer):
         return min(layer.rows) > layer.method.exact()
     return layer.summary is not None
@@ -252,7 +252,9 @@ def check_fork(model, memory, empty, ids, mask, length):
     read(model, memory, ids[:, :length], mask)
     forked = fork(prefill(model, ids[:, :length], mask[:, :length], needs_of([empty])), empty)
     but = ("_run",)  # a row's padding has no columns in a fork
-    check_state(state_of(forked), state_of(memory), but, rtol=1e-9, atol=1e-9)
+    needs = memory.method.needs
+    near = 1e-6 if needs.unrotated and needs.mass else 1e-9  # a float32 column, of sums in another order
+    check_state(state_of(forked), state_of(memory), but, rtol=near, atol=near)
     assert forked.nbytes == memory.nbytes
     sizes = (*STEPS[:20], 5, 1)
     torch.testing.assert_close(

@@ -16,11 +16,13 @@ from longwave.methods.expected_attention import ExpectedAttention
 from longwave.methods.fourier import Fourier
 from longwave.methods.fourier_paper import FourierPaper
 from longwave.methods.h2o import H2O
+from longwave.methods.infllm import InfLLM
 from longwave.methods.kivi import Kivi
 from longwave.methods.knorm import KNorm
 from longwave.methods.kvzip import KVzip
 from longwave.methods.lm_infinite import LMInfinite
 from longwave.methods.longcache import ReAttention
+from longwave.methods.longheads import LongHeads
 from longwave.methods.palu import Palu
 from longwave.methods.pyramidkv import PyramidKV
 from longwave.methods.quest import Quest
@@ -44,6 +46,7 @@ METHODS: dict[str, type[Method]] = {
         *(Streaming, SnapKV, PyramidKV, AdaKV, SpecKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, KVzip),
         *(WeightedKV, CaM, AttentionMatching, SirLLM),
         *(LMInfinite, SelfExtend, DualChunk),
+        *(InfLLM, LongHeads),
     )
 }
 
@@ -85,10 +88,12 @@ __all__ = [
     "ExpectedAttention",
     "Fourier",
     "FourierPaper",
+    "InfLLM",
     "KNorm",
     "KVzip",
     "Kivi",
     "LMInfinite",
+    "LongHeads",
     "Method",
     "Palu",
     "PyramidKV",

@@ -7,7 +7,7 @@ turns queries and keys for each view and takes one softmax over all. Nothing is 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -20,8 +20,22 @@ from longwave.plan.profile import Profile
 from longwave.store.tokens import capacity
 
 View = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Query positions int64 [batch, queries], key positions int64 [keys], and the pairs they are for, bool [batch, queries,
-keys]."""
+"""Query positions int64 [batch, queries], key positions int64 [keys] or [batch, keys], and the pairs they are for, bool
+[batch, queries, keys]."""
+
+
+def scores_of(p: Pass, q: torch.Tensor, own: torch.Tensor, k: torch.Tensor, views: Iterable[View]) -> torch.Tensor:
+    """Scores [batch, kv_heads, group, queries, keys], float32 or float64, of queries that the model turned at their own
+    positions [batch, queries], over un-rotated keys; -inf for pairs of no view. Of several the last one counts."""
+    wide = torch.float64 if k.dtype == torch.float64 else torch.float32
+    b, heads, n, _ = k.shape
+    scores = torch.full((b, heads, q.shape[1] // heads, q.shape[2], n), float("-inf"), device=k.device, dtype=wide)
+    for ask, key, pairs in views:
+        turned = p.rotary.shift(p.module, q, own, ask).to(wide)
+        keys = p.rotary.rotate(p.module, k, key if key.ndim == 2 else key[None]).to(wide)
+        found = (group_heads(turned, heads) @ keys.mT).unflatten(2, scores.shape[2:4]) * p.scaling
+        scores = torch.where(pairs[:, None, None], found, scores)
+    return scores
 
 
 @dataclass(frozen=True)
@@ -114,20 +128,12 @@ class RemappedLayer(MemoryLayer):
         self, p: Pass, some: slice, at: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Answers and log-sum-exp of some of a pass's queries, which are tokens at [batch, queries] of their rows."""
-        b, heads, n, _ = k.shape
         asked, own = p.q[:, :, some], p.known_positions()[:, some]
-        wide = torch.float64 if k.dtype == torch.float64 else torch.float32
-        j = torch.arange(n, device=k.device)
-        scores = torch.full(
-            (b, heads, asked.shape[1] // heads, at.shape[1], n), float("-inf"), device=k.device, dtype=wide
-        )
-        for ask, key, pairs in self.method.views(at, j):
-            turned = p.rotary.shift(p.module, asked, own, ask).to(wide)
-            keys = p.rotary.rotate(p.module, k, key[None]).to(wide)
-            found = (group_heads(turned, heads) @ keys.mT).unflatten(2, scores.shape[2:4]) * p.scaling
-            scores = torch.where((pairs & (j <= at[..., None]))[:, None, None], found, scores)
+        j = torch.arange(k.shape[2], device=k.device)
+        views = ((ask, key, pairs & (j <= at[..., None])) for ask, key, pairs in self.method.views(at, j))
+        scores = scores_of(p, asked, own, k, views)
         lse = scores.logsumexp(-1)
-        out = torch.exp(scores - lse[..., None]) @ v[:, :, None].to(wide)
+        out = torch.exp(scores - lse[..., None]) @ v[:, :, None].to(lse.dtype)
         return out.to(asked.dtype).reshape(asked.shape), lse.float().reshape(asked.shape[:3])
 
     # steps

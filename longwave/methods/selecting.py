@@ -16,7 +16,7 @@ import torch
 
 from longwave.checks import whole
 from longwave.frame import MemoryLayer, Pass, Step
-from longwave.methods.base import Bound, CacheShape, Method
+from longwave.methods.base import Bound, CacheShape, Method, check_host
 from longwave.ops.attention.reference import group_heads, subset_attention, subset_log_sum_exp
 from longwave.plan.profile import Profile
 from longwave.store.state import State, demand
@@ -60,10 +60,7 @@ class Selecting(Method):
         float [batch, kv_heads, chunks]."""
 
     def check(self, device: torch.device) -> None:
-        if self.host and device.type == "cpu":
-            raise ValueError(
-                "host=True moves keys and values to host memory, and this model is on the CPU already: leave it out"
-            )
+        check_host(self.host, device)
 
     def fits_budget(self) -> bool:
         return False  # whatever it is, all is held

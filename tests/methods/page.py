@@ -70,6 +70,11 @@ ABOUT = {
         "2405.12528",
         "a prompt lies dense in all layers until it is read; to streaming: [evicting](evicting.md)",
     ),
+    "infllm": ("2402.04617", "order among far tokens; bytes: it holds everything: [longcache](longcache.md)"),
+    "longheads": (
+        "2402.10685",
+        "time in a prompt: every query gathers; bytes: it holds everything: [longcache](longcache.md)",
+    ),
     "lm_infinite": ("2308.16137", "whatever stood in between; bytes: it holds all: [extension](extension.md)"),
     "dual_chunk": ("2402.17463", "distances beyond the chunk before; bytes: it holds all: [extension](extension.md)"),
     "self_extend": ("2401.01325", "order within a far group; bytes: it holds all: [extension](extension.md)"),

@@ -32,6 +32,9 @@ class Turning:
     def rotates(self, module):
         return True
 
+    def module_of(self, index):
+        return MODULE
+
     def _by(self, x, angle):
         angle = angle.double()[:, None, :, None] / 10 ** torch.arange(D // 2, dtype=torch.float64)
         a, b = x.double().chunk(2, -1)
@@ -78,7 +81,7 @@ def answers(layer, *rest, **more):
 def stretches(method, start, stop):
     """Borders of what chooses together in a pass of a row's tokens start to stop."""
     step = 1 if stop - start <= method.alone else method.chunk
-    first = method.scope - method.scope % step
+    first = method.plain - method.plain % step
     ends = [end for end in range(first, stop, step) if end > start]
     return list(zip([start, *ends], [*ends, stop], strict=True))
 
@@ -172,7 +175,7 @@ def test_gathered_whole_it_is_full_attention_too():
     k, v, q = draw(2, 60)
     layer = new_layer(method)
     want = answers(new_layer(method), k, v, q, [60])
-    layer.attend = lambda p: layer._attend_in_stretches(p, torch.zeros(2, 1, dtype=torch.long))
+    layer.attend = lambda p: layer.attend_in_stretches(p)
     torch.testing.assert_close(answers(layer, k, v, q, [60]), want, rtol=0, atol=1e-9)
 
 

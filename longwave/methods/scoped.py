@@ -1,0 +1,257 @@
+"""Methods that keep every token and let attention read a number of them that does not grow, at positions that do not.
+
+Keys lie as they were before rotation. A row is read in *stretches*: tokens that choose together what they read, in
+every layer anew. A short row is read whole, as the model does.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from longwave.frame import MemoryLayer, Needs, Pass, Step
+from longwave.methods.base import Bound, CacheShape, Method
+from longwave.plan.profile import Profile
+from longwave.shape import context_limit
+from longwave.store.tokens import capacity
+
+
+@dataclass(frozen=True)
+class Scoped(Method):
+    """What they share: no budget decides anything, since all is held; 1 reads all."""
+
+    learns: ClassVar[bool] = True
+    alone: ClassVar[int] = 16  # tokens of a row that choose one by one, as steps do, where a pass brings no more
+    uses: ClassVar[str]  # "reads {} tokens at once (...)": how it comes to its positions
+    fewer: ClassVar[str]  # what would make them fewer
+
+    @property
+    @abstractmethod
+    def chunk(self) -> int:
+        """Tokens of a prompt that choose together."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> int:
+        """Positions that attention uses at most, however long the text is."""
+
+    @property
+    @abstractmethod
+    def plain(self) -> int:
+        """Tokens up to which a row is read whole and at its own positions."""
+
+    @property
+    def takes(self) -> int:
+        """Tokens up to which it can take over what a dense cache has read."""
+        return self.plain
+
+    def known(self, model: PreTrainedModel, shape: CacheShape, tokenizer: Any) -> Method:
+        limit = context_limit(model)
+        if limit is not None and self.positions > limit:
+            raise ValueError(
+                f"{self.name} {self.uses.format(f'{self.positions:,}')}, and this model knows {limit:,} positions: "
+                f"give {self.fewer}"
+            )
+        return self
+
+    def fits_budget(self) -> bool:
+        return False  # whatever it is, all is held
+
+    @abstractmethod
+    def bound(self, shape: CacheShape, budget: float | None) -> ScopedBound:
+        """`bind`, of a budget that is 1 or left out."""
+
+    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> ScopedBound:
+        if budget is not None and budget < 1:
+            raise ValueError(
+                f"{self.name} keeps everything, so its budget is 1; got {budget}. What is read of it is a number of "
+                "tokens, which its options say"
+            )
+        return self.bound(shape, budget)
+
+
+@dataclass(frozen=True, eq=False)
+class ScopedBound(Bound):
+    method: Scoped
+
+    @property
+    def whole(self) -> bool:
+        """Whether all is read: then everything is dense."""
+        return self.budget is not None
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(unrotated=not self.whole)
+
+    @property
+    def reads_exactly(self) -> bool:
+        return self.whole
+
+    @abstractmethod
+    def reads(self) -> str:
+        """What is read, for whoever prints it."""
+
+    @abstractmethod
+    def reading(self, index: int) -> ScopedLayer:
+        """`layer`, where not all is read."""
+
+    def beside(self, tokens: int) -> int:
+        """Bytes that a layer holds for one row of `tokens` beside K and V."""
+        return 0
+
+    def __str__(self) -> str:
+        return f"{self.method.name}(reads {'everything' if self.whole else self.reads()})"
+
+    def layer(self, index: int) -> MemoryLayer:
+        return MemoryLayer(index) if self.whole else self.reading(index)
+
+    def layer_bytes(self, index: int, tokens: int) -> int:
+        return capacity(tokens) * self.shape.token_bytes + (0 if self.whole else self.beside(tokens))
+
+
+class ScopedLayer(MemoryLayer):
+    """All tokens dense, their keys un-rotated."""
+
+    method: Scoped
+
+    def __init__(self, index: int, bound: ScopedBound):
+        super().__init__(index, bound.needs)
+        self.bound, self.method = bound, bound.method
+
+    @abstractmethod
+    def read(
+        self,
+        p: Pass,
+        number: torch.Tensor,
+        stop: torch.Tensor,
+        longest: int,
+        asks: torch.Tensor | None = None,
+        square: bool = False,
+    ) -> torch.Tensor:
+        """Answers to queries that choose together: p.q of row b's tokens number[b], int64 [batch, queries], of which
+        the first stop[b] <= longest are seen. asks: which are there. square: all tokens of all rows ask. With p.sinks
+        it sets p.lse.
+
+        No shape depends on what the device knows.
+        """
+
+    def ahead(self, starts: list[int]) -> None:
+        """What has to be known before a stretch of row b from token starts[b] on is read."""
+
+    def taken(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys, un-rotated, and values of row b's tokens index [batch, n]: [batch, kv_heads, n, head_dim] each."""
+        rows = torch.arange(index.shape[0], device=index.device)[:, None]
+        k, v = (x[rows, :, index].transpose(1, 2) for x in self.dense.tensors())  # on a CPU half of what `gather` takes
+        return k, v
+
+    def refuse(self, p: Pass) -> None:
+        if p.causal and p.mask is None:
+            return
+        new = [p.q.shape[2]] * self.batch_size if p.valid is None else p.valid.sum(-1).tolist()
+        longest = max(row + more for row, more in zip(self.rows, new, strict=True))
+        if longest > self.method.plain:
+            what = "a 4D attention mask" if p.causal else "is_causal=False"
+            raise NotImplementedError(
+                f"{what} goes over tokens that are not read: of {longest:,} {self.method.name} reads "
+                f"{self.method.plain:,}. Pass a 2D mask and leave is_causal out"
+            )
+
+    def arrive(self, p: Pass) -> None:
+        p.k = p.unrotated()
+
+    def _adopt(self, source: MemoryLayer) -> None:
+        if max(source.rows) > self.method.takes:
+            raise ValueError(
+                f"{self.method.name} reads a prompt of more than {self.method.takes:,} tokens otherwise than a dense "
+                "cache does, so it cannot take over what that has read: let the model read the prompt into it"
+            )
+        super()._adopt(source)
+
+    # attention
+
+    def attend(self, p: Pass) -> torch.Tensor:
+        if max(self.dense.lengths) > self.method.plain:
+            return self.attend_in_stretches(p)
+        before = torch.tensor(self._before, device=p.q.device)[:, None]
+        real = torch.ones_like(p.q[:, 0, :, 0], dtype=torch.long) if p.valid is None else p.valid.long()
+        place = before + (real.cumsum(-1) - 1).clamp(min=0)
+        turned = replace(p, q=p.rotary.shift(p.module, p.q, p.known_positions(), place))
+        with self._turned(p):
+            out = super().attend(turned)
+            if p.sinks is not None:
+                p.lse = self.lse(turned)
+        return out
+
+    @contextmanager
+    def _turned(self, p: Pass) -> Iterator[None]:
+        """In here the stored keys are rotated to their places in the row."""
+        stored = self.dense.k
+        assert stored is not None
+        self.dense.k = at_places(p, stored)
+        try:
+            yield
+        finally:
+            self.dense.k = stored
+
+    def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """How a row reads the tokens from start to stop that a pass brings: those that are read plainly at once, then
+        borders at multiples of the chunk, wherever passes end."""
+        step = 1 if stop - start <= self.method.alone else self.method.chunk
+        border = self.method.plain // step * step
+        while start < stop:
+            border = max(border, (start // step + 1) * step)
+            yield start, min(border, stop)
+            start = border
+
+    def attend_in_stretches(self, p: Pass) -> torch.Tensor:
+        """`attend`, by stretches of each row; the first ones of all rows together, then the second ones."""
+        device, tokens = p.q.device, p.q.shape[2]
+        before = torch.tensor(self._before, device=device)[:, None]
+        rows = [list(self.stretches(*ends)) for ends in zip(self._before, self.dense.lengths, strict=True)]
+        order = torch.arange(tokens, device=device).expand(p.q.shape[0], -1)  # columns of a row's real tokens
+        if p.valid is not None:
+            order = torch.argsort((~p.valid).byte(), dim=-1, stable=True)
+        out = torch.zeros_like(p.q)
+        if p.sinks is not None:
+            wide = torch.float64 if p.q.dtype == torch.float64 else torch.float32
+            p.lse = torch.zeros(p.q.shape[:3], dtype=wide, device=device)
+        for turn in range(max(map(len, rows))):
+            ends = [row[turn] if turn < len(row) else (0, 0) for row in rows]
+            start, stop = torch.tensor(ends, device=device).T
+            self.ahead([first for first, _ in ends])
+            rank = torch.arange(max(b - a for a, b in ends), device=device)
+            asks = rank < (stop - start)[:, None]
+            column = order.gather(1, (start[:, None] - before + rank).clamp(0, tokens - 1))
+            there = column[:, None, :, None].expand(*p.q.shape[:2], -1, p.q.shape[3])
+            part = replace(p, q=p.q.gather(2, there), positions=p.known_positions().gather(1, column))
+            square = len(set(ends)) == 1 and not ends[0][0]
+            answer = self.read(part, start[:, None] + rank, stop, max(b for _, b in ends), asks, square)
+            row, number = asks.nonzero(as_tuple=True)
+            out[row, :, column[row, number]] = answer[row, :, number]
+            if p.lse is not None and part.lse is not None:
+                p.lse[row, :, column[row, number]] = part.lse[row, :, number]
+        return out
+
+    # steps
+
+    def unsteady(self) -> str | None:
+        return None
+
+    def arrive_step(self, p: Pass, step: Step) -> None:
+        self.arrive(p)
+
+    def attend_step(self, p: Pass, step: Step) -> torch.Tensor:
+        assert self.dense.k is not None
+        stop = step.seen[:, 0].long()
+        return self.read(p, stop[:, None] - 1, stop, self.dense.k.shape[2])
+
+
+def at_places(p: Pass, k: torch.Tensor) -> torch.Tensor:
+    """Keys [batch, kv_heads, n, head_dim] rotated to 0, 1, 2 ..."""
+    return p.rotary.rotate(p.module, k, torch.arange(k.shape[2], device=k.device).expand(k.shape[0], -1))

@@ -96,7 +96,7 @@ def kept(memory):
         if memory.method.method.name == "think":
             index = layer.store.channels[0].long()
             width = layer.bound.shape.head_dim
-        elif memory.method.method.name == "adakv":
+        elif memory.method.method.name in ("adakv", "kvzip"):
             items = [layer.head(head) for head in range(heads)]
             index, width = [x["position"][0, 0, : n[0]].long() for x, n in items], CONTEXT
         else:
@@ -119,7 +119,8 @@ def settled(dense, memory):
 
     with patch.object(cls, "score", noting):
         fork(dense, memory)
-    return memory, torch.cat(noted).unflatten(0, (len(memory.layers), -1))
+    rows = sum(layer.bound.shape.kv_heads for layer in memory.layers)  # kvzip asks again, layer by layer
+    return memory, torch.cat(noted)[:rows].unflatten(0, (len(memory.layers), -1))
 
 
 def apart(a, b, method):

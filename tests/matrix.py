@@ -179,6 +179,7 @@ LOSSY = {
     "adakv": lambda model: longwave.cache(model, OftenAda(**ENDS), budget=0.3),
     "speckv": lambda model: longwave.cache(model, OftenSpec(**ENDS), budget=0.3),
     "kvzip": lambda model: longwave.cache(model, OftenKVzip(chunk=20, lead=3, ask=(5, 6), **ENDS), budget=0.3),
+    "kvzip-uniform": lambda model: longwave.cache(model, OftenKVzip(chunk=20, uniform=True, **ENDS), budget=0.3),
     "attention_matching": lambda model: longwave.cache(model, OftenMatching(queries=8, stride=3, **ENDS), budget=0.3),
     "lm_infinite": lambda model: longwave.cache(model, longwave.LMInfinite(sinks=2, window=16)),
     "self_extend": lambda model: longwave.cache(model, longwave.SelfExtend(group=4, window=16)),

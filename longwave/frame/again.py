@@ -95,7 +95,7 @@ def _ends(decoder: Any, args: Any, kwargs: Any, out: Any) -> None:
         for layer in layers:
             layer.waiting = []
             with own_arithmetic(layer.device.type):
-                layer.settle()
+                layer.conclude()
     except BaseException:
         progress.broken = True
         raise
@@ -149,8 +149,8 @@ class Repeating(StandIn):
         """last: the tokens that are repeated, counted from the row's end."""
         super().__init__()
         self.layer, self.row, self.columns, self.repeat = layer, row, columns, repeat
-        self.held = layer.dense.lengths[row]
-        self.chunk = slice(self.held + last.start, self.held + last.stop)
+        near = layer.dense.lengths[row]  # of which these are the last
+        self.last, self.chunk = last, slice(near + last.start, near + last.stop)
 
     def get_seq_length(self) -> int:
         return self.columns
@@ -169,25 +169,48 @@ class Repeating(StandIn):
     ) -> torch.Tensor:
         layer = self.layer
         q, k, v = (x.detach().to(layer.dtype) for x in (q, *self.take()))
-        held_k, held_v = (x[self.row : self.row + 1, :, : self.held] for x in layer.dense.view())
-        self._note(q, k, held_k, scaling, sinks)
-        k, v = torch.cat([held_k, k], 2), torch.cat([held_v, v], 2)
+        out, group = torch.empty_like(q), q.shape[1] // k.shape[1]
+        for heads, held_k, held_v in layer.by_heads(self.row):
+            own = slice(heads.start * group, heads.stop * group)
+            learned = None if sinks is None else sinks[own]
+            out[:, own] = self._answer(q[:, own], heads, (held_k, held_v), (k[:, heads], v[:, heads]), scaling, learned)
+        return out
+
+    def _answer(
+        self,
+        q: torch.Tensor,
+        heads: slice,
+        held: tuple[torch.Tensor, torch.Tensor],
+        new: tuple[torch.Tensor, torch.Tensor],
+        scaling: float,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Of some KV heads, over K and V that are held and new ones."""
+        self._note(q, heads, new[0], held[0], scaling, sinks)
+        k, v = (torch.cat(pair, 2) for pair in zip(held, new, strict=True))
         out = last_attention(q, k, v, scaling)
         if sinks is not None:
-            seen = torch.arange(self.held + 1, k.shape[2] + 1, device=q.device)[None]
+            seen = torch.arange(held[0].shape[2] + 1, k.shape[2] + 1, device=q.device)[None]
             alone = mass.log_sum_exp(q, k, scaling, seen)
             out = (out * torch.sigmoid(alone - sinks.to(alone.dtype)[:, None])[..., None]).to(out.dtype)
         return out
 
     def _note(
-        self, q: torch.Tensor, k: torch.Tensor, held: torch.Tensor, scaling: float, sinks: torch.Tensor | None
+        self,
+        q: torch.Tensor,
+        heads: slice,
+        k: torch.Tensor,
+        held: torch.Tensor,
+        scaling: float,
+        sinks: torch.Tensor | None,
     ) -> None:
         """The most that each token of the chunk gets of q, into its column."""
-        chunk = held[:, :, self.chunk]
-        text = torch.cat([held[:, :, : min(self.repeat.sinks, self.chunk.start)], chunk], 2)
+        start, stop = held.shape[2] + self.last.start, held.shape[2] + self.last.stop
+        chunk = held[:, :, start:stop]
+        text = torch.cat([held[:, :, : min(self.repeat.sinks, start)], chunk], 2)
         after = torch.arange(1, k.shape[2] + 1, device=q.device)[None]
         lse = torch.logaddexp(mass.log_sum_exp(q, text, scaling, None), mass.log_sum_exp(q, k, scaling, after))
         if sinks is not None:
             lse = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
         column = self.layer.dense.column(self.repeat.column)
-        column[self.row, :, self.chunk] = mass.peak(q, chunk, scaling, None, lse=lse)[0].to(column.dtype)
+        column[self.row, heads, self.chunk] = mass.peak(q, chunk, scaling, None, lse=lse)[0].to(column.dtype)

@@ -98,7 +98,7 @@ class LongCache(Cache):
         """Forget everything; the next use may have another batch size."""
         self._progress.reached, self._progress.broken, self._progress.lent = None, False, None
         self._progress.parked, self._homes = False, None
-        self._progress.ids, self._progress.unheard = None, False
+        self._progress.ids, self._progress.unheard, self._progress.concluding = None, False, []
         for index, unused in enumerate(self._unused):
             if unused is None:
                 self.layers[index].reset()

@@ -7,7 +7,7 @@ right after, one layer at a time; later tokens see the compressed past.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,6 +67,11 @@ class MemoryLayer(Keeping):
         It may come later than its pass (see `patience`): what it needs of it is in the store's columns and `queries`.
         """
         self.dense.fit()
+
+    def conclude(self) -> None:
+        """Settle a text that all layers of a cache hold whole until the last has concluded, in their order: one that
+        was read again (`Needs.again`), or taken over. Methods whose layers share something override it."""
+        self.settle()
 
     def patience(self) -> int:
         """Longest forward pass, in tokens, whose `settle` may wait for `crop` while the past is recorded."""
@@ -189,6 +194,13 @@ class MemoryLayer(Keeping):
     def held(self) -> list[int]:
         """Tokens of each row that are held, in whatever form."""
         return list(self.dense.lengths)
+
+    def by_heads(self, row: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """K and V [1, heads, n, head_dim] of what a row holds dense, not to be written to: those KV heads together that
+        hold as many tokens, and which they are."""
+        k, v = self.dense.view()
+        n = self.dense.lengths[row]
+        yield slice(0, k.shape[1]), k[row : row + 1, :, :n], v[row : row + 1, :, :n]
 
     def answers(self) -> list[str]:
         """What attended over what is stored otherwise than dense, and why; nothing where all is dense."""
@@ -556,7 +568,7 @@ class MemoryLayer(Keeping):
             self.queries = queries.last(self.needs.queries, self.needs.every)
         self._fresh, self.scaling = False, scaling
         try:
-            self.settle()
+            self.conclude()
         except BaseException:
             self.progress.broken = True
             raise

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from longwave.methods.held import top
-from longwave.methods.ragged import RaggedBound
+from longwave.methods.ragged import Judged, RaggedBound, best_of_all
 from longwave.methods.snapkv import SnapKV
 
 
@@ -45,14 +45,12 @@ class AdaKV(SnapKV):
     def bound(self) -> type[RaggedBound]:
         return RaggedBound
 
-    def share_out(self, scores: list[torch.Tensor], free: list[torch.Tensor], keep: torch.Tensor) -> list[torch.Tensor]:
-        """Which of the free tokens stay in each head: bool [batch, n], as scores and free of that head; n differs.
-
-        In all heads together keep[b] times their number, the earlier head and token of equals."""
-        even = torch.floor(keep.double() * self.safeguard).long()
+    def share_out(self, heads: list[Judged], keep: torch.Tensor) -> list[torch.Tensor]:
+        """Which of the free tokens stay in each head: bool [batch, n] each, keep[b] of them in all."""
+        even = torch.floor(keep.double() / len(heads) * self.safeguard).long()
         worth = []
-        for score, may in zip(scores, free, strict=True):
-            score = score.masked_fill(~may, float("-inf"))
-            worth.append(score.masked_fill(top(score[:, None], even)[:, 0] & may, float("inf")))
-        chosen = top(torch.cat(worth, -1)[:, None], keep * len(scores))[:, 0]
-        return list(chosen.split([score.shape[-1] for score in scores], -1))
+        for head in heads:
+            score = head.score.masked_fill(~head.free, float("-inf"))
+            own = top(score[:, None], even)[:, 0] & head.free
+            worth.append(score.masked_fill(own, float("inf")))
+        return best_of_all(worth, heads, keep)

@@ -3,9 +3,9 @@
 Source: Expected Attention, arXiv 2510.00636: un-rotated queries are taken as Gaussian with mean m and covariance S; R
 is the rotation averaged over the next `ahead` positions. A key's expected weight is z = exp(mu k / sqrt(d) + k' C k /
 (2 d)) with mu = R m and C = R S R'; a token is worth (z / sum z, averaged over a group's query heads, + eps) times the
-length of its value. There the moments are those of the whole prompt; here of the last `queries` queries, one in
-`stride`, so that they can be brought up in steps and cost no d x d numbers a head. eps there is 0.02 in the paper, 0 in
-its code.
+length of its value. Sinks are outliers: as in the authors' code neither moments nor sums have them. There the moments
+are those of the whole prompt; here of the last `queries` queries, one in `stride`, so that they can be brought up in
+steps and cost no d x d numbers a head. eps there is 0.02 in the paper, 0 in its code.
 """
 
 from __future__ import annotations
@@ -60,22 +60,22 @@ class ExpectedAttention(Evicting):
         expected = (k @ mean[..., None])[..., 0] * held.scaling
         if self.covariance:
             expected += ((k @ covariance) * k).sum(-1) * (held.scaling**2 / 2)
-        real = torch.arange(k.shape[2], device=k.device) < held.lengths[:, None]
-        weight = expected.masked_fill(~real[:, None], float("-inf")).softmax(-1)
+        slots = torch.arange(k.shape[2], device=k.device)
+        counted = (slots >= self.sinks) & (slots < held.lengths[:, None])
+        weight = expected.masked_fill(~counted[:, None], torch.finfo(wide).min).softmax(-1)
         return (weight.unflatten(1, (v.shape[1], -1)).mean(2) + self.eps) * lengths
 
     def moments(self, held: Held, wide: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """mu [batch, query_heads, head_dim] and C [batch, query_heads, head_dim, head_dim] of queries to come; 0 where
-        none is remembered."""
+        none but sinks is remembered."""
         assert held.queries is not None
         assert held.rotation is not None
         q, positions = held.queries.q, held.queries.positions
         assert q is not None
         assert positions is not None
         plain = held.rotation.off(q.to(wide), positions)
-        counts = torch.tensor(held.queries.counts, device=q.device)
-        known = (torch.arange(q.shape[2], device=q.device) >= q.shape[2] - counts[:, None])[:, None, :, None]
-        many = counts.clamp(min=1)[:, None, None]
+        known = (held.queries.numbers() > self.sinks).to(q.device)[:, None, :, None]
+        many = known.sum(2).clamp(min=1)
         mean = (plain * known).sum(2) / many
         off = (plain - mean[:, :, None]) * known
         spread = off.mT @ off / many[..., None]

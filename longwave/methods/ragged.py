@@ -1,9 +1,12 @@
-"""Evicting where the heads of a layer hold different numbers of tokens: what left the window lies head behind head."""
+"""Evicting where the heads of a layer hold different numbers of tokens: what left the window lies head behind head.
+
+A method of these shares out what is kept by `share_out`, of the scores of all heads; `best_of_all` is its plain form.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -11,12 +14,11 @@ import torch
 from longwave.frame import MemoryLayer, Pass, Step
 from longwave.methods.evicting import EvictingBound
 from longwave.methods.evicting_layer import EvictingLayer
-from longwave.methods.held import Held, evictable, rising
+from longwave.methods.held import Held, evictable, rising, top
 from longwave.ops import mass as attention_mass
-from longwave.ops.attention.reference import dense_attention, ragged_step_attention
+from longwave.ops.attention.reference import dense_attention, ragged_step_attention, step_attention
 from longwave.store.ragged import RaggedBuffer
 from longwave.store.state import State, under, within
-from longwave.store.tokens import capacity
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +36,10 @@ class RaggedBound(EvictingBound):
 
     def _split(self, open_: int, behind: int) -> int:
         """Bytes of a row with so many tokens a head that are open, and in the mean so many behind them."""
-        slots = capacity(behind * self.shape.kv_heads)
         each = self.shape.token_bytes // self.shape.kv_heads + sum(
             dtype.itemsize for dtype in self.needs.columns().values()
         )
-        return self._bytes(open_) + slots * each + (4 * self.shape.kv_heads if slots else 0)
+        return self._bytes(open_) + (behind * each + 4) * self.shape.kv_heads * (behind > 0)
 
     def peak_bytes(self, tokens: int, batch: int = 1) -> int:
         if self.whole:
@@ -49,9 +50,34 @@ class RaggedBound(EvictingBound):
         return batch * (memory + self.shape.sliding_bytes(tokens))
 
 
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """The tokens of one head, of which some stay: score float32, place int64 (position in the text), free and always
+    bool [batch, n]. Free ones may go; those that always stay have left the window."""
+
+    score: torch.Tensor
+    place: torch.Tensor
+    free: torch.Tensor
+    always: torch.Tensor
+
+    def on(self, device: torch.device) -> Judged:
+        return Judged(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def best_of_all(scores: list[torch.Tensor], heads: list[Judged], keep: torch.Tensor) -> list[torch.Tensor]:
+    """Which keep[b] of the free tokens of all heads have the best scores [batch, n] (the heads' own, or others): bool
+    alike. Of equals those that stand earlier in the text, in all heads alike."""
+    worth = torch.cat(
+        [score.masked_fill(~head.free, float("-inf")) for score, head in zip(scores, heads, strict=True)], -1
+    )
+    order = torch.argsort(torch.cat([head.place for head in heads], -1), dim=-1, stable=True)
+    chosen = top(worth.gather(-1, order)[:, None], keep)[:, 0]
+    return list(torch.zeros_like(chosen).scatter(-1, order, chosen).split([score.shape[-1] for score in scores], -1))
+
+
 class RaggedLayer(EvictingLayer):
     """`dense` holds the window and what came since tokens last left it, `far` what is kept of those before, each head
-    its own number. `held` counts in the mean of heads, which is whole."""
+    its own number. `held` counts in the mean of heads, rounded down."""
 
     bound: RaggedBound
 
@@ -64,8 +90,19 @@ class RaggedLayer(EvictingLayer):
         self.far = RaggedBuffer(self.batch_size, key_states.shape[1], self.needs.columns())
 
     def held(self) -> list[int]:
-        mean = (sum(counts) // self.far.heads for counts in self.far.counts)
-        return [near + far for near, far in zip(self.dense.lengths, mean, strict=True)]
+        return [near + far // self.far.heads for near, far in zip(self.dense.lengths, self.far.totals, strict=True)]
+
+    def total(self, row: int) -> int:
+        """Tokens that all heads of a row hold together."""
+        return self.far.heads * self.dense.lengths[row] + sum(self.far.counts[row])
+
+    def room(self, row: int, undecided: int = 0) -> int:
+        """Tokens that they may hold."""
+        return self.far.heads * self._allowed(row, undecided)
+
+    def due(self, row: int, undecided: int = 0) -> bool:
+        least = self.far.heads * self.bound.method.every if self._arrived[row] <= 1 else 1
+        return self.total(row) - self.room(row, undecided) >= least
 
     def head(self, head: int) -> tuple[dict[str, torch.Tensor], list[int]]:
         """K, V and columns [batch, 1, n, ...] of one head, in order, zeros behind a row's end; tokens of each row."""
@@ -77,14 +114,24 @@ class RaggedLayer(EvictingLayer):
             }, self.dense.lengths
         lengths = [counts[head] + n for counts, n in zip(self.far.counts, self.dense.lengths, strict=True)]
         made = {}
-        for name, far in self.far.items().items():
-            made[name] = far.new_zeros(self.batch_size, 1, max(lengths), *far.shape[3:])
+        for name, far in self.far.items.items():
+            made[name] = far.new_zeros(self.batch_size, 1, max(lengths), *far.shape[1:])
             for row, length in enumerate(lengths):
-                place = self.far.place(row, head)
-                before = place.stop - place.start
-                made[name][row, :, :before] = far[row, :, place]
-                made[name][row, :, before:length] = near[name][row, own, : length - before]  # type: ignore[index]
+                own_far = far[self.far.place(row, head)]
+                made[name][row, 0, : len(own_far)] = own_far
+                made[name][row, :, len(own_far) : length] = near[name][row, own, : length - len(own_far)]  # type: ignore[index]
         return made, lengths
+
+    def by_heads(self, row: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        if not self.far:
+            yield from super().by_heads(row)
+            return
+        near = [x[row, :, : self.dense.lengths[row]] for x in self.dense.view()]
+        far = [self.far.items[name] for name in "kv"]
+        for head in range(self.far.heads):
+            own = self.far.place(row, head)
+            k, v = (torch.cat([x[own], y[head]])[None, None] for x, y in zip(far, near, strict=True))
+            yield slice(head, head + 1), k, v
 
     # what stays
 
@@ -97,10 +144,12 @@ class RaggedLayer(EvictingLayer):
         if not any(due) and not any(leaving):
             self.dense.fit()
             return
-        held = self.held()
-        lengths = [self._allowed(row, undecided) if due[row] else held[row] for row in rows]
+        totals = [self.room(row, undecided) if due[row] else self.total(row) for row in rows]
         ends = [n - out for n, out in zip(self.dense.lengths, leaving, strict=True)]  # of what stays open
-        kept = self._chosen(lengths, ends)
+        judged = self.judge(ends)
+        method: Any = self.bound.method
+        chosen = method.share_out(judged, self.sharing(judged, totals, ends))
+        kept = [own | head.always for own, head in zip(chosen, judged, strict=True)]
         parts: list[dict[str, torch.Tensor]] = []
         reals, counts = [], torch.stack([own.sum(-1) for own in kept], -1).tolist()
         for head, own in enumerate(kept):
@@ -131,22 +180,24 @@ class RaggedLayer(EvictingLayer):
         most = self.bound.method.every if self._arrived[row] <= 1 else 1
         return not self.bound.whole and self._leaving(row, undecided) >= most
 
-    def _chosen(self, lengths: list[int], ends: list[int]) -> list[torch.Tensor]:
-        """What `far` is to hold: bool [batch, n] a head, of all that is held; lengths[b] tokens in the mean of heads,
-        with the ends[b] last ones, which stay open."""
-        method, scores, free, always = self.bound.method, [], [], []
-        device = self.dense.k.device  # type: ignore[union-attr]
-        open_ = torch.tensor(ends, device=device)
+    def judge(self, ends: list[int]) -> list[Judged]:
+        """Every head's tokens but the ends[b] last ones, which stay open; these are neither free nor always kept."""
+        method, judged = self.bound.method, []
+        open_ = torch.tensor(ends, device=self.dense.k.device)  # type: ignore[union-attr]
         for head in range(self.far.heads):
             held = self._held(head)
-            slots = torch.arange(held.k.shape[2], device=device)
+            slots = torch.arange(held.k.shape[2], device=open_.device)
             behind = slots < (held.lengths - open_)[:, None]
-            free.append(evictable(method, held, held.lengths)[:, 0] & behind)
-            always.append(behind & ~free[-1])
-            scores.append(method.score(held)[:, 0].float())
-        keep = torch.tensor(lengths, device=device) - open_ - always[0].sum(-1)
-        chosen = method.share_out(scores, free, keep.clamp(min=0))  # type: ignore[attr-defined]
-        return [own | stays for own, stays in zip(chosen, always, strict=True)]
+            free = evictable(method, held, held.lengths)[:, 0] & behind
+            place = held.columns["position"][:, 0].long()
+            judged.append(Judged(method.score(held)[:, 0].float(), place, free, behind & ~free))
+        return judged
+
+    def sharing(self, judged: list[Judged], totals: list[int], ends: list[int]) -> torch.Tensor:
+        """How many free tokens stay, int64 [batch], where heads hold totals[b] together with the ends[b] open ones."""
+        open_ = [total - len(judged) * end for total, end in zip(totals, ends, strict=True)]
+        always = sum(head.always.sum(-1) for head in judged)
+        return (torch.tensor(open_, device=judged[0].free.device) - always).clamp(min=0)
 
     def _held(self, head: int) -> Held:
         """One head, as the only one of a layer."""
@@ -196,9 +247,23 @@ class RaggedLayer(EvictingLayer):
             yield head, slice(head * group, (head + 1) * group), before
 
     def _attend_one(self, p: Pass, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        far_k, far_v = self.far.slots.tensors()
-        assert self.far.ends is not None
-        return ragged_step_attention(p.q, far_k[:, 0], far_v[:, 0], self.far.ends, k, v, p.scaling, seen)
+        """All rows at once where they have as many slots, else one after the other."""
+        far, rows = self.far, self.batch_size
+        assert far.ends is not None
+        far_k, far_v = far.items["k"], far.items["v"]
+        if len(set(far.rooms)) == 1:
+            far_k, far_v = (x.view(rows, far.rooms[0], x.shape[-1]) for x in (far_k, far_v))
+            return ragged_step_attention(p.q, far_k, far_v, far.ends, k, v, p.scaling, seen)
+        parts = []
+        for row in range(rows):
+            own, slots = slice(row, row + 1), far.row(row)
+            q, near = p.q[own], (k[own], v[own])
+            if far.rooms[row]:
+                sides = far_k[None, slots], far_v[None, slots], far.ends[own]
+                parts.append(ragged_step_attention(q, *sides, *near, p.scaling, seen[own]))
+            else:
+                parts.append(step_attention(q, *near, p.scaling, seen[own]))
+        return torch.cat(parts)
 
     # steps
 
@@ -207,11 +272,14 @@ class RaggedLayer(EvictingLayer):
         k, _ = self.dense.view()
         seen = max(self.rows) + new
         if not self.bound.whole and (self.far or self.dense.longest + new >= window + every):
-            most = max(0, self.bound.most(seen, self.position) - window)
-            self.far.reserve(max(most * self.far.heads, self.far.slots.longest), k)
+            self.far.reserve([self._most(row, seen) for row in range(self.batch_size)], k)
         del k  # it would hold the old storage beside the new
         longest = self.dense.longest
         self.dense.reserve(longest + new if self.bound.whole else min(longest + new, max(longest, window + every) + 1))
+
+    def _most(self, row: int, seen: int) -> int:
+        """Slots that a row may need on the way to `seen` tokens, heads together."""
+        return self.far.heads * max(0, self.bound.most(seen, self.position) - self.bound.method.window)
 
     def release(self) -> None:
         super().release()
@@ -221,7 +289,7 @@ class RaggedLayer(EvictingLayer):
         return any(self.due(row) or self._full(row, 0) for row in range(self.batch_size))
 
     def attend_step(self, p: Pass, step: Step) -> torch.Tensor:
-        if self.far.slots.k is None:
+        if not self.far.items:
             return super().attend_step(p, step)
         k, v = self.dense.tensors()
         return self._attend_one(p, k, v, step.seen)
@@ -251,7 +319,7 @@ class RaggedLayer(EvictingLayer):
         parts = super().parts()
         if self.far.ends is None:
             return parts
-        columns = [*parts["columns"], *self.far.slots.columns.values()]
+        columns = [*parts["columns"], *self.far.columns()]
         return {**parts, "heads": self.far.tensors(), "columns": columns}
 
     def drop_last(self, counts: list[int]) -> None:

@@ -136,11 +136,11 @@ def test_the_layer_holds_its_budget_at_every_step():
 
 
 def test_bytes_say_what_heads_hold():
-    """Nothing is padded from one head to the other: the slots are as many as tokens, up to a block."""
+    """Nothing is padded from one head to the other: the slots are as many as tokens."""
     layer = run(layer_of(Often(tokens=100, safeguard=0, **SMALL)), *unlike(1, 400), [400])
     few, many = layer.far.counts[0]
     assert many > few + 64
-    slots = capacity(few + many) * (2 * 8 * 8 + 4)
+    slots = (few + many) * (2 * 8 * 8 + 4)
     near = capacity(7) * (2 * H * 8 * 8 + 4 * H)
     assert layer.nbytes == slots + near + 4 * H + layer.needs.nbytes(H * G, 8, 8)
     assert layer.nbytes == layer.bound.nbytes(400)
@@ -266,16 +266,40 @@ def test_a_ragged_buffer_refuses_what_does_not_fit_together():
     kept = torch.tensor([[True, True, True, False], [True, True, True, True]])
     x = torch.randn(2, 1, 4, 8)
     made.fill({"k": x, "v": x}, kept, [[1, 2], [0, 4]])
-    assert [made.place(0, 1), made.place(1, 0)] == [slice(1, 3), slice(0, 0)]
+    assert [made.place(0, 1), made.place(1, 0), made.place(1, 1)] == [slice(1, 3), slice(3, 3), slice(3, 7)]
     assert made.ends.tolist() == [[1, 3], [0, 4]]
-    for name, wrong in (("counts", [1, 2, 0, 3]), ("counts", [1, 2, 0]), ("ends", made.ends + 1)):
+    short = made.items["k"][1:]
+    for name, wrong in (
+        *(("counts", [1, 2, 0, 3]), ("counts", [1, 2, 0]), ("ends", made.ends + 1)),
+        *(("k", short), ("other", short)),
+    ):
         with pytest.raises(ValueError, match="heads"):
             RaggedBuffer(2, 2).load_state(made.state() | {name: wrong})
     other = RaggedBuffer(2, 2)
     other.load_state(made.state())
     other.drop_last([1, 0])
     assert other.counts == [[0, 1], [0, 4]]
-    assert torch.equal(other.slots.k[0, 0, 0], x[0, 0, 1])
+    assert torch.equal(other.items["k"][0], x[0, 0, 1])
+
+
+def test_rows_of_a_ragged_buffer_need_not_hold_as_much():
+    """No row is padded to another, in storage that stays where it is neither but for what it is given."""
+    made, x = RaggedBuffer(2, 2, {"mark": torch.float32}), torch.randn(2, 1, 4, 8)
+    mark = torch.arange(8.0).view(2, 1, 4)
+    made.fill({"k": x, "v": -x, "mark": mark}, torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).bool(), [[0, 1], [3, 1]])
+    assert len(made.items["k"]) == made.rooms[0] + made.rooms[1] == 5
+    made.reserve([4, 2], x)
+    assert made.rooms == [4, 4]
+    assert made.items["mark"][[0, *range(4, 8)]].tolist() == [0, 4, 5, 6, 7]
+    before = [t.data_ptr() for t in (*made.tensors(), *made.columns())]
+    made.fill({"k": x, "v": -x, "mark": mark}, torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1]]).bool(), [[1, 1], [0, 1]])
+    assert [t.data_ptr() for t in (*made.tensors(), *made.columns())] == before
+    made.release()
+    assert made.items["mark"].tolist() == [1, 2, 7]
+    made.select(torch.tensor([1, 0, 1]))
+    assert made.items["mark"].tolist() == [7, 1, 2, 7]
+    assert torch.equal(made.items["v"], -made.items["k"])
+    assert made.ends.tolist() == [[0, 1], [1, 2], [0, 1]]
 
 
 @pytest.mark.parametrize(

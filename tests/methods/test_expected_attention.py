@@ -49,6 +49,18 @@ def test_moments_are_those_of_the_last_queries_before_rotation(llama):
     assert float(torch.linalg.eigvalsh(covariance).min()) > -1e-9
 
 
+def test_sinks_are_left_out_of_the_moments(llama):
+    """As many queries remembered as were asked, or those of the sinks not."""
+    all_of_them, others = (settled(llama, replace(METHOD, queries=n)) for n in (50, 48))
+    for got, want in zip(*(METHOD.moments(held, torch.float64) for held in (all_of_them, others)), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_row_of_sinks_alone_is_finite(llama):
+    held = settled(llama, length=2)
+    assert torch.isfinite(METHOD.score(held)).all()
+
+
 def test_the_closed_form_is_the_mean_over_gaussian_queries():
     """E exp(q k / sqrt d) of q ~ N(mu, C), by a million draws."""
     g = torch.Generator().manual_seed(0)
@@ -72,14 +84,14 @@ def test_the_score_written_out(llama, covariance, eps):
             total = 0
             for head in (2 * h, 2 * h + 1):
                 z = []
-                for key in held.k[b, h].double():
+                for key in held.k[b, h, 2:].double():  # without sinks
                     power = mean[b, head] @ key * held.scaling
                     if covariance:
                         power = power + key @ spread[b, head] @ key * held.scaling**2 / 2
                     z.append(power.exp())
                 total = total + torch.stack(z) / sum(z)
-            want = (total / 2 + eps) * held.v[b, h].double().norm(dim=-1)
-            torch.testing.assert_close(got[b, h].double(), want, rtol=1e-3, atol=1e-6)
+            want = (total / 2 + eps) * held.v[b, h, 2:].double().norm(dim=-1)
+            torch.testing.assert_close(got[b, h, 2:].double(), want, rtol=1e-3, atol=1e-6)
 
 
 def test_with_a_large_eps_the_length_of_a_value_decides(llama):
@@ -93,7 +105,7 @@ def test_a_shorter_row_is_judged_by_its_own_tokens(llama):
     short = replace(held, lengths=torch.tensor([50, 30]))
     score = replace(METHOD, eps=0.0).score(short)
     assert not score[1, :, 30:].any()
-    assert bool((score[1, :, :30] > 0).all())
+    assert bool((score[1, :, 2:30] > 0).all())
 
 
 def test_what_goes_is_what_is_worth_least(llama):

@@ -2,7 +2,8 @@
 
 import copy
 import pickle
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -28,9 +29,27 @@ def eager():
     return model
 
 
+def column(layer, name):
+    """Of all heads, which hold as many: [batch, kv_heads, n]."""
+    return torch.cat([layer.head(head)[0][name] for head in range(2)], 1)
+
+
 def scores(memory):
     name = memory.method.method.repeat.column
-    return [layer.dense.column(name) for layer in memory.memory_layers()]
+    return [column(layer, name) for layer in memory.memory_layers()]
+
+
+def places(layer, row=0):
+    """What each head of a row holds, by its place in the text."""
+    found = []
+    for head in range(2):
+        items, lengths = layer.head(head)
+        found.append(items["position"][row, 0, : lengths[row]].tolist())
+    return found
+
+
+def total(memory, row=0):
+    return sum(layer.total(row) for layer in memory.memory_layers())
 
 
 def by_hand(eager, ids, repeat):
@@ -61,14 +80,103 @@ def test_scores_are_those_of_plain_attention(made, eager, repeat):
         torch.testing.assert_close(got[0], want.float(), rtol=1e-5, atol=1e-6)
 
 
-def test_those_of_highest_score_stay(made, eager):
+def test_those_of_highest_score_stay_of_all_heads_and_layers(made, eager):
     memory, ids = longwave.cache(made["llama"], longwave.KVzip(chunk=16, lead=3, **SMALL), budget=0.4), tokens(1, 60)
     read(made["llama"], memory, ids)
+    worth = torch.stack(by_hand(eager, ids[0], memory.method.method.repeat))[:, :, 2:52]
+    free = memory.method.limit(60) - 10
+    least = worth.flatten().topk(free * worth[..., 0].numel()).values[-1]
+    counts = set()
+    for layer, own in zip(memory.memory_layers(), worth, strict=True):
+        for share, held in zip(own, places(layer), strict=True):
+            assert held == [0, 1, *((share >= least).nonzero()[:, 0] + 2).tolist(), *range(52, 60)]
+            counts.add(len(held))
+    assert len(counts) > 2
+
+
+def test_uniform_gives_every_head_as_many(made, eager):
+    method = longwave.KVzip(chunk=16, lead=3, uniform=True, **SMALL)
+    memory, ids = longwave.cache(made["llama"], method, budget=0.4), tokens(1, 60)
+    read(made["llama"], memory, ids)
     kept = memory.method.limit(60) - 10
-    for layer, worth in zip(memory.memory_layers(), by_hand(eager, ids[0], memory.method.method.repeat), strict=True):
-        for head, places in enumerate(layer.dense.column("position")[0].tolist()):
+    for layer, worth in zip(memory.memory_layers(), by_hand(eager, ids[0], method.repeat), strict=True):
+        for head, held in enumerate(layer.dense.column("position")[0].tolist()):
             middle = sorted((worth[head, 2:52].topk(kept).indices + 2).tolist())
-            assert places == [0, 1, *middle, *range(52, 60)]
+            assert held == [0, 1, *middle, *range(52, 60)]
+
+
+@dataclass(frozen=True)
+class Often(longwave.KVzip):
+    every: ClassVar[int] = 8
+
+
+@pytest.mark.parametrize("given", [dict(tokens=24), {}], ids=["tokens", "budget"])
+def test_layers_together_hold_the_budget_in_every_turn(made, given):
+    """Shared anew after every prompt; between two, all get their even share of what is written."""
+    model, ids = made["llama"], left_padded(2, 160, [0, 20])
+    memory = longwave.cache(model, Often(chunk=16, **given, **SMALL), budget=None if given else 0.3)
+    layers, end, bound = list(memory.memory_layers()), 0, memory.method
+    heads, spreads = 2 * len(layers), []
+    for size in (60, *[1] * 20, 40, *[1] * 10, 2):
+        end += size
+        read(model, memory, ids[0][:, :end], ids[1])
+        for row in range(2):
+            even = bound.limit(layers[row].rows[row])
+            assert sum(layer.more[row] for layer in layers) == 0
+            assert heads * even <= total(memory, row) < heads * (even + (8 if size == 1 else 1))
+            assert total(memory, row) == sum(len(own) for layer in layers for own in places(layer, row))
+        if size > 1:
+            assert memory.nbytes == bound.nbytes(end, 2) - far_less(bound, end)
+            spreads.append([layer.more[0] for layer in layers])
+    assert any(spreads[0])
+    assert spreads[0] != spreads[1]
+
+
+def far_less(bound, end):
+    """Bytes that the second row, 20 tokens shorter, does not take behind the window."""
+    each = sum(bound.layer_bytes(index, end) - bound.layer_bytes(index, end - 20) for index in range(3))
+    return each
+
+
+def test_of_what_was_written_all_heads_keep_as_much(made):
+    """It has no score: of equals the earlier ones stay, in all heads as many up to one."""
+    model, ids = made["llama"], tokens(1, 120)
+    memory = longwave.cache(model, Often(chunk=16, **SMALL), budget=0.3)
+    read_in(model, memory, ids, (60, *[1] * 60))
+    for layer in memory.memory_layers():
+        left = layer.rows[0] - layer.dense.lengths[0]
+        written = [[place for place in held if 60 <= place < left] for held in places(layer)]
+        assert abs(len(written[0]) - len(written[1])) <= 1
+        assert len(written[0]) > 4
+
+
+def test_ragged_heads_are_read_again_as_they_are(made):
+    """What a row's heads give to the reading is what they hold, head by head."""
+    model, (ids, mask) = made["llama"], left_padded(2, 60, [0, 9])
+    memory = longwave.cache(model, longwave.KVzip(chunk=16, **SMALL), budget=0.3)
+    read(model, memory, ids, mask)
+    for layer in memory.memory_layers():
+        for row in range(2):
+            for head, (own, k, v) in enumerate(layer.by_heads(row)):
+                items, lengths = layer.head(head)
+                assert own == slice(head, head + 1)
+                assert torch.equal(k, items["k"][row : row + 1, :, : lengths[row]])
+                assert torch.equal(v, items["v"][row : row + 1, :, : lengths[row]])
+
+
+def test_what_layers_were_given_is_kept(made):
+    """In a state that is put back: the next steps hold as much of every layer."""
+    model, ids = made["llama"], tokens(1, 90)
+    memory, other = (longwave.cache(model, Often(chunk=16, **SMALL), budget=0.3) for _ in range(2))
+    read(model, memory, ids[:, :60])
+    for layer, twin in zip(memory.layers, other.layers, strict=True):
+        twin.load_state(copy.deepcopy(layer.state()), layer.device)
+    assert any(layer.more[0] for layer in other.layers)
+    assert torch.equal(read_in(model, memory, ids, (1,) * 20), read_in(model, other, ids, (1,) * 20))
+    assert [places(layer) for layer in memory.layers] == [places(layer) for layer in other.layers]
+    wrong = {**memory.layers[0].state(), "more": [0, 0]}
+    with pytest.raises(ValueError, match="rows differ in number"):
+        other.layers[0].load_state(wrong, memory.layers[0].device)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3next"])
@@ -82,7 +190,7 @@ def test_the_cache_is_as_if_it_had_been_read_once(made, name):
     assert torch.equal(got, want)
     for ours, theirs in zip(memory.layers, dense.layers, strict=True):
         if hasattr(theirs, "dense"):
-            assert all(map(torch.equal, ours.dense.view(), theirs.dense.view()))
+            assert all(map(torch.equal, ours.materialize(), theirs.materialize()))
             assert (ours.rows, ours.columns) == (theirs.rows, theirs.columns)
         elif hasattr(theirs, "keys"):
             assert torch.equal(ours.keys, theirs.keys)
@@ -223,6 +331,7 @@ def test_options_are_checked():
         (dict(lead=-1), "lead is a whole number of tokens"),
         (dict(ask="again"), "tokenizer"),
         (dict(ask=(1, -2)), "a token of ask"),
+        (dict(uniform=1), "uniform is True or False, got 1"),
         (dict(positions="slots"), "slots would turn"),
         (dict(store="kivi"), "leave store out"),
     ):

@@ -189,8 +189,8 @@ class Decoder:
         count, numbers = len(streams), len(contexts)
         lanes = len(streams[0].states)
         words = self._joined([stream.words.view(np.int16) for stream in streams])
-        first = torch.from_numpy(np.cumsum([0, *(len(stream.words) for stream in streams)])).to(self.device)
-        states = torch.from_numpy(np.stack([stream.states for stream in streams]).view(np.int32)).to(self.device)
+        first = _sent(np.cumsum([0, *(len(stream.words) for stream in streams)]), self.device)
+        states = _sent(np.stack([stream.states for stream in streams]).view(np.int32), self.device)
         symbols = torch.empty(count, numbers, dtype=torch.uint8, device=self.device)
         ends = torch.empty(count, dtype=torch.bool, device=self.device)
         with on_device(self.device):
@@ -201,11 +201,11 @@ class Decoder:
         escaped = [len(stream.escapes) for stream in streams]
         escapes = self._joined([stream.escapes for stream in streams])[:-1].split(escaped)
         found = (symbols == entropy.ESCAPE).sum(1)
-        return symbols, list(escapes), ends & (found == torch.tensor(escaped).to(self.device))
+        return symbols, list(escapes), ends & (found == _sent(np.array(escaped), self.device))
 
     def _joined(self, parts: Sequence[np.ndarray]) -> Tensor:
         """Parts one behind the other, and one number more, so that there is something."""
-        return torch.from_numpy(np.concatenate([*parts, np.zeros(1, parts[0].dtype)])).to(self.device)
+        return _sent(np.concatenate([*parts, np.zeros(1, parts[0].dtype)]), self.device)
 
 
 def numbers(symbols: Tensor, escapes: Tensor) -> Tensor:

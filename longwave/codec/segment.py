@@ -298,7 +298,7 @@ class SegmentCodec:
                 own = slice(layers.start, layers.stop)
                 for side, xs in zip(self._sides, ([one.k for one in some], [one.v for one in some]), strict=True):
                     given = torch.cat([x[own, raw:] for x in xs], 1)
-                    sums.append(_sum(given.unflatten(1, (count, n)).transpose(0, 1).flatten(1), 1)[:, None])
+                    sums.append(_sum(given.unflatten(1, (count, n)), 0, 2, 3, 4)[:, None])
                     x = given.to(self.device, self.dtype)
                     if side is self._sides[0]:
                         x = self._rotation.layers(own).unrotate(x, positions)

@@ -10,7 +10,7 @@ in a buffer of their own (a number emits one at most), escapes over the numbers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -117,12 +117,14 @@ class Encoder:
     def __init__(self, tables: Tables, device: torch.device):
         self.device, self._share = device, _shares(tables, device)
 
-    def encode(self, numbers: Tensor, contexts: Sequence[Tensor], fine: Tensor) -> list[list[bytes] | None]:
-        """The bytes that entropy.encode makes of each part of many segments' numbers int32 [segments, N], which it
-        overwrites; None of a segment that is not `fine` bool [segments], on the device as well.
+    def encode(
+        self, numbers: Tensor, contexts: Sequence[Tensor], fine: Tensor
+    ) -> Callable[[], list[list[bytes] | None]]:
+        """A function that gives the bytes that entropy.encode makes of each part of many segments' numbers int32
+        [segments, N], which are overwritten; None of a segment that is not `fine` bool [segments], on the device too.
 
-        contexts: of the parts, which lie one behind the other, uint8 [numbers]. The host waits for the device once, to
-        hear how many bytes there are, and then for these.
+        contexts: of the parts, which lie one behind the other, uint8 [numbers]. The device begins at once. Whoever asks
+        waits for it, to hear how many bytes there are, and then for these.
         """
         sizes, count = [len(part) for part in contexts], len(numbers)
         first = np.cumsum([0, *sizes]).astype(np.int32)
@@ -131,29 +133,36 @@ class Encoder:
             if size:
                 alike.setdefault(entropy.lanes(size), []).append(g)
         words = torch.empty(numbers.shape, dtype=torch.int16, device=self.device)
-        placed, borders = torch.cat(list(contexts)), _sent(first, self.device)
+        placed, begins = torch.cat(list(contexts)), _sent(first, self.device)
         told = [fine.int()]
         for lanes, groups in alike.items():
             heads = torch.empty(count, len(groups), HEAD, dtype=torch.int32, device=self.device)
             with on_device(self.device):
                 _encode_kernel[(count, len(groups))](
-                    numbers, words, heads, placed, borders, _sent(np.array(groups, np.int32), self.device),
+                    numbers, words, heads, placed, begins, _sent(np.array(groups, np.int32), self.device),
                     self._share, numbers.shape[1], HEAD=HEAD, LANES=lanes, num_warps=max(1, lanes // WARP),
                 )  # fmt: skip
             told.append(heads.flatten())
-        right, *heard = np.split(torch.cat(told).cpu().numpy(), np.cumsum([len(x) for x in told])[:-1])  # the wait
-        streams = [
-            (s, g, head[s, j, : 2 + lanes])
-            for (lanes, groups), head in zip(alike.items(), (x.reshape(count, -1, HEAD) for x in heard), strict=True)
-            for s in np.flatnonzero(right)
-            for j, g in enumerate(groups)
-        ]
-        own = _fetched([words[s, first[g + 1] - head[0] : first[g + 1]] for s, g, head in streams])
-        escapes = _fetched([numbers[s, first[g + 1] - head[1] : first[g + 1]] for s, g, head in streams])
-        made = [[b""] * len(sizes) for _ in right]
-        for (s, g, head), some, apart in zip(streams, own, escapes, strict=True):
-            made[s][g] = entropy.joined(some.view(np.uint16), head[2:].view(np.uint32), apart)
-        return [parts if ok else None for parts, ok in zip(made, right, strict=True)]
+        together, borders = torch.cat(told), np.cumsum([len(x) for x in told])[:-1]
+
+        def fetch() -> list[list[bytes] | None]:
+            right, *heard = np.split(together.cpu().numpy(), borders)  # the wait
+            streams = [
+                (s, g, head[s, j, : 2 + lanes])
+                for (lanes, groups), head in zip(
+                    alike.items(), (x.reshape(count, -1, HEAD) for x in heard), strict=True
+                )
+                for s in np.flatnonzero(right)
+                for j, g in enumerate(groups)
+            ]
+            own = _fetched([words[s, first[g + 1] - head[0] : first[g + 1]] for s, g, head in streams])
+            escapes = _fetched([numbers[s, first[g + 1] - head[1] : first[g + 1]] for s, g, head in streams])
+            made = [[b""] * len(sizes) for _ in right]
+            for (s, g, head), some, apart in zip(streams, own, escapes, strict=True):
+                made[s][g] = entropy.joined(some.view(np.uint16), head[2:].view(np.uint32), apart)
+            return [parts if ok else None for parts, ok in zip(made, right, strict=True)]
+
+        return fetch
 
 
 def _shares(tables: Tables, device: torch.device) -> Tensor:

@@ -236,14 +236,14 @@ def _given(one: Apart, known: bool = True) -> Given:
 def _curve(fitted: Fitted, segments: list[Apart], least: int, device: torch.device) -> tuple[tuple[int, float], ...]:
     """(step, size) down to SMALLEST: bytes of whole segments over those in 16 bits."""
     codec = SegmentCodec(fitted, least, device=device)
-    some, most = [_given(one) for one in segments], codec.together
+    some, most = [_given(one) for one in segments], codec._batch
     held = [codec._coefficients(some[first : first + most]) for first in range(0, len(some), most)]
     fixed = blob.SIZE + codec._id_bytes(TOKENS) + 4 * len(fitted.groups)
     dense = 2 * 2 * TOKENS * fitted.layers * fitted.width
     found: list[tuple[int, float]] = []
     step = least
     while True:
-        parts = [part for c, finite in held for one in codec._parts(c, step, True, finite) for part in one or ()]
+        parts = [part for c, finite in held for one in codec._parts(c, step, True, finite)() for part in one or ()]
         size = (fixed * len(some) + sum(map(len, parts))) / (dense * len(some))
         if found and size >= found[-1][1]:
             return tuple(found)  # nothing is left but the header

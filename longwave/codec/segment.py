@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -21,10 +21,11 @@ from longwave.codec.opened import Opened, runs
 from longwave.codec.placed import Placed
 from longwave.codec.predict import Tokens
 from longwave.codec.quantise import OCTAVE, quantise, restore, step_of
-from longwave.codec.streams import Streams
+from longwave.codec.streams import Parts, Streams
 from longwave.codec.transform import TOKENS, cosines
 
 RAW = 4  # first tokens of a text: nothing like the others, and attended to by all
+BATCHES = 4  # given at once: bytes of one are finished while the device makes the next's
 FINER = OCTAVE // 4  # steps are tried so far apart where a segment must fit
 
 
@@ -102,6 +103,11 @@ class SegmentCodec:
     @property
     def together(self) -> int:
         """Segments that are best given to `encode_many` in one call: 1 where they are coded one by one."""
+        batch = self._batch
+        return BATCHES * batch if batch > 1 else 1
+
+    @property
+    def _batch(self) -> int:
         return self._streams.encoded_together(2 * self.tokens * len(self.layers) * self._width)
 
     # a segment
@@ -163,8 +169,9 @@ class SegmentCodec:
     ) -> list[bytes]:  # fmt: skip
         """The bytes of several segments, those that `encode` makes of each. max_bytes: of all alike, or of each.
 
-        On a GPU many are coded side by side, `together` at a time, and the host waits once for these. The last bit of
-        products depends there on how many they are, so a number that lies between two steps may become the other.
+        On a GPU many are coded side by side, the host waits once for these, and finishes them while the next are under
+        way. The last bit of products depends there on how many they are, so a number that lies on the border of two may
+        become the other.
         """
         known, places = (x if x is not None else [None] * len(ks) for x in (ids, starts))
         limits = max_bytes if isinstance(max_bytes, Sequence) else [max_bytes] * len(ks)
@@ -172,11 +179,16 @@ class SegmentCodec:
         alike: dict[Any, list[int]] = {}
         for i, one in enumerate(given):
             alike.setdefault(one.kind, []).append(i)
-        made, most = [b""] * len(given), self.together
+        made, most = [b""] * len(given), self._batch
+        behind: Iterator[None] = iter(())
         for same in alike.values():
             for some in (same[first : first + most] for first in range(0, len(same), most)):
-                for i, blob in zip(some, self._fitting([given[i] for i in some]), strict=True):
-                    made[i] = blob
+                coming = self._fitting(given, some, made)
+                next(coming)  # the device has begun
+                next(behind, None)
+                next(coming)  # its bytes are there
+                behind = coming
+        next(behind, None)
         return made
 
     @torch.no_grad()
@@ -240,22 +252,28 @@ class SegmentCodec:
         known, start = self._placed(k, v, ids, start)
         return Given(k, v, known, start, min(RAW, n) if start == 0 else 0, self.bound(n, max_bytes, start=start))
 
-    def _fitting(self, some: list[Given]) -> list[bytes]:
-        """The bytes of segments that are alike, each with the least step from this codec's own on that fits."""
-        made, left, step = [b""] * len(some), list(range(len(some))), self.step
-        coefficients, finite = self._coefficients(some)
-        while left:
-            parts = self._parts(coefficients, step, some[0].ids is not None, finite)
+    def _fitting(self, given: list[Given], some: list[int], made: list[bytes]) -> Iterator[None]:
+        """Have `made` hold the bytes of some segments that are alike, each with the least step from this codec's own on
+        that fits. Stops when the device has begun, and when what it made is there."""
+        left, step, known = some, self.step, given[some[0]].ids is not None
+        coefficients, finite = self._coefficients([given[i] for i in some])
+        begun = self._parts(coefficients, step, known, finite)
+        yield
+        parts = begun()
+        yield
+        while True:
             for i, own in zip(left, parts, strict=True):
                 if own is None and step == self.step:
-                    _check_finite(some[i])
-                made[i] = self._packed(some[i], step, own)
+                    _check_finite(given[i])
+                made[i] = self._packed(given[i], step, own)
             again = [place for place, i in enumerate(left) if not made[i]]
+            if not again:
+                return
             if len(again) < len(left):
                 left, index = [left[place] for place in again], self._sent(np.array(again, np.int64))
                 coefficients, finite = coefficients[index], finite[index]
             step += FINER
-        return made
+            parts = self._parts(coefficients, step, known, finite)()
 
     def _packed(self, one: Given, step: int, parts: list[bytes] | None) -> bytes:
         """A segment's bytes at a step; as K and V are where that takes less, or parts are none since it has numbers
@@ -306,9 +324,9 @@ class SegmentCodec:
                     next(targets).copy_((along @ c.unflatten(0, (count, n))).mT)
         return made, torch.cat(sums, 1).isfinite().all(1).to(self.device)
 
-    def _parts(self, coefficients: Tensor, step: int, known: bool, finite: Tensor) -> list[list[bytes] | None]:
-        """Each segment's parts at this codec's own step or a larger one, of `_coefficients`; None where they cannot
-        be."""
+    def _parts(self, coefficients: Tensor, step: int, known: bool, finite: Tensor) -> Callable[[], Parts]:
+        """A function that gives each segment's parts at this codec's own step or a larger one, of `_coefficients`; None
+        where they cannot be. A GPU begins at once."""
         numbers, right = self._numbers(coefficients, step, known)
         n = coefficients.shape[2]
         contexts = [self._contexts(g, step, n, known) for g in range(len(self.groups))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from longwave.codec.entropy import Stream, Tables
 from longwave.ops.kernels import choice, wants_triton
 
 TOGETHER = 256  # segments decoded: enough for a GPU to have something to do while one waits for its loads
-NUMBERS = 2**28  # encoded: 32 segments of an 8B model
+NUMBERS = 2**27  # encoded: 16 segments of an 8B model
+
+Parts = list[list[bytes] | None]  # of each of some segments
 
 
 class Streams:
@@ -30,16 +32,20 @@ class Streams:
         self.place = device if module else torch.device("cpu")
 
     def encoded_together(self, numbers: int) -> int:
-        """Segments of so many numbers that it encodes best in one call."""
+        """Segments of so many numbers that it encodes side by side."""
         return max(1, NUMBERS // numbers) if self._module else 1
 
-    def encode(self, numbers: Tensor, contexts: Sequence[Tensor], fine: Tensor) -> list[list[bytes] | None]:
-        """The parts of each of some segments, whose numbers int32 [segments, N] lie one part behind the other and are
-        overwritten; None of one that is not `fine` bool [segments]. contexts: of the parts, uint8 [numbers]."""
+    def encode(self, numbers: Tensor, contexts: Sequence[Tensor], fine: Tensor) -> Callable[[], Parts]:
+        """A function that gives the parts of each of some segments, whose numbers int32 [segments, N] lie one part
+        behind the other and are overwritten; None of one that is not `fine` bool [segments]. contexts: of the parts,
+        uint8 [numbers]. A GPU begins at once; whoever asks waits."""
         if self._encoder is not None:
-            made: list[list[bytes] | None] = self._encoder.encode(numbers, contexts, fine)
-            return made
-        found: list[list[bytes] | None] = []
+            begun: Callable[[], Parts] = self._encoder.encode(numbers, contexts, fine)
+            return begun
+        return lambda: self._encoded(numbers, contexts, fine)
+
+    def _encoded(self, numbers: Tensor, contexts: Sequence[Tensor], fine: Tensor) -> Parts:
+        found: Parts = []
         for row, ok in zip(numbers.cpu(), fine.tolist(), strict=True):
             parts = zip(row.split([len(part) for part in contexts]), contexts, strict=True)
             found.append([entropy.encode(q.numpy(), c.numpy(), self._tables) for q, c in parts] if ok else None)

@@ -65,7 +65,7 @@ def encoded_on_device(several, contexts, fine=None):
     fine = [True] * len(several) if fine is None else fine
     placed = [torch.from_numpy(part).to(DEVICE) for part in contexts]
     numbers = torch.from_numpy(several).to(DEVICE)
-    return module.Encoder(TABLES, DEVICE).encode(numbers, placed, torch.tensor(fine, device=DEVICE))
+    return module.Encoder(TABLES, DEVICE).encode(numbers, placed, torch.tensor(fine, device=DEVICE))()
 
 
 @pytest.mark.parametrize("counts", [(1,), (9, 130), (300, 0, 601, 257), (2100, 7)], ids=str)

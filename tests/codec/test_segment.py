@@ -128,7 +128,7 @@ def test_triton_encodes_the_same(fitted, monkeypatch):
     codec = one.codec.at(0.06, device=DEVICE)
     assert codec.together > 100
     monkeypatch.setattr(streams, "NUMBERS", 2 * 2 * 128 * 2 * 2 * 8)
-    assert codec.together == 2
+    assert codec.together == 4 * 2
     assert codec.encode_many(ks, vs, ids=ids, starts=starts, max_bytes=limits) == expected
     vs[4] = vs[4].clone()
     vs[4][1, -1, 0, 0] = float("nan")

@@ -32,11 +32,12 @@ from benchmarks.endtoend import build
 from benchmarks.family import Peak
 from longwave.cli.console import show_table
 from longwave.codec import Effort, codec_for, fit
+from longwave.codec.coder import SINKS, WINDOW
 from longwave.frame import cache_argument
 from longwave.models import load_tokenizer, locate
 from longwave.plan.automatic import own_texts
 from longwave.saved import read_coded
-from longwave.saved.coded import SINKS, WINDOW, encode, segments
+from longwave.saved.coded import encode, segments
 
 COMPARED = 3  # segments
 FAR = 0.9  # relative error of K and V that are restored

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longwave.codec import CodecError, blob, entropy, streams
 from longwave.codec.segment import RAW, SegmentCodec
@@ -134,6 +135,30 @@ def test_triton_encodes_the_same(fitted, monkeypatch):
     vs[4][1, -1, 0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):
         codec.encode_many(ks, vs, ids=ids, starts=starts)
+
+
+class Asked(TorchDispatchMode):
+    """Counts what a host would have to wait for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero)
+        self.count += func.overloadpacket in waits
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_device_is_asked_for_no_single_number_while_it_encodes(fitted, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here is none")
+    monkeypatch.setenv("LONGWAVE_KERNELS", "triton")
+    monkeypatch.setattr(entropy, "PER_LANE", 16)
+    one = fitted("qwen3")
+    codec, parts = one.codec.at(0.06, device=DEVICE), [one.part(start, start + 16) for start in (0, 16, 32)]
+    ks, vs, ids = zip(*parts, strict=True)
+    codec.encode_many(ks, vs, ids=ids, starts=[0, 16, 32])  # contexts are made
+    with Asked() as asked:
+        codec.encode_many(ks, vs, ids=ids, starts=[0, 16, 32], max_bytes=codec.bound(16))
+    assert asked.count == 0
 
 
 def test_groups_of_layers_that_nobody_asks_for_are_not_decoded(small, monkeypatch):

@@ -46,3 +46,14 @@ class Parted(Raw):
 
     def parts(self):
         return self.own
+
+
+class Several(Raw):
+    """The same, three segments at a time. many: how many there were in each call."""
+
+    together = 3
+
+    def encode_many(self, ks, vs, *, ids, starts, max_bytes):
+        self.many = (*getattr(self, "many", ()), len(ks))
+        every = zip(ks, vs, ids, starts, max_bytes, strict=True)
+        return [self.encode(k, v, ids=i, start=start, max_bytes=most) for k, v, i, start, most in every]

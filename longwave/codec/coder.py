@@ -15,8 +15,9 @@ class Coder(Protocol):
 
     tokens: of a segment at most. fingerprint: of all that a blob's meaning depends on. A coder may have `groups`, the
     memory layers that it decodes best together; without them that is each alone. It may have `parts`, coders of these
-    groups alone, in order. It may have `decode_many`, as SegmentCodec has: on a GPU that is what it is fast by. One
-    that is `lossless` gives back what it was given, and the ends of rows beside it stay as they are, too.
+    groups alone, in order. It may have `decode_many`, as SegmentCodec has, and `encode_many`, for as many segments as
+    its `together` says: on a GPU that is what it is fast by. One that is `lossless` gives back what it was given, and
+    the ends of rows beside it stay as they are, too.
     """
 
     tokens: int
@@ -89,21 +90,38 @@ class Room(Share):
         return f"{self._room:,} are left for {self._left:,} tokens"
 
 
-def encode_in(
+def run_of(coder: Coder) -> int:
+    """Tokens that follow each other and are best given to `encode_all` at once."""
+    return coder.tokens * int(getattr(coder, "together", 1))
+
+
+def encode_all(
     coder: Coder, room: Share, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor, start: int, row: int = 0
-) -> Any:
-    """The blob of a row's segment k, v [layers, n, kv_heads, head_dim], ids [n]. ValueError where the coder takes more
-    than it may."""
-    n = k.shape[1]
-    most = room.most(n)
-    blob = coder.encode(k, v, ids=ids, start=start, max_bytes=most)
-    if len(blob) > most:
-        raise ValueError(
-            f"the codec takes {len(blob):,} bytes for tokens {start} to {start + n - 1} of row {row}, which may have "
-            f"{most:,} ({room}): give a larger size"
-        )
-    room.take(n, len(blob))
-    return blob
+) -> list[Any]:
+    """The blobs of a row's tokens k, v [layers, n, kv_heads, head_dim], ids [n], segment by segment. ValueError where
+    the coder takes more than it may.
+
+    Side by side, where the coder can, each may take what it might if it were the first; what then is too much for a
+    later one is coded again.
+    """
+    starts = list(range(start, start + k.shape[1], coder.tokens))
+    ks, vs, own = (x.split(coder.tokens, dim) for x, dim in ((k, 1), (v, 1), (ids, 0)))
+    blobs: list[Any] = [None] * len(starts)
+    many = getattr(coder, "encode_many", None)
+    if many is not None and len(starts) > 1:
+        blobs = many(ks, vs, ids=own, starts=starts, max_bytes=[room.most(x.shape[1]) for x in ks])
+    for i, first in enumerate(starts):
+        n = ks[i].shape[1]
+        most = room.most(n)
+        if blobs[i] is None or len(blobs[i]) > most:
+            blobs[i] = coder.encode(ks[i], vs[i], ids=own[i], start=first, max_bytes=most)
+        if len(blobs[i]) > most:
+            raise ValueError(
+                f"the codec takes {len(blobs[i]):,} bytes for tokens {first} to {first + n - 1} of row {row}, which "
+                f"may have {most:,} ({room}): give a larger size"
+            )
+        room.take(n, len(blobs[i]))
+    return blobs
 
 
 def decode_all(

@@ -7,7 +7,7 @@ run them side by side. Layout: uint32 words, uint32 escapes (how many), a uint32
 where all fit, else int32).
 
 `encode_words` and `decode_words` are the reference, a row of lanes at a time in numpy; entropy_numba.py does the same
-one number at a time, compiled, and entropy_triton.py decodes on a GPU, many strings side by side.
+one number at a time, compiled, and entropy_triton.py on a GPU, many strings side by side.
 """
 
 from __future__ import annotations
@@ -104,13 +104,17 @@ def encode(q: NDArray[np.int32], contexts: NDArray[np.uint8], tables: Tables, co
         return b""
     symbols = np.where(np.abs(q) <= REACH, q + REACH, ESCAPE)
     symbols[tables.frequency[contexts, symbols] == 0] = ESCAPE
-    apart = q[symbols == ESCAPE]
-    narrow = apart.astype("<i2")
-    escapes = (narrow if (narrow == apart).all() else apart.astype("<i4")).tobytes()
     work = _compiled() if compiled else None
     words, states = (work.encode_words if work else encode_words)(symbols.astype(np.uint8), contexts, tables)
-    head = np.array([len(words), len(apart), *states], dtype="<u4").tobytes()
-    return b"".join((head, words.astype("<u2").tobytes(), escapes))
+    return joined(words, states, q[symbols == ESCAPE])
+
+
+def joined(words: NDArray[np.uint16], states: NDArray[np.uint32], escapes: NDArray[np.int32]) -> bytes:
+    """A string of its parts, as `Stream` has them."""
+    head = np.array([len(words), len(escapes), *states], dtype="<u4").tobytes()
+    narrow = escapes.astype("<i2")
+    tail = narrow if (narrow == escapes).all() else escapes.astype("<i4")
+    return b"".join((head, words.astype("<u2").tobytes(), tail.tobytes()))
 
 
 @dataclass(frozen=True, eq=False)

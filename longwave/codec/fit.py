@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +19,9 @@ from longwave.codec import blob, entropy
 from longwave.codec.calibrate import Apart, Calibration, Effort, Progress, calibrate
 from longwave.codec.file import Codec
 from longwave.codec.fitted import Basis, Fitted, Scales, Side
+from longwave.codec.given import Given
 from longwave.codec.predict import RIDGES, Moments, features
-from longwave.codec.quantise import OCTAVE, quantise, step_of
+from longwave.codec.quantise import OCTAVE, step_of
 from longwave.codec.segment import SegmentCodec
 from longwave.codec.transform import BANDS, TOKENS, bands, principal
 from longwave.plan.automatic import own_texts
@@ -189,14 +189,12 @@ def _scaled(fitted: Fitted, segments: list[Apart], device: torch.device) -> Fitt
     for kind in ("known", "blind"):
         sums: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for one in segments:
-            ids = one.ids.numpy() if kind == "known" else None
-            for g, pair in enumerate(codec._coefficients(one.k, one.v, ids, one.start, 0)):
-                for number, c in enumerate(pair):
-                    c = c.cpu().double()
-                    by_band = torch.zeros(len(c), BANDS, dtype=torch.float64).index_add_(1, band, c.abs())
-                    new = by_band, c.square().mean(1)
-                    old = sums.get((number, g))
-                    sums[number, g] = new if old is None else (old[0] + new[0], old[1] + new[1])
+            c = codec._coefficients([_given(one, kind == "known")])[0][0].cpu().double()
+            sizes = [len(side.bases[g].axes[0]) for g in range(len(fitted.groups)) for side in (fitted.k, fitted.v)]
+            for place, own in enumerate(c.split(sizes)):
+                by_band = torch.zeros(len(own), BANDS, dtype=torch.float64).index_add_(1, band, own.abs())
+                new, old = (by_band, own.square().mean(1)), sums.get((place % 2, place // 2))
+                sums[place % 2, place // 2] = new if old is None else (old[0] + new[0], old[1] + new[1])
         for (number, g), (absolute, square) in sums.items():
             found[number][g][kind] = Scales.of(_smoothed(absolute, share * len(segments)), square / len(segments))
     sides = []
@@ -221,32 +219,32 @@ def _tables(fitted: Fitted, segments: list[Apart], least: int, device: torch.dev
     codec = SegmentCodec(fitted, least, device=device)
     counts = np.zeros(entropy.CONTEXTS * 256, np.int64)
     for one in segments:
-        coefficients = codec._coefficients(one.k, one.v, one.ids.numpy(), one.start, 0)
+        coefficients, _ = codec._coefficients([_given(one)])
         for step in range(least, least + 6 * OCTAVE, OCTAVE):
-            for g, pair in enumerate(coefficients):
-                numbers = []
-                for side, c in zip(codec._sides, pair, strict=True):
-                    chosen = np.searchsorted(side.coded(g, least, True), side.coded(g, step, True))
-                    numbers.append(
-                        quantise(c[torch.from_numpy(chosen).to(c.device)], step_of(step)).flatten().cpu().numpy()
-                    )
-                q = np.concatenate(numbers)
-                symbols = np.where(np.abs(q) <= entropy.REACH, q + entropy.REACH, entropy.ESCAPE)
-                contexts = codec._contexts(g, step, TOKENS, True).astype(np.int64)
-                counts += np.bincount(contexts * 256 + symbols, minlength=len(counts))
+            q = codec._numbers(coefficients, step, True)[0].flatten().cpu().numpy()
+            symbols = np.where(np.abs(q) <= entropy.REACH, q + entropy.REACH, entropy.ESCAPE)
+            parts = [codec._contexts(g, step, TOKENS, True) for g in range(len(fitted.groups))]
+            contexts = torch.cat(parts).cpu().numpy().astype(np.int64)
+            counts += np.bincount(contexts * 256 + symbols, minlength=len(counts))
     return entropy.learned(counts.reshape(entropy.CONTEXTS, 256))
+
+
+def _given(one: Apart, known: bool = True) -> Given:
+    return Given(one.k, one.v, one.ids.numpy() if known else None, one.start, raw=0)
 
 
 def _curve(fitted: Fitted, segments: list[Apart], least: int, device: torch.device) -> tuple[tuple[int, float], ...]:
     """(step, size) down to SMALLEST: bytes of whole segments over those in 16 bits."""
     codec = SegmentCodec(fitted, least, device=device)
-    held: list[Any] = [codec._coefficients(one.k, one.v, one.ids.numpy(), one.start, 0) for one in segments]
+    some, most = [_given(one) for one in segments], codec._batch
+    held = [codec._coefficients(some[first : first + most]) for first in range(0, len(some), most)]
     fixed = blob.SIZE + codec._id_bytes(TOKENS) + 4 * len(fitted.groups)
     dense = 2 * 2 * TOKENS * fitted.layers * fitted.width
     found: list[tuple[int, float]] = []
     step = least
     while True:
-        size = sum(fixed + sum(map(len, codec._parts(c, step, TOKENS, True))) for c in held) / (dense * len(held))
+        parts = [part for c, finite in held for one in codec._parts(c, step, True, finite)() for part in one or ()]
+        size = (fixed * len(some) + sum(map(len, parts))) / (dense * len(some))
         if found and size >= found[-1][1]:
             return tuple(found)  # nothing is left but the header
         found.append((step, size))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from longwave.codec.coder import SINKS, WINDOW, Coder, Share, decode_all, encode_in, together
+from longwave.codec.coder import SINKS, WINDOW, Coder, Share, decode_all, encode_all, run_of, together
 from longwave.codec.latest import Latest
 from longwave.frame import MemoryLayer
 from longwave.frame.attention import own_arithmetic
@@ -85,14 +85,15 @@ class Middle:
             ends.append(end)
         if not ends:
             return
-        column = layers[0].dense.column("token")[0, 0]
+        column, run = layers[0].dense.column("token")[0, 0], run_of(part.coder)
+        ids = column[first - part.tokens : ends[-1] - part.tokens].long().cpu()
         blobs = []
-        for start, stop in zip([first, *ends], ends, strict=False):
+        for start in range(first, ends[-1], run):
+            stop = min(start + run, ends[-1])
             k, v = gathered(layers, 0, start, stop)
-            ids = column[start - part.tokens : stop - part.tokens].long().cpu()
             with own_arithmetic(k.device.type):
-                blob = encode_in(part.coder, part.room, k, v, ids, start)
-            blobs.append(torch.frombuffer(bytearray(blob), dtype=torch.uint8))
+                made = encode_all(part.coder, part.room, k, v, ids[start - first : stop - first], start)
+            blobs += [torch.frombuffer(bytearray(blob), dtype=torch.uint8) for blob in made]
         part.blobs, part.tokens = [*part.blobs, *blobs], ends[-1] - SINKS
         for layer in layers:
             layer.dense.drop(SINKS, [ends[-1] - first])

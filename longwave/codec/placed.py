@@ -42,26 +42,24 @@ class Placed:
             return self.mean[columns]
         return tokens.times(self.predictor[:, columns])
 
-    def coefficients(self, x: Tensor, tokens: Tokens | None) -> list[Tensor]:
-        """What prediction leaves of x [n, channels], weighed, along the axes that are coded at `step`: [n, m] of each
-        group. Only that of the prediction is made which lies along them: it is a half or less."""
-        known = tokens is not None
-        left = (x - self.mean) * self.weight
-        found = [left[:, cut] @ self.axes(g, self.step, known) for g, cut in enumerate(self.columns)]
+    def coefficients(self, group: int, x: Tensor, tokens: Tokens | None) -> Tensor:
+        """What prediction leaves of x [n, channels of a group], weighed, along the axes that are coded at `step`:
+        [n, m]. Only that of the prediction is made which lies along them: it is a half or less."""
+        cut = self.columns[group]
+        found = ((x - self.mean[cut]) * self.weight[cut]) @ self.axes(group, self.step, tokens is not None)
         if tokens is None or not len(self.predictor):
             return found
-        predicted = tokens.times(self._along).split([c.shape[1] for c in found], 1)
-        return [c - some for c, some in zip(found, predicted, strict=True)]
+        return found - tokens.times(self._along[group])
 
     @cached_property
-    def _along(self) -> Tensor:
-        """The predictor, less the mean, along the axes of all groups: [2r + 1, components]."""
-        parts = []
-        for g, cut in enumerate(self.columns):
+    def _along(self) -> list[Tensor]:
+        """The predictor, less the mean, along the axes of each group: [2r + 1, m]."""
+        found = []
+        for cut, axes in zip(self.columns, self._held, strict=True):
             w = self.predictor[:, cut].clone()
             w[-1] -= self.mean[cut]
-            parts.append((w * self.weight[cut]) @ self._held[g])
-        return torch.cat(parts, 1)
+            found.append((w * self.weight[cut]) @ axes)
+        return found
 
     def scales(self, group: int, known: bool) -> Scales:
         basis = self.bases[group]
@@ -70,13 +68,19 @@ class Placed:
     def coded(self, group: int, step: int, known: bool) -> np.ndarray:
         return self.scales(group, known).coded(step)
 
+    def chosen(self, group: int, step: int, known: bool) -> np.ndarray:
+        """Which of the components that are coded at this codec's own step are coded at a larger one."""
+        return np.searchsorted(self.coded(group, self.step, known), self.coded(group, step, known))
+
     def axes(self, group: int, step: int, known: bool) -> Tensor:
         """[g H D, components coded]."""
-        return self._held[group] if known and step == self.step else self._axes(group, step, known)
+        if not known or step < self.step:
+            return self._axes(group, step, known)
+        held = self._held[group]
+        if step == self.step:
+            return held
+        return held[:, torch.from_numpy(self.chosen(group, step, known)).to(self.device, non_blocking=True)]
 
     def _axes(self, group: int, step: int, known: bool) -> Tensor:
-        return (
-            self.bases[group]
-            .orthonormal[:, torch.from_numpy(self.coded(group, step, known))]
-            .to(self.device, self.dtype)
-        )
+        coded = torch.from_numpy(self.coded(group, step, known))
+        return self.bases[group].orthonormal[:, coded].to(self.device, self.dtype)

@@ -51,8 +51,9 @@ def features(table: Tensor, ids: Tensor, before: int | None = None, dtype: torch
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """f_t of consecutive tokens, those that repeat once. own [u, r]: embeddings of distinct tokens. now, before int64:
-    which is each token's, and which that of the one before it; a first token that follows nothing has none there."""
+    """f_t of s segments of consecutive tokens, those that repeat once. own [u, r]: embeddings of distinct tokens. now,
+    before int64 [s, n]: which is each token's, and which that of the one before it; a first token that follows nothing
+    has none there."""
 
     own: Tensor
     now: Tensor
@@ -60,17 +61,18 @@ class Tokens:
 
     @classmethod
     def of(cls, table: Tensor, ids: NDArray[np.int64], first: int, dtype: torch.dtype) -> Tokens:
-        """Of tokens number `first` on; the one before is known, or there is none."""
+        """Of tokens number `first` on of segments ids [s, tokens]; the one before is known, or there is none."""
         distinct, at = np.unique(ids, return_inverse=True)
-        rows, place = (torch.from_numpy(x.astype(np.int64)).to(table.device) for x in (distinct, at.reshape(-1)))
-        return cls(table[rows].to(dtype), place[first:], place[max(first - 1, 0) : -1])
+        parts = (distinct, (at := at.reshape(ids.shape))[:, first:], at[:, max(first - 1, 0) : -1])
+        rows, now, before = (torch.from_numpy(x.astype(np.int64)).to(table.device, non_blocking=True) for x in parts)
+        return cls(table[rows].to(dtype), now, before)
 
     def times(self, w: Tensor) -> Tensor:
-        """[n, c]: every f_t times w [2r + 1, c]."""
+        """[s n, c]: every f_t times w [2r + 1, c]."""
         r = self.own.shape[1]
         made = (self.own @ w[:r])[self.now] + w[-1]
-        made[len(self.now) - len(self.before) :] += (self.own @ w[r:-1])[self.before]
-        return made
+        made[:, self.now.shape[1] - self.before.shape[1] :] += (self.own @ w[r:-1])[self.before]
+        return made.flatten(0, 1)
 
 
 @dataclass

@@ -19,12 +19,11 @@ def step_of(j: int) -> float:
     return 2.0 ** (j / OCTAVE)
 
 
-def quantise(c: Tensor, step: float) -> Tensor:
-    """float [...] -> int32 [...]. OverflowError where a number is more than LARGEST steps, or none."""
-    size = (c.abs() / step + ROUND).floor_()
-    if not bool((size <= LARGEST).all()):
-        raise OverflowError
-    return size.copysign_(c).to(torch.int32)
+def quantise(c: Tensor, step: float) -> tuple[Tensor, Tensor]:
+    """float [s, ...] -> int32 alike, and bool [s]: whether all are right, none more than LARGEST steps or no number."""
+    size = (c.abs() / step).add_(ROUND).floor_()
+    right = (size <= LARGEST).flatten(1).all(1)
+    return size.copysign_(c).to(torch.int32), right
 
 
 def restore(q: Tensor, step: float, dtype: torch.dtype = torch.float32) -> Tensor:

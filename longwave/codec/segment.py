@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import numpy as np
@@ -14,15 +14,18 @@ from torch import Tensor
 from longwave.codec import blob as form
 from longwave.codec import entropy
 from longwave.codec.blob import CodecError, Header
+from longwave.codec.contexts import contexts
 from longwave.codec.fitted import Fitted
+from longwave.codec.given import Given
 from longwave.codec.opened import Opened, runs
 from longwave.codec.placed import Placed
 from longwave.codec.predict import Tokens
 from longwave.codec.quantise import OCTAVE, quantise, restore, step_of
-from longwave.codec.streams import Streams
-from longwave.codec.transform import TOKENS, bands, cosines
+from longwave.codec.streams import Parts, Streams
+from longwave.codec.transform import TOKENS, cosines
 
 RAW = 4  # first tokens of a text: nothing like the others, and attended to by all
+BATCHES = 4  # given at once: bytes of one are finished while the device makes the next's
 FINER = OCTAVE // 4  # steps are tried so far apart where a segment must fit
 
 
@@ -97,6 +100,16 @@ class SegmentCodec:
         """The bytes to expect of n tokens of running text."""
         return round(self.size * 2 * 2 * n * len(self.layers) * self._width)
 
+    @property
+    def together(self) -> int:
+        """Segments that are best given to `encode_many` in one call: 1 where they are coded one by one."""
+        batch = self._batch
+        return BATCHES * batch if batch > 1 else 1
+
+    @property
+    def _batch(self) -> int:
+        return self._streams.encoded_together(2 * self.tokens * len(self.layers) * self._width)
+
     # a segment
 
     @overload
@@ -128,17 +141,13 @@ class SegmentCodec:
         takes more is coded with a larger step. out: a writable buffer of `bound` bytes.
         Returns the bytes, or how many were written to `out`. ValueError for arguments that do not fit.
         """
-        n = self._check(k, v)
-        if not (_finite(k) and _finite(v)):
-            raise ValueError("K or V holds a number that is not finite: there is nothing to code of such a segment")
-        known, start = self._placed(k, v, ids, start)
-        most = self.bound(n, max_bytes, start=start)
-        made = self._fitting(k, v, known, start, most)
+        made = self.encode_many([k], [v], ids=[ids], starts=[start], max_bytes=max_bytes)[0]
         if out is None:
             return made
         given: Any = out.numpy() if isinstance(out, Tensor) else out
         target = memoryview(given).cast("B")
         if len(target) < len(made):
+            most = self.bound(k.shape[1], max_bytes)
             raise ValueError(f"out has {len(target)} bytes and {len(made)} are needed: give it bound(n) = {most}")
         target[: len(made)] = made
         return len(made)
@@ -153,14 +162,34 @@ class SegmentCodec:
         """
         self.decode_many([blob], [k], [v], layers=layers, starts=[start])
 
+    @torch.no_grad()
     def encode_many(
         self, ks: Sequence[Tensor], vs: Sequence[Tensor], *, ids: Sequence[Any] | None = None,
-        starts: Sequence[int | None] | None = None, max_bytes: int | None = None,
+        starts: Sequence[int | None] | None = None, max_bytes: int | Sequence[int | None] | None = None,
     ) -> list[bytes]:  # fmt: skip
-        """The bytes of several segments, those that `encode` makes of each."""
-        count = range(len(ks))
+        """The bytes of several segments, those that `encode` makes of each. max_bytes: of all alike, or of each.
+
+        On a GPU many are coded side by side, the host waits once for these, and finishes them while the next are under
+        way. The last bit of products depends there on how many they are, so a number that lies on the border of two may
+        become the other.
+        """
         known, places = (x if x is not None else [None] * len(ks) for x in (ids, starts))
-        return [self.encode(ks[i], vs[i], ids=known[i], start=places[i], max_bytes=max_bytes) for i in count]
+        limits = max_bytes if isinstance(max_bytes, Sequence) else [max_bytes] * len(ks)
+        given = [self._given(*one) for one in zip(ks, vs, known, places, limits, strict=True)]
+        alike: dict[Any, list[int]] = {}
+        for i, one in enumerate(given):
+            alike.setdefault(one.kind, []).append(i)
+        made, most = [b""] * len(given), self._batch
+        behind: Iterator[None] = iter(())
+        for same in alike.values():
+            for some in (same[first : first + most] for first in range(0, len(same), most)):
+                coming = self._fitting(given, some, made)
+                next(coming)  # the device has begun
+                next(behind, None)
+                next(coming)  # its bytes are there
+                behind = coming
+        next(behind, None)
+        return made
 
     @torch.no_grad()
     def decode_many(
@@ -218,73 +247,106 @@ class SegmentCodec:
                 raise ValueError("layer 0 does not say where these tokens are: give start=, the position of the first")
         return known, int(start)
 
-    def _fitting(self, k: Tensor, v: Tensor, ids: np.ndarray | None, start: int, most: int) -> bytes:
-        """A segment's bytes, with the least step from this codec's own on that fits into `most`."""
-        n = k.shape[1]
-        raw = min(RAW, n) if start == 0 else 0
-        kind = form.TYPES[form.code_of(k.dtype)]
+    def _given(self, k: Tensor, v: Tensor, ids: Any, start: int | None, max_bytes: int | None) -> Given:
+        n = self._check(k, v)
+        known, start = self._placed(k, v, ids, start)
+        return Given(k, v, known, start, min(RAW, n) if start == 0 else 0, self.bound(n, max_bytes, start=start))
+
+    def _fitting(self, given: list[Given], some: list[int], made: list[bytes]) -> Iterator[None]:
+        """Have `made` hold the bytes of some segments that are alike, each with the least step from this codec's own on
+        that fits. Stops when the device has begun, and when what it made is there."""
+        left, step, known = some, self.step, given[some[0]].ids is not None
+        coefficients, finite = self._coefficients([given[i] for i in some])
+        begun = self._parts(coefficients, step, known, finite)
+        yield
+        parts = begun()
+        yield
+        while True:
+            for i, own in zip(left, parts, strict=True):
+                if own is None and step == self.step:
+                    _check_finite(given[i])
+                made[i] = self._packed(given[i], step, own)
+            again = [place for place, i in enumerate(left) if not made[i]]
+            if not again:
+                return
+            if len(again) < len(left):
+                left, index = [left[place] for place in again], self._sent(np.array(again, np.int64))
+                coefficients, finite = coefficients[index], finite[index]
+            step += FINER
+            parts = self._parts(coefficients, step, known, finite)()
+
+    def _packed(self, one: Given, step: int, parts: list[bytes] | None) -> bytes:
+        """A segment's bytes at a step; as K and V are where that takes less, or parts are none since it has numbers
+        too large for them; none where it takes more than it may."""
+        kind = form.TYPES[form.code_of(one.k.dtype)]
+        fixed = form.SIZE + (0 if one.ids is None else self._id_bytes(one.tokens))
+        whole = fixed + 2 * one.k.numel() * kind.itemsize
+        coded = whole + 1
+        if parts is not None:
+            raw = 2 * one.k[:, : one.raw].numel() * kind.itemsize
+            coded = fixed + raw + 4 * len(parts) + sum(map(len, parts))
         common: dict[str, Any] = dict(
             fingerprint=self.fingerprint[:8],
-            tokens=n,
-            start=start,
-            ids=ids,
+            tokens=one.tokens,
+            start=one.start,
+            ids=one.ids,
             bits=form.id_bits(self.vocabulary),
             dtype=kind,
         )
-        head = form.raw_bytes(k[:, :raw], v[:, :raw], kind)
-        coefficients = self._coefficients(k, v, ids, start, raw) if raw < n else []
-        whole = form.SIZE + (self._id_bytes(n) if ids is not None else 0) + 2 * k.numel() * kind.itemsize
-        step = self.step
-        while True:
-            try:
-                parts = self._parts(coefficients, step, n - raw, ids is not None)
-                made = form.pack(**common, step=step, raw=raw, head=head, parts=parts)
-            except OverflowError:
-                made = b""
-            if (not made or len(made) > whole) and whole <= most:
-                return form.pack(**common, step=None, raw=0, head=form.raw_bytes(k, v, kind), parts=[])
-            if made and len(made) <= most:
-                return made
-            step += FINER
+        if coded > whole and whole <= one.most:
+            return form.pack(**common, step=None, raw=0, head=form.raw_bytes(one.k, one.v, kind), parts=[])
+        if parts is None or coded > one.most:
+            return b""
+        head = form.raw_bytes(one.k[:, : one.raw], one.v[:, : one.raw], kind)
+        return form.pack(**common, step=step, raw=one.raw, head=head, parts=parts)
 
-    def _coefficients(
-        self, k: Tensor, v: Tensor, ids: np.ndarray | None, start: int, raw: int
-    ) -> list[tuple[Tensor, Tensor]]:
-        """K's and V's of every group: those of the components coded at this codec's own step, [m, n - raw]."""
-        n = k.shape[1] - raw
-        tokens, along = self._tokens(ids, raw), self._along(n)
-        positions = torch.arange(start + raw, start + raw + n, device=self.device)
-        pair = [x[:, raw:].to(self.device, self.dtype) for x in (k, v)]
-        pair[0] = self._rotation.unrotate(pair[0], positions)
-        made = [
-            [(along @ c).mT for c in side.coefficients(x.transpose(0, 1).reshape(n, -1), tokens)]
-            for side, x in zip(self._sides, pair, strict=True)
-        ]
-        return list(zip(*made, strict=True))
+    def _coefficients(self, some: list[Given]) -> tuple[Tensor, Tensor]:
+        """Of segments that are alike, [s, components coded at this codec's own step, coded tokens], group by group, K's
+        before V's; and bool [s], False of one that may hold what is not finite."""
+        raw, known, count = some[0].raw, some[0].ids is not None, len(some)
+        n = some[0].tokens - raw
+        sizes = [len(side.coded(g, self.step, known)) for g in range(len(self.groups)) for side in self._sides]
+        made = torch.empty(count, sum(sizes), n, dtype=self.dtype, device=self.device)
+        sums = [torch.stack([_sum(x[:, :raw]) for one in some for x in (one.k, one.v)]).view(count, 2)] if raw else []
+        if n:
+            tokens = self._tokens([one.ids for one in some], raw)
+            along, targets = self._along(n), iter(made.split(sizes, 1))
+            positions = self._sent(np.concatenate([np.arange(n) + one.start + raw for one in some]))
+            for g, layers in enumerate(self.groups):
+                own = slice(layers.start, layers.stop)
+                for side, xs in zip(self._sides, ([one.k for one in some], [one.v for one in some]), strict=True):
+                    given = torch.cat([x[own, raw:] for x in xs], 1)
+                    sums.append(_sum(given.unflatten(1, (count, n)), 0, 2, 3, 4)[:, None])
+                    x = given.to(self.device, self.dtype)
+                    if side is self._sides[0]:
+                        x = self._rotation.layers(own).unrotate(x, positions)
+                    c = side.coefficients(g, x.transpose(0, 1).reshape(count * n, -1), tokens)
+                    next(targets).copy_((along @ c.unflatten(0, (count, n))).mT)
+        return made, torch.cat(sums, 1).isfinite().all(1).to(self.device)
 
-    def _parts(self, coefficients: list[tuple[Tensor, Tensor]], step: int, n: int, known: bool) -> list[bytes]:
-        parts = []
-        for g in range(len(self.groups)):
-            if not coefficients:
-                parts.append(b"")
-                continue
-            numbers = []
-            for side, c in zip(self._sides, coefficients[g], strict=True):
-                chosen = np.searchsorted(side.coded(g, self.step, known), side.coded(g, step, known))
-                some = c if len(chosen) == len(c) else c[torch.from_numpy(chosen).to(c.device)]
-                numbers.append(quantise(some, step_of(step)).flatten().cpu().numpy())
-            q = np.concatenate(numbers)
-            parts.append(entropy.encode(q, self._contexts(g, step, n, known), self._tables))
-        return parts
+    def _parts(self, coefficients: Tensor, step: int, known: bool, finite: Tensor) -> Callable[[], Parts]:
+        """A function that gives each segment's parts at this codec's own step or a larger one, of `_coefficients`; None
+        where they cannot be. A GPU begins at once."""
+        numbers, right = self._numbers(coefficients, step, known)
+        n = coefficients.shape[2]
+        contexts = [self._contexts(g, step, n, known) for g in range(len(self.groups))]
+        return self._streams.encode(numbers.flatten(1), contexts, right & finite)
 
-    def _contexts(self, group: int, step: int, n: int, known: bool) -> np.ndarray:
+    def _numbers(self, coefficients: Tensor, step: int, known: bool) -> tuple[Tensor, Tensor]:
+        """int32 [s, components coded at `step`, n], and bool [s], as `quantise` says it."""
+        if step != self.step:
+            chosen, first = [], 0
+            for g in range(len(self.groups)):
+                for side in self._sides:
+                    chosen.append(first + side.chosen(g, step, known))
+                    first += len(side.coded(g, self.step, known))
+            coefficients = coefficients[:, self._sent(np.concatenate(chosen))]
+        return quantise(coefficients, step_of(step))
+
+    def _contexts(self, group: int, step: int, n: int, known: bool) -> Tensor:
         """uint8 [numbers of K's and V's components in a group]."""
-        band = bands(n).numpy() if self._cosines else np.zeros(n, np.int64)
-        found = []
-        for side in self._sides:
-            size = side.scales(group, known).band.numpy().astype(np.int64)[side.coded(group, step, known)]
-            found.append(entropy.context(size, step)[:, band].reshape(-1))
-        return np.concatenate(found)
+        sizes = tuple(side.scales(group, known) for side in self._sides)
+        return contexts(sizes, step, n, self._cosines, self._streams.place)
 
     # decoding
 
@@ -312,9 +374,10 @@ class SegmentCodec:
         told: list[tuple[int, Tensor]] = []
         for kind, same in alike.items():
             for g in todo:
-                contexts = self._contexts(g, *kind)
                 try:
-                    numbers[kind, g], fine = self._streams.decode([one.parts[g] for one in same], contexts)
+                    numbers[kind, g], fine = self._streams.decode(
+                        [one.parts[g] for one in same], self._contexts(g, *kind)
+                    )
                 except entropy.Broken as error:
                     raise self._damaged(g, error) from None
                 told += [] if fine is None else [(g, fine)]
@@ -345,7 +408,7 @@ class SegmentCodec:
     def _write(self, one: Opened, todo: dict[int, list[tuple[int, range]]], numbers: dict[int, Tensor]) -> None:
         step, n, known = one.kind
         raw, width, ids = one.header.raw, self._width, one.header.ids
-        tokens = self._tokens(None if ids is None else np.array(ids), raw)
+        tokens = self._tokens([None if ids is None else np.array(ids)], raw)
         along = self._along(n)
         positions = torch.arange(one.start + raw, one.start + raw + n, device=self.device)
         for g, asked in todo.items():
@@ -366,9 +429,14 @@ class SegmentCodec:
 
     # what both need
 
-    def _tokens(self, ids: np.ndarray | None, raw: int) -> Tokens | None:
-        """What predicts tokens raw to n, None without ids."""
-        return None if ids is None else Tokens.of(self._table, ids, raw, self.dtype)
+    def _tokens(self, ids: list[np.ndarray | None], raw: int) -> Tokens | None:
+        """What predicts tokens raw to n of segments, None without ids."""
+        known = [x for x in ids if x is not None]
+        return Tokens.of(self._table, np.stack(known), raw, self.dtype) if known else None
+
+    def _sent(self, x: np.ndarray) -> Tensor:
+        """On the device; nobody waits for what that does."""
+        return torch.from_numpy(x).to(self.device, non_blocking=True)
 
     def _along(self, n: int) -> Tensor:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
@@ -411,6 +479,11 @@ def _check_start(start: int) -> None:
         raise ValueError(f"start is a position, 0 to {form.FARTHEST}; got {start}")
 
 
-def _finite(x: Tensor) -> bool:
-    """Whether all of x is finite: so is their sum, where it does not overflow."""
-    return bool(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()) or bool(x.isfinite().all())
+def _sum(x: Tensor, *dims: int) -> Tensor:
+    """Finite only where all numbers are, and seldom not then."""
+    return x.sum(dims or None, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_finite(one: Given) -> None:
+    if not (bool(one.k.isfinite().all()) and bool(one.v.isfinite().all())):
+        raise ValueError("K or V holds a number that is not finite: there is nothing to code of such a segment")

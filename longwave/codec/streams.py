@@ -1,41 +1,65 @@
-"""Parts of blobs to numbers: many at once in Triton where tensors lie on a GPU, elsewhere one by one."""
+"""Parts of blobs to numbers and back: many at once in Triton where tensors lie on a GPU, elsewhere one by one."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from longwave.codec import entropy
 from longwave.codec.entropy import Stream, Tables
 from longwave.ops.kernels import choice, wants_triton
 
-TOGETHER = 256  # segments: enough for a GPU to have something to do while one waits for its loads
+TOGETHER = 256  # segments decoded: enough for a GPU to have something to do while one waits for its loads
+NUMBERS = 2**27  # encoded: 16 segments of an 8B model
+
+Parts = list[list[bytes] | None]  # of each of some segments
 
 
 class Streams:
-    """An entropy decoder for one device. together: segments that it decodes best in one call."""
+    """An entropy coder for one device. together: segments that it decodes best in one call. place: where it wants
+    contexts."""
 
     def __init__(self, tables: Tables, device: torch.device):
         self._tables, self._device = tables, device
         module = _triton(device)
         self._module, self._decoder = module, module and module.Decoder(tables, device)
+        self._encoder = module and module.Encoder(tables, device)
         self.together = TOGETHER if module else 1
+        self.place = device if module else torch.device("cpu")
 
-    def decode(self, parts: Sequence[memoryview], contexts: NDArray[Any]) -> tuple[Iterator[Tensor], Tensor | None]:
+    def encoded_together(self, numbers: int) -> int:
+        """Segments of so many numbers that it encodes side by side."""
+        return max(1, NUMBERS // numbers) if self._module else 1
+
+    def encode(self, numbers: Tensor, contexts: Sequence[Tensor], fine: Tensor) -> Callable[[], Parts]:
+        """A function that gives the parts of each of some segments, whose numbers int32 [segments, N] lie one part
+        behind the other and are overwritten; None of one that is not `fine` bool [segments]. contexts: of the parts,
+        uint8 [numbers]. A GPU begins at once; whoever asks waits."""
+        if self._encoder is not None:
+            begun: Callable[[], Parts] = self._encoder.encode(numbers, contexts, fine)
+            return begun
+        return lambda: self._encoded(numbers, contexts, fine)
+
+    def _encoded(self, numbers: Tensor, contexts: Sequence[Tensor], fine: Tensor) -> Parts:
+        found: Parts = []
+        for row, ok in zip(numbers.cpu(), fine.tolist(), strict=True):
+            parts = zip(row.split([len(part) for part in contexts]), contexts, strict=True)
+            found.append([entropy.encode(q.numpy(), c.numpy(), self._tables) for q, c in parts] if ok else None)
+        return found
+
+    def decode(self, parts: Sequence[memoryview], contexts: Tensor) -> tuple[Iterator[Tensor], Tensor | None]:
         """The numbers of each of some parts, all in the same contexts uint8 [N], int32 [N] on the device, made as they
         are asked for; and bool [parts], on the device as well, whether an encoder wrote them. None: all. Broken where
         it is known at once that none did."""
         if not len(contexts) or self._decoder is None:
-            made = [entropy.decode(part, contexts, self._tables) for part in parts]
+            made = [entropy.decode(part, contexts.cpu().numpy(), self._tables) for part in parts]
             return (torch.from_numpy(one).to(self._device) for one in made), None
         streams = [Stream.of(part, len(contexts)) for part in parts]
-        placed = torch.from_numpy(contexts).to(self._device)
-        symbols, escapes, fine = self._decoder.decode(streams, placed)
+        symbols, escapes, fine = self._decoder.decode(streams, contexts)
         return (self._module.numbers(*one) for one in zip(symbols, escapes, strict=True)), fine
 
 

@@ -35,4 +35,4 @@ def bands(tokens: int) -> Tensor:
     machine finds the same.
     """
     found = [0 if f == 0 else min(BANDS - 1, (f * TOKENS // tokens).bit_length()) for f in range(tokens)]
-    return torch.tensor(found)
+    return torch.tensor(found, dtype=torch.int64)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longwave.codec.coder import SINKS, WINDOW, Coder, Room, decode_all, encode_in, together
+from longwave.codec.coder import SINKS, WINDOW, Coder, Room, decode_all, encode_all, run_of, together
 from longwave.codec.latest import Latest
 from longwave.codec.middle import gathered
 from longwave.frame import LongCache
@@ -63,12 +63,16 @@ def encode(cache: LongCache, ids: torch.Tensor, coder: Coder, room: int) -> dict
     """
     layers, mask = list(cache.memory_layers()), cache.mask()
     made: dict[str, torch.Tensor] = {}
-    todo = list(segments(layers[0].rows, coder.tokens))
-    left = Room(room, sum(stop - start for *_, start, stop in todo))
-    for row, number, start, stop in todo:
-        own = ids[row, : mask.shape[1]][mask[row]][start:stop]
-        blob = encode_in(coder, left, *gathered(layers, row, start, stop), own, start, row)
-        made[segment(row, number)] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+    rows, run = layers[0].rows, run_of(coder)
+    middles = [range(SINKS, max(SINKS, seen - WINDOW)) for seen in rows]
+    left = Room(room, sum(map(len, middles)))
+    for row, middle in enumerate(middles):
+        own, blobs = ids[row, : mask.shape[1]][mask[row]], []
+        for start in middle[::run]:
+            stop = min(start + run, middle.stop)
+            blobs += encode_all(coder, left, *gathered(layers, row, start, stop), own[start:stop], start, row)
+        for number, blob in enumerate(blobs):
+            made[segment(row, number)] = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
     return made
 
 

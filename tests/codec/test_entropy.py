@@ -59,6 +59,42 @@ def test_triton_reads_several_streams_back(count, lanes, monkeypatch):
     assert fine == [True] * 3
 
 
+def encoded_on_device(several, contexts, fine=None):
+    """The bytes that Triton makes of segments [S, N], whose parts' contexts follow each other."""
+    module = pytest.importorskip("longwave.codec.entropy_triton", reason="Triton is for NVIDIA GPUs and Linux")
+    fine = [True] * len(several) if fine is None else fine
+    placed = [torch.from_numpy(part).to(DEVICE) for part in contexts]
+    numbers = torch.from_numpy(several).to(DEVICE)
+    return module.Encoder(TABLES, DEVICE).encode(numbers, placed, torch.tensor(fine, device=DEVICE))()
+
+
+@pytest.mark.parametrize("counts", [(1,), (9, 130), (300, 0, 601, 257), (2100, 7)], ids=str)
+def test_triton_writes_the_bytes_of_the_reference(counts, monkeypatch):
+    """Parts with 8 to 128 lanes and one without numbers, of segments side by side."""
+    monkeypatch.setattr(entropy, "PER_LANE", 16)
+    pairs = [drawn(count, count) for count in counts]
+    q = np.concatenate([part for part, _ in pairs])
+    several = np.stack([q, np.roll(q, 1), -q, q])
+    several[1, len(q) // 2] = 300  # these escape, in 16 bits and in 32
+    several[2, [0, -1]] = -40_000, 2**24
+    several[3] = np.random.default_rng(0).integers(-(2**24), 2**24, len(q))  # all of them
+    first = np.cumsum([0, *counts])
+    expected = [
+        [entropy.encode(row[a:b], c, TABLES, False) for (_, c), a, b in zip(pairs, first, first[1:], strict=False)]
+        for row in several
+    ]
+    assert encoded_on_device(several, [c for _, c in pairs]) == expected
+
+
+def test_triton_leaves_out_what_is_not_to_be_coded():
+    q, contexts = drawn(40, 1)
+    beyond = np.full_like(q, np.iinfo(np.int32).min)  # what a device may make of numbers that are too large
+    found = encoded_on_device(np.stack([q, beyond, q]), [contexts], [True, False, True])
+    assert found == [[entropy.encode(q, contexts, TABLES)], None, [entropy.encode(q, contexts, TABLES)]]
+    none = np.zeros((2, 0), np.int32), [np.zeros(0, np.uint8)] * 2
+    assert encoded_on_device(*none, [True, False]) == [[b"", b""], None]
+
+
 def test_triton_notices_damage_of_one_stream_alone(monkeypatch):
     monkeypatch.setattr(entropy, "PER_LANE", 4)  # few rows for the interpreter
     q, contexts = drawn(150, 5)

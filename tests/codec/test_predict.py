@@ -64,11 +64,13 @@ def test_moments_in_parts_are_the_residuals_of_a_direct_fit():
 
 @pytest.mark.parametrize("first", [0, 1, 4])
 def test_tokens_that_repeat_are_multiplied_once_and_predict_the_same(small, first):
-    ids = tokens(1, 60, seed=3)[0] % 20
+    """Of several segments side by side."""
+    ids = tokens(3, 60, seed=3) % 20
     table = embedding(small.model).double()
     w = torch.randn(2 * table.shape[1] + 1, 7, generator=torch.Generator().manual_seed(0)).double()
     found = Tokens.of(table, ids.numpy(), first, torch.float64)
     assert len(found.own) <= 20
-    torch.testing.assert_close(found.times(w), (features(table, ids, dtype=torch.float64) @ w)[first:])
-    alone = Tokens.of(table, ids[:1].numpy(), 0, torch.float64)
-    torch.testing.assert_close(alone.times(w), features(table, ids[:1], dtype=torch.float64) @ w)
+    expected = [(features(table, row, dtype=torch.float64) @ w)[first:] for row in ids]
+    torch.testing.assert_close(found.times(w), torch.cat(expected))
+    alone = Tokens.of(table, ids[:1, :1].numpy(), 0, torch.float64)
+    torch.testing.assert_close(alone.times(w), features(table, ids[0, :1], dtype=torch.float64) @ w)

@@ -4,8 +4,9 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from longwave.codec import CodecError, blob, entropy
+from longwave.codec import CodecError, blob, entropy, streams
 from longwave.codec.segment import RAW, SegmentCodec
 from tests.codec.conftest import KINDS, error
 
@@ -105,6 +106,59 @@ def test_triton_decodes_the_same(fitted, monkeypatch):
     with pytest.raises(CodecError, match="states do not end"):
         codec.decode_many([made[0], bytes(forged), made[2]], ks, vs, layers=[1])
     assert all(bool((x == 7).all()) for x in (*ks, *vs))
+
+
+def test_triton_encodes_the_same(fitted, monkeypatch):
+    """Segments of several forms side by side, in batches; some must fit into less, and one is stored as it is."""
+    pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here is none")
+    monkeypatch.setattr(entropy, "PER_LANE", 16)  # many lanes: few rows for the interpreter
+    one, starts, stops = fitted("qwen3"), [0, 4, 64, 124, 184, 244, 2], [60, 64, 124, 184, 244, 250, 4]
+    ks, vs, ids = map(list, zip(*(one.part(*ends) for ends in zip(starts, stops, strict=True)), strict=True))
+    starts[-1] = 0  # two tokens that begin a text: nothing is left to code
+    ks[3] = ks[3] * 1e30
+    monkeypatch.setenv("LONGWAVE_KERNELS", "reference")
+    codec = one.codec.at(0.06, device=DEVICE)
+    free = codec.encode(ks[2], vs[2], ids=ids[2], start=starts[2])
+    limits = [None, len(free) * 2 // 3, len(free) // 2, None, len(free) * 2 // 3, None, None]
+    every = list(zip(ks, vs, ids, starts, limits, strict=True))
+    expected = [codec.encode(k, v, ids=i, start=s, max_bytes=most) for k, v, i, s, most in every]
+    steps = [codec.peek(made).step for made in expected]
+    assert steps[0] == codec.step < steps[1] < steps[2]
+    assert steps[3] is None
+    monkeypatch.setenv("LONGWAVE_KERNELS", "triton")
+    codec = one.codec.at(0.06, device=DEVICE)
+    assert codec.together > 100
+    monkeypatch.setattr(streams, "NUMBERS", 2 * 2 * 128 * 2 * 2 * 8)
+    assert codec.together == 4 * 2
+    assert codec.encode_many(ks, vs, ids=ids, starts=starts, max_bytes=limits) == expected
+    vs[4] = vs[4].clone()
+    vs[4][1, -1, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        codec.encode_many(ks, vs, ids=ids, starts=starts)
+
+
+class Asked(TorchDispatchMode):
+    """Counts what a host would have to wait for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero)
+        self.count += func.overloadpacket in waits
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_device_is_asked_for_no_single_number_while_it_encodes(fitted, monkeypatch):
+    pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here is none")
+    monkeypatch.setenv("LONGWAVE_KERNELS", "triton")
+    monkeypatch.setattr(entropy, "PER_LANE", 16)
+    one = fitted("qwen3")
+    codec, parts = one.codec.at(0.06, device=DEVICE), [one.part(start, start + 16) for start in (0, 16, 32)]
+    ks, vs, ids = zip(*parts, strict=True)
+    codec.encode_many(ks, vs, ids=ids, starts=[0, 16, 32])  # contexts are made
+    with Asked() as asked:
+        codec.encode_many(ks, vs, ids=ids, starts=[0, 16, 32], max_bytes=codec.bound(16))
+    assert asked.count == 0
 
 
 def test_groups_of_layers_that_nobody_asks_for_are_not_decoded(small, monkeypatch):
@@ -235,10 +289,11 @@ def test_arguments_are_refused_with_what_to_do(small, fitted):
     k, v, ids = small.part(4, 132)
     codec = small.codec.at(0.1)
     made = codec.encode(k, v, ids=ids, start=4)
-    bad = k.clone()
-    bad[1, 5, 0, 3] = float("nan")
+    bad, first = k.clone(), k.clone()
+    bad[1, 5, 0, 3], first[1, 1, 0, 3] = float("nan"), float("inf")
     for pattern, call in {
         "not finite": lambda: codec.encode(bad, v, ids=ids, start=4),
+        "is not finite": lambda: codec.encode(first, v, ids=ids, start=0),  # of what stays as it is
         r"k is \[layers, n, kv_heads, head_dim\] = \[3, n": lambda: codec.encode(k[:2], v[:2], ids=ids, start=4),
         "1 to 128 tokens, got 300": lambda: codec.encode(small.k, small.v, ids=small.ids, start=0),
         "must be alike": lambda: codec.encode(k, v.half(), ids=ids, start=4),

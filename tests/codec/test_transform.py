@@ -35,19 +35,23 @@ def test_bands_double_and_short_segments_follow_the_frequency():
 
 
 def test_the_quantiser_against_its_formula():
-    c = torch.tensor([0.0, 0.59, 0.61, -0.61, 1.59, 1.61, -7.3], dtype=torch.float64)
-    assert quantise(c, 1.0).tolist() == [0, 0, 1, -1, 1, 2, -7]
-    assert quantise(c * 4, 4.0).tolist() == [0, 0, 1, -1, 1, 2, -7]
-    x = torch.randn(1000) * 5
-    back = restore(quantise(x, 0.5), 0.5)
+    c = torch.tensor([[0.0, 0.59, 0.61, -0.61, 1.59, 1.61, -7.3]], dtype=torch.float64)
+    assert quantise(c, 1.0)[0].tolist() == [[0, 0, 1, -1, 1, 2, -7]]
+    assert quantise(c * 4, 4.0)[0].tolist() == [[0, 0, 1, -1, 1, 2, -7]]
+    x = torch.randn(10, 100) * 5
+    made, right = quantise(x, 0.5)
+    assert right.tolist() == [True] * 10
+    back = restore(made, 0.5)
     assert float((back - x).abs().max()) <= 0.6 * 0.5 + 1e-6
-    assert torch.equal(quantise(back, 0.5), quantise(x, 0.5))
+    assert torch.equal(quantise(back, 0.5)[0], made)
 
 
-def test_what_cannot_be_counted_is_refused():
-    for bad in (2.0 * LARGEST, float("inf"), float("nan")):
-        with pytest.raises(OverflowError):
-            quantise(torch.tensor([bad]), 1.0)
+def test_what_cannot_be_counted_is_told_segment_by_segment():
+    x = torch.ones(6, 2, 3)
+    for number, bad in enumerate((2.0 * LARGEST, float("inf"), float("nan"), -float("inf"), LARGEST)):
+        x[number, 1, number % 3] = bad
+    assert quantise(x, 1.0)[1].tolist() == [False] * 4 + [True] * 2
+    assert quantise(x[:, :0], 1.0)[1].tolist() == [True] * 6  # nothing to count
 
 
 def test_steps_double_by_octave():

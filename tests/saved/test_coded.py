@@ -7,7 +7,8 @@ import longwave
 from longwave.codec.coder import SINKS, WINDOW
 from longwave.evals.fork import fork, needs_of, prefill
 from longwave.frame import Needs, observing
-from tests.coder import Raw
+from longwave.saved.coded import encode
+from tests.coder import Raw, Several
 from tests.conftest import build, left_padded, merging_profile, random_profile, tokens
 from tests.matrix import ENDS, Often
 from tests.reading import check_state, read, state_of
@@ -57,6 +58,29 @@ def test_dense_again(model, text, path):
     assert torch.equal(twin.mask(), text[1][:, :LENGTH].bool())
     assert torch.equal(read(model, twin, *text), read(model, memory, *text))
     assert {layers for _, layers in coder.calls} == {(i,) for i in range(len(list(memory.memory_layers())))}
+
+
+def test_segments_side_by_side_make_the_same_file(made, text, path):
+    memory, other = dense(made["llama"], text), path.with_name("other")
+    save(memory, text, path, Raw(), "1MB")
+    save(memory, text, other, coder := Several(), "1MB")
+    assert path.read_bytes() == other.read_bytes()
+    assert coder.many == (3, 2, 3)  # 75 and 62 tokens by 16; what is left of a row goes as one
+
+
+class Greedy(Several):
+    """Takes all that it may."""
+
+    def encode(self, k, v, *, ids=None, start=None, out=None, max_bytes=None):
+        return bytes(max_bytes)
+
+
+@pytest.mark.parametrize("coder", [Greedy(), Greedy(tokens=7)])
+def test_segments_side_by_side_stay_within_their_room(made, text, coder):
+    room = 3000
+    found = [len(blob) for blob in encode(dense(made["llama"], text), text[0], coder, room).values()]
+    assert 0.7 * room < sum(found) <= room
+    assert max(found) <= 2 * room * coder.tokens / 137  # twice its share, of 75 and 62 tokens
 
 
 def test_what_is_coded_and_what_is_not(made, text, path):

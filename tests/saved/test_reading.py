@@ -9,7 +9,7 @@ from longwave.codec.layer import CodedLayer
 from longwave.codec.middle import Middle
 from longwave.frame import Needs, cache_argument, observing
 from longwave.saved import look, read_coded, reading
-from tests.coder import Raw
+from tests.coder import Raw, Several
 from tests.conftest import build, tokens
 from tests.reading import check_state, read, state_of
 
@@ -57,6 +57,14 @@ def test_the_file_of_a_prompt_that_was_read_in_chunks(made, kind, chunk, plenty,
     check_state(state_of(twin), state_of(memory), rtol=1e-4, atol=1e-5)
     assert torch.equal(kept, ids[:, :LENGTH])
     torch.testing.assert_close(read(model, twin, ids), read(model, memory, ids), rtol=1e-4, atol=1e-4)
+
+
+def test_segments_that_are_full_are_coded_side_by_side(made, plenty, path):
+    model, ids, other = made["llama"], tokens(1, LENGTH), path.with_name("other")
+    read_coded(model, ids, path, chunk=90, coder=Raw())
+    read_coded(model, ids, other, chunk=90, coder=(coder := Several()))
+    assert coder.many == (3, 3)  # of 7, the last by itself
+    assert path.read_bytes() == other.read_bytes()
 
 
 def test_never_dense_as_a_whole(made, plenty, path, monkeypatch):

@@ -53,12 +53,14 @@ def main():
     parser.add_argument("--budgets", type=numbers, default=list(BUDGETS))
     parser.add_argument("--judged", type=int, default=8, help="unseen windows")
     parser.add_argument("--context", type=int, default=3000)
+    parser.add_argument("--judge-text", default="mixed", help="task divergence's text=, or a file")
+    parser.add_argument("--recall", action="store_true", help="judge answers for facts hidden in the windows")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model, tokenizer = opened(args.model, args.dtype)
     model.to(args.device)
     shape = CacheShape.of(model.config.get_text_config(decoder=True), model.dtype)
-    judge, found = Judge(model, tokenizer, args.judged, args.context, 256), []
+    judge, found = Judge(model, tokenizer, args.judged, args.context, 256, args.judge_text, args.recall), []
     profiles = {file.stem: Profile.load(file) for file in args.profile or [SHIPPED]}
     for name, profile in profiles.items():
         for caution in (*args.caution, NEVER):

@@ -57,13 +57,16 @@ class Judge:
             self.ids.append(row)
             self.weights.append(torch.tensor(weight) / sum(weight))
 
+    def mean(self, number, values):
+        """Over the tokens that count of window `number`."""
+        return float((values * self.weights[number].to(values.device)).sum())
+
     def divergence(self, number, found):
-        """Mean KL over what counts of window `number`."""
-        kl = found.divergence(self.read[number][-1])[0][0]
-        return float((kl * self.weights[number].to(kl.device)).sum())
+        """Mean KL of window `number`."""
+        return self.mean(number, found.divergence(self.read[number][-1])[0][0])
 
     def dense(self):
-        return sum(exact.loss for *_, exact in self.read) / len(self.read)
+        return sum(self.mean(i, exact.losses[0]) for i, (*_, exact) in enumerate(self.read)) / len(self.read)
 
     def __call__(self, make):
         """(mean KL, its standard error, loss over dense) of caches that `make` builds."""
@@ -71,7 +74,7 @@ class Judge:
         for number, (memory, ids, exact) in enumerate(self.read):
             found = score(self.model, fork(memory, make()), ids)
             kls.append(self.divergence(number, found))
-            losses.append(found.loss - exact.loss)
+            losses.append(self.mean(number, (found.losses - exact.losses)[0]))
         kl = torch.tensor(kls)
         return float(kl.mean()), float(kl.std() / len(kls) ** 0.5), sum(losses) / len(losses)
 

@@ -61,6 +61,9 @@ def run(
     profile: Annotated[Path | None, typer.Option(help="Profile made by `longwave calibrate`.")] = None,
     extend_to: ExtendTo = None,
     extend_rule: ExtendRule = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt and its answer at most, beyond what the model says it reads.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure methods on tasks, same prompts for all; resumes, and two processes may share a folder."""
@@ -72,7 +75,7 @@ def run(
             out=out, model=model, limit=limit, seed=seed, max_tokens=max_tokens, question=question, chat=chat, data=data
         )
         given |= dict(device=device, dtype=dtype, batch=batch, batch_tokens=batch_tokens, profile=profile)
-        given |= dict(extend_to=extend_to, extend_rule=extend_rule)
+        given |= dict(extend_to=extend_to, extend_rule=extend_rule, window=window)
         wanted = make_recipe(recipe, methods=method or None, tasks=task or None, **given)
         command = shlex.join(["longwave", *sys.argv[1:]])
 

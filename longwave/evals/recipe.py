@@ -31,7 +31,8 @@ class Recipe:
     the question is seen, "inside" compresses all of the prompt but its last token, question included, "with" reads all
     of it in one exact pass; a task with an option `question` says it for itself. batch: prompts per pass.
     batch_tokens: rows x longest. extend_to: tokens that the model is to read beyond those it was trained on, by the
-    rotary tables of extend_rule.
+    rotary tables of extend_rule. window: tokens of a prompt and its answer at most; None: what the model says it reads.
+    More than that is for methods that read beyond it, and shows where others fail.
     """
 
     out: Path
@@ -51,6 +52,7 @@ class Recipe:
     profile: Path | None = None
     extend_to: int | None = None
     extend_rule: str | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("out", "data", "profile"):
@@ -75,9 +77,9 @@ class Recipe:
                 raise ValueError(f"{name} is a text, got {getattr(self, name)!r}")
         if not isinstance(self.chat, bool):
             raise ValueError(f"chat is true or false, got {self.chat!r}")
-        numbers = (("limit", 1), ("seed", None), ("max_tokens", 1), ("batch", 1), ("batch_tokens", 1), ("extend_to", 1))
-        for name, least in numbers:
-            if (value := getattr(self, name)) is not None or name not in ("limit", "max_tokens", "extend_to"):
+        numbers: dict[str, int | None] = dict(limit=1, seed=None, max_tokens=1, batch=1, batch_tokens=1, extend_to=1)
+        for name, least in (numbers | {"window": 1}).items():
+            if (value := getattr(self, name)) is not None or name in ("seed", "batch", "batch_tokens"):
                 whole(name, value, least)
         if self.question not in QUESTION:
             raise ValueError(f"question is one of {', '.join(QUESTION)}; got {self.question!r}")
@@ -255,7 +257,7 @@ def make_header(
         "model": recipe.model,
         "signature": hashlib.sha256(repr(sorted(weights.items())).encode()).hexdigest()[:16],
         "dtype": str(model.dtype).removeprefix("torch."),
-        "window": context_limit(model),
+        "window": recipe.window or context_limit(model),
         **({} if extended is None else {"extension": f"{extended['rule']} from {extended['trained']:,} tokens"}),
         "seed": recipe.seed,
         "question": recipe.question,
@@ -313,7 +315,7 @@ def evaluate(
     recipe = replace(recipe, data=data_folder(recipe.data))
     model, tokenizer = load(recipe.model, recipe.device, recipe.dtype)
     makers, words, rows = make_methods(model, recipe)
-    window = context_limit(model)
+    window = recipe.window or context_limit(model)
     setting = Setting(tokenizer, window, recipe.seed, recipe.limit, recipe.data, recipe.max_tokens, recipe.chat)
     inside = [label for label in tasks if own.get(label, recipe.question) == "inside"]
     prepared = prepare(tasks, setting, inside)

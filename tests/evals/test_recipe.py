@@ -81,6 +81,7 @@ def test_a_recipe_says_what_flags_say(file):
         batch_tokens: 1000
         profile: my.json
         extend_to: 9000
+        window: 20000
         extend_rule: yarn
         """
     )
@@ -91,7 +92,13 @@ def test_a_recipe_says_what_flags_say(file):
         tasks=["needle:lengths=180,200,depths=0.1,0.9", "perplexity:text=pydoc"],
         **dict(limit=3, seed=7, max_tokens=400, question="with", chat=False, data=Path("some/data"), device="cuda"),
         **dict(
-            dtype="bfloat16", batch=2, batch_tokens=1000, profile=Path("my.json"), extend_to=9000, extend_rule="yarn"
+            dtype="bfloat16",
+            batch=2,
+            batch_tokens=1000,
+            profile=Path("my.json"),
+            extend_to=9000,
+            extend_rule="yarn",
+            window=20000,
         ),
     )
     assert make_recipe(path) == make_recipe(None, **flags)
@@ -389,6 +396,17 @@ def test_a_size_bounds_every_row_of_a_run(loader, llama, hay, tmp_path):
     assert [(row["method"], row["rows"]) for row in loaded.rows] == [(m, 1) for m in methods] * 2
     assert all(row["bytes"] <= 100_000 for row in loaded.rows if row["method"] == methods[1])
     assert loaded.header["runs"][0]["batch"] == 1
+
+
+def test_prompts_may_be_longer_than_the_model_says_it_reads(loader, hay, tmp_path):
+    """For methods that read beyond it. What run.json says of the window is what prompts were made for."""
+    wanted = dict(methods=("lm_infinite:sinks=2,window=64",), tasks=(f"needle:lengths=600,depths=0.5,haystack={hay}",))
+    with pytest.raises(ValueError, match="more than this model's window of 512"):
+        evaluate(recipe(out=tmp_path / "no", **wanted), loader)
+    evaluate(recipe(out=tmp_path / "yes", window=700, **wanted), loader)
+    found = load(tmp_path / "yes")
+    assert [row["context"] > 512 for row in found.rows] == [True]
+    assert found.header["window"] == 700
 
 
 @pytest.mark.parametrize("suffix", ["", ",kind=classic"])

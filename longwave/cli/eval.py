@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from longwave.cli.common import ExtendRule, ExtendTo, Source, first_line, options_of
+from longwave.cli.common import ExtendRule, ExtendTo, Source
 from longwave.cli.console import progress, show_json, show_table, user_errors
+from longwave.cli.listing import first_line, options_of
 
 app = typer.Typer(no_args_is_help=True, help="Measure methods on the field's benchmarks, and report.")
 
@@ -20,9 +21,9 @@ Repeats = list[str] | None
 
 
 @contextmanager
-def eval_errors() -> Iterator[None]:
+def eval_errors(**stopped: str) -> Iterator[None]:
     """What a user can get wrong, or has not installed, in one line."""
-    with user_errors():
+    with user_errors(**stopped):
         try:
             yield
         except ModuleNotFoundError as error:
@@ -64,7 +65,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure methods on tasks, same prompts for all; resumes, and two processes may share a folder."""
-    with eval_errors():
+    with eval_errors(stopped="what was measured is kept: run the command again, and it goes on"):
         from longwave.evals.recipe import evaluate, make_recipe, read_method
         from longwave.evals.stock import Quantized
 

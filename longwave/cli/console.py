@@ -19,6 +19,9 @@ from longwave.checks import jsonable
 
 stderr = Console(stderr=True)
 
+# what installs a package that a part of longwave needs; all others are the evaluation's
+EXTRAS = {"matplotlib": "plot", "gguf": "gguf", "jieba": "chinese", "lm_eval": "lm-eval"}
+
 
 def fail(message: str) -> NoReturn:
     """One line on stderr, exit code 2, no traceback: the user's input was at fault, not the program."""
@@ -42,6 +45,11 @@ def user_errors(stopped: str = "nothing was kept: run the command again") -> Ite
         raise typer.Exit(130) from None
     except BrokenPipeError:
         raise
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name in ("", "longwave"):
+            raise
+        fail(f"{name} is not installed: pip install 'longwave[{EXTRAS.get(name, 'eval')}]'")
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         fail(str(error))
     except RuntimeError as error:

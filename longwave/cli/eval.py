@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,18 +16,6 @@ from longwave.cli.listing import first_line, options_of
 app = typer.Typer(no_args_is_help=True, help="Measure methods on the field's benchmarks, and report.")
 
 Repeats = list[str] | None
-
-
-@contextmanager
-def eval_errors(**stopped: str) -> Iterator[None]:
-    """What a user can get wrong, or has not installed, in one line."""
-    with user_errors(**stopped):
-        try:
-            yield
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] == "longwave":
-                raise
-            raise ValueError(f"{error.name} is not installed: pip install 'longwave[eval]'") from None
 
 
 @app.command()
@@ -65,7 +51,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure methods on tasks, same prompts for all; resumes, and two processes may share a folder."""
-    with eval_errors(stopped="what was measured is kept: run the command again, and it goes on"):
+    with user_errors("what was measured is kept: run the command again, and it goes on"):
         from longwave.evals.recipe import evaluate, make_recipe, read_method
         from longwave.evals.stock import Quantized
 
@@ -122,7 +108,7 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write report.html (one file, no network) and report.md from results."""
-    with eval_errors():
+    with user_errors():
         from longwave.evals.report import write_report
 
         written = write_report(folders, out or folders[0])

@@ -36,7 +36,7 @@ ORDERS = f"/save PATH [SIZE or exact; else {SIZE} of 16-bit bytes], /load PATH, 
 
 def command(
     model: Annotated[
-        str, typer.Argument(help='Hub id, local path, or "smollm2" (a small model from PyPI).')
+        str, typer.Argument(help='Hub id, local path, or "smollm2" (a small model, fetched once).')
     ] = "smollm2",
     file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="A document to talk about; repeats.")] = None,
     method: MethodName = "dense",  # of which the codec has K and V; what merges or drops tokens is saved exactly

@@ -20,7 +20,7 @@ from longwave.cli.console import stderr, waiting
 from longwave.cli.listing import methods
 from longwave.evals.spec import parse_value
 
-Model = Annotated[str, typer.Option(help='Hub id, local path, or "smollm2" (a small model from PyPI).')]
+Model = Annotated[str, typer.Option(help='Hub id, local path, or "smollm2" (a small model, fetched once).')]
 MethodName = Annotated[str, typer.Option("--method", help="How to hold the cache: a name of those below.")]
 Budget = Annotated[
     str | None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import os
 import ssl
 import time
 import urllib.error
@@ -17,6 +18,13 @@ from pathlib import Path
 TRIES = 3
 PIECE = 2**20
 TIMEOUT = 30.0  # seconds without a byte
+
+
+def cache_folder() -> Path:
+    """Where longwave keeps models, profiles and data: $LONGWAVE_HOME, or longwave under the user's cache folder."""
+    if home := os.environ.get("LONGWAVE_HOME"):
+        return Path(home)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longwave"
 
 
 def opened(url: str, **headers: str) -> http.client.HTTPResponse:

@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from longwave.fetch import fetch, opened
+from longwave.fetch import cache_folder, fetch, opened
 from longwave.rotary import extend
 from longwave.rotary.extension import register
 
@@ -46,13 +46,6 @@ HUB_FILES = ("config.json", "generation_config.json", "model.safetensors", "toke
 FORMAT = 1  # of our converted copy; raise it when the conversion changes
 # options that say where the files are: the tokenizer gets them too
 SHARED = {"revision", "token", "cache_dir", "trust_remote_code", "local_files_only", "subfolder", "gguf_file"}
-
-
-def cache_folder() -> Path:
-    """Where converted models live: $LONGWAVE_HOME, or longwave under the user's cache folder."""
-    if home := os.environ.get("LONGWAVE_HOME"):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longwave"
 
 
 def load(

@@ -1,9 +1,11 @@
-"""longwave eval: measure methods on tasks (run), list both (ls), write a page of results (report)."""
+"""longwave eval: measure methods on tasks (run), list both (ls), fetch what tasks read (data), write a page of results
+(report)."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,6 +101,36 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
     show_table("tasks", columns, [[t["task"], t["version"], t["what"], ", ".join(t["options"])] for t in tasks])
     columns = ["method", "what", "options"]
     show_table("methods", columns, [[m["method"], m["what"], ", ".join(m["options"])] for m in methods])
+
+
+@app.command()
+def data(
+    tasks: Annotated[list[str] | None, typer.Argument(metavar="[TASK]...", help="Of these tasks; else of all.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Data folder; else $LONGWAVE_DATA, else one that `eval run` looks for.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Fetch the benchmarks' data from its own sources, each file checked by its sha256. What came before stays."""
+    with user_errors("what came is kept: run the command again, and it goes on"):
+        from longwave.evals.data import fetched_folder
+        from longwave.evals.download import RECORD, chosen, download
+
+        folder, wanted = out or fetched_folder(), chosen(tasks or [])
+        with progress("bytes") as advance:
+            came = download(wanted, folder, advance)
+        if as_json:
+            files = [{**asdict(source), "new": source in came} for source in wanted]
+            show_json({"folder": str(folder), "files": files})
+            return
+        rows = []
+        for task in dict.fromkeys(source.task for source in wanted):
+            own = [source for source in wanted if source.task == task]
+            licences = dict.fromkeys(source.licence for source in own)
+            new = sum(source in came for source in own)
+            rows.append([task, len(own), new, f"{sum(s.bytes for s in own):,}", " / ".join(licences)])
+        show_table("data", ["task", "files", "new", "bytes", "licence, as its source states it"], rows)
+        print(f"{folder} (addresses and digests: {folder / RECORD})")
 
 
 @app.command()

@@ -4,13 +4,17 @@ A fraction bounds the middle, that is what one more token costs; a size bounds t
 coming.
 """
 
+from __future__ import annotations
+
 import math
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from longwave.methods.base import Bound, Method
-from longwave.plan.profile import Profile
-from longwave.shape import CacheShape
+if TYPE_CHECKING:  # a budget is read, and refused, without torch
+    from longwave.methods.base import Bound, Method
+    from longwave.plan.profile import Profile
+    from longwave.shape import CacheShape
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names) or 'none'}"
+
+
+def check_options(name: str, options: Iterable[str], known: Mapping[str, Collection[str]], what: str) -> None:
+    """Raise ValueError for a name that is not among the `known`, or an option that is none of its own. what: "method",
+    "task"."""
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}; {nearest(name, known)}")
+    for option in options:
+        if option not in known[name]:
+            raise ValueError(f"{name} has no option {option!r}; {nearest(option, known[name])}")
 
 
 def whole(name: str, value: Any, least: int | None, unit: str = "") -> int:

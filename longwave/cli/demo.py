@@ -40,7 +40,7 @@ def command(
     seed: int = 42,
 ) -> None:
     """Dense and fourier side by side on SmolLM2 in float32: needles, loss, bytes, speed, a summary. Takes minutes."""
-    with user_errors():
+    with user_errors("what was measured is kept: run the command again, and it goes on"):
         run(out, file, budget, seed)
 
 

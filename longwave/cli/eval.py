@@ -1,34 +1,23 @@
-"""longwave eval: measure methods on tasks (run), list both (ls), write a page of results (report)."""
+"""longwave eval: measure methods on tasks (run), list both (ls), fetch what tasks read (data), write a page of results
+(report)."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from longwave.cli.common import ExtendRule, ExtendTo, Source, first_line, options_of
+from longwave.cli.common import ExtendRule, ExtendTo, Source
 from longwave.cli.console import progress, show_json, show_table, user_errors
+from longwave.cli.listing import first_line, options_of
 
 app = typer.Typer(no_args_is_help=True, help="Measure methods on the field's benchmarks, and report.")
 
 Repeats = list[str] | None
-
-
-@contextmanager
-def eval_errors() -> Iterator[None]:
-    """What a user can get wrong, or has not installed, in one line."""
-    with user_errors():
-        try:
-            yield
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] == "longwave":
-                raise
-            raise ValueError(f"{error.name} is not installed: pip install 'longwave[eval]'") from None
 
 
 @app.command()
@@ -67,7 +56,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure methods on tasks, same prompts for all; resumes, and two processes may share a folder."""
-    with eval_errors():
+    with user_errors("what was measured is kept: run the command again, and it goes on"):
         from longwave.evals.recipe import evaluate, make_recipe, read_method
         from longwave.evals.stock import Quantized
 
@@ -118,13 +107,43 @@ def ls(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
 
 
 @app.command()
+def data(
+    tasks: Annotated[list[str] | None, typer.Argument(metavar="[TASK]...", help="Of these tasks; else of all.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Data folder; else $LONGWAVE_DATA, else one that `eval run` looks for.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Fetch the benchmarks' data from its own sources, each file checked by its sha256. What came before stays."""
+    with user_errors("what came is kept: run the command again, and it goes on"):
+        from longwave.evals.data import fetched_folder
+        from longwave.evals.download import RECORD, chosen, download
+
+        folder, wanted = out or fetched_folder(), chosen(tasks or [])
+        with progress("bytes") as advance:
+            came = download(wanted, folder, advance)
+        if as_json:
+            files = [{**asdict(source), "new": source in came} for source in wanted]
+            show_json({"folder": str(folder), "files": files})
+            return
+        rows = []
+        for task in dict.fromkeys(source.task for source in wanted):
+            own = [source for source in wanted if source.task == task]
+            licences = dict.fromkeys(source.licence for source in own)
+            new = sum(source in came for source in own)
+            rows.append([task, len(own), new, f"{sum(s.bytes for s in own):,}", " / ".join(licences)])
+        show_table("data", ["task", "files", "new", "bytes", "licence, as its source states it"], rows)
+        print(f"{folder} (addresses and digests: {folder / RECORD})")
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(help="Folders of results; several are shown as one.")],
     out: Annotated[Path | None, typer.Option(help="Where report.html and report.md go; the first folder.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write report.html (one file, no network) and report.md from results."""
-    with eval_errors():
+    with user_errors():
         from longwave.evals.report import write_report
 
         written = write_report(folders, out or folders[0])

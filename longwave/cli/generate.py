@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from longwave.checks import read_text
 from longwave.cli.answer import (
     MaxNewTokens,
     PrefillChunk,
@@ -36,9 +35,10 @@ from longwave.cli.common import (
     Source,
     encode,
     named,
-    parse_options,
+    read_document,
+    read_method,
 )
-from longwave.cli.console import say, show_json, user_errors, waiting
+from longwave.cli.console import say, show_json, user_errors
 from longwave.cli.prefix import (
     as_input,
     check_prefix,
@@ -49,12 +49,15 @@ from longwave.cli.prefix import (
     prefix_ids,
     prompt_ids,
 )
+from longwave.cli.reading import reading
 
 
 def command(
     ctx: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="The prompt, or a question about --file.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Text to read before the prompt.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Text to read before the prompt; - is standard input.")
+    ] = None,
     save_prefix: Annotated[
         Path | None,
         typer.Option(help="Keep what was read of --file here, for --prefix: the cache as it is, or by --save-size."),
@@ -93,23 +96,22 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, with a report of the bytes held and of the time taken."""
-    with user_errors():
+    with user_errors("run the command again; a text that --save-prefix kept is not read again with --prefix"):
         kept = check_prefix(ctx, prompt, file, save_prefix, save_size, prefill_chunk, prefix)
-        parts = [read_text(file, blank=False)] if file else []
+        parts = [read_document(file)] if file else []
         parts += [prompt] if prompt and prompt.strip() else []
         if not parts:
             raise ValueError("the prompt is empty: give a PROMPT, a --file, or both")
         choice = told(temperature, top_k, top_p, prefill_chunk)
+        chosen = read_method(method, option, budget, dtype)
         import torch
         from transformers import TextStreamer
 
         import longwave
         from longwave.decode.steps import Unsupported
         from longwave.frame import cache_argument
-        from longwave.methods import get_method
         from longwave.plan.profile import Profile
 
-        chosen = get_method(method, **parse_options(option))
         measured = Profile.load(profile) if profile is not None else None
         source = Source(model, device, dtype, extend_to, extend_rule)
         check_loop(why_python(source.device, graph), graph, compiled)
@@ -145,7 +147,7 @@ def command(
         given: dict[str, Any] = cache_argument(loaded, memory)
         loop = loop_of(loaded, why, compiled)
         try:
-            with waiting(f"reading {count - held:,} tokens") as done:
+            with reading(loaded, count - held, prefill_chunk) as done:
                 if save_prefix is not None:
                     keep_prefix(loaded, memory, first, save_prefix, save_size, coder, prefill_chunk, {"chat": chat})
                 out = loop(

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from longwave.checks import read_text
 from longwave.cli.common import (
     Budget,
     Device,
@@ -22,9 +21,11 @@ from longwave.cli.common import (
     ProfilePath,
     Source,
     named,
-    parse_options,
+    read_document,
+    read_method,
 )
-from longwave.cli.console import show_json, show_table, user_errors, waiting
+from longwave.cli.console import show_json, show_table, user_errors
+from longwave.cli.reading import reading
 
 
 def command(
@@ -32,7 +33,8 @@ def command(
         Path | None, typer.Argument(help="A saved cache: what this file holds, every byte of it checked.")
     ] = None,
     file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="Text to read; Python's help topics otherwise.")
+        Path | None,
+        typer.Option("--file", "-f", help="Text to read, - for standard input; Python's help topics otherwise."),
     ] = None,
     model: Model = "smollm2",
     method: MethodName = "fourier",
@@ -63,19 +65,18 @@ def command(
             return
         if side not in ("k", "v"):
             raise ValueError(f'side is "k" or "v", got {side!r}')
+        text = read_document(file) if file else None
+        chosen = read_method(method, option, budget, dtype)
         from longwave.cli.pictures import kept_by_pair, plot_channel, plot_kept
         from longwave.evals.data import pydoc_haystack
         from longwave.evals.fork import can_fork, fork, needs_of, prefill, read
-        from longwave.methods import get_method
         from longwave.methods.segmented import SegmentedBound
         from longwave.plan.profile import Profile
         from longwave.shape import CacheShape
 
-        text = read_text(file, blank=False) if file else pydoc_haystack()
-        chosen = get_method(method, **parse_options(option))
         measured = Profile.load(profile) if profile is not None else None
         source = Source(model, device, dtype, extend_to, extend_rule)
-        ids = source.tokenizer(text, return_tensors="pt", verbose=False).input_ids[:, :tokens]
+        ids = source.tokenizer(text or pydoc_haystack(), return_tensors="pt", verbose=False).input_ids[:, :tokens]
         count = ids.shape[1]
         source.check_length(count, 0)
         source.check(chosen, budget, count)
@@ -87,7 +88,7 @@ def command(
             raise ValueError(f"layer {layer} has heads 0 to {shape.kv_heads - 1}")
         loaded = source.load()
         empty = source.cache(loaded, chosen, budget, measured, count, measure)
-        with waiting(f"reading {count:,} tokens"):
+        with reading(loaded, count):
             exact = prefill(loaded, ids, needs=needs_of([empty]))
             if can_fork(empty):
                 held = fork(exact, empty)

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from longwave.checks import parse_json, read_text, whole
+from longwave.evals.download import command_for
+from longwave.fetch import cache_folder
 
 FORMATS = (".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz")
 
 
 def data_folder(given: Path | None = None) -> Path | None:
-    """Where evaluation data lies: `given` (--data), else $LONGWAVE_DATA, else shared/data beside the checkout."""
+    """Where evaluation data lies: `given` (--data), else $LONGWAVE_DATA, else shared/data beside the checkout, else
+    where `longwave eval data` puts it."""
     if given is not None:
         if not given.is_dir():
             raise ValueError(f"there is no data folder {given}")
@@ -25,16 +28,27 @@ def data_folder(given: Path | None = None) -> Path | None:
             raise ValueError(f"there is no data folder {named}, which LONGWAVE_DATA names")
         return Path(named)
     beside = Path(__file__).resolve().parents[3] / "shared" / "data"
-    return beside if beside.is_dir() else None
+    return next((folder for folder in (beside, fetched_folder()) if folder.is_dir()), None)
+
+
+def fetched_folder() -> Path:
+    """Where `longwave eval data` puts it."""
+    return Path(os.environ.get("LONGWAVE_DATA") or cache_folder() / "data")
 
 
 def require(folder: Path | None, relative: str, what: str) -> Path:
     """The path `relative` in the data folder, or an error that says what is missing and how to give it."""
+    command = command_for(relative)
+    fetches = f"`{command}` fetches it. Or " if command else ""
     if folder is None:
-        raise ValueError(f"{what} needs a data folder with {relative}: give --data FOLDER or set LONGWAVE_DATA")
+        raise ValueError(
+            f"{what} needs a data folder with {relative}: {fetches}give --data FOLDER or set LONGWAVE_DATA"
+        )
     path = folder / relative
     if not path.exists():
-        raise ValueError(f"{what} needs {path}, which does not exist: is --data (or LONGWAVE_DATA) the right folder?")
+        raise ValueError(
+            f"{what} needs {path}, which does not exist: {fetches}is --data (or LONGWAVE_DATA) the right folder?"
+        )
     return path
 
 

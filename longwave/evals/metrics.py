@@ -40,18 +40,19 @@ def token_f1(output: str, gold: str) -> float:
 
 
 @lru_cache(maxsize=1)
-def _jieba() -> Any:
+def jieba() -> Any:
+    """The package that cuts Chinese into words. ModuleNotFoundError where it is not installed."""
     import logging
 
-    import jieba
+    import jieba as package
 
-    jieba.setLogLevel(logging.ERROR)
-    return jieba
+    package.setLogLevel(logging.ERROR)
+    return package
 
 
 def cut_chinese(text: str) -> list[str]:
     """jieba's words, punctuation and spaces included."""
-    return list(_jieba().cut(text, cut_all=False))
+    return list(jieba().cut(text, cut_all=False))
 
 
 def token_f1_zh(output: str, gold: str) -> float:

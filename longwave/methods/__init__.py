@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from longwave.checks import nearest
+from longwave.checks import check_options
 from longwave.methods.adakv import AdaKV
 from longwave.methods.attention_matching import AttentionMatching
 from longwave.methods.base import Bound, Method
@@ -66,12 +66,8 @@ def register(method: type[Method]) -> type[Method]:
 
 def get_method(name: str, /, **options: object) -> Method:
     """A method by name with its options, or an error that suggests the nearest name or option."""
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; {nearest(name, METHODS)}")
-    known = [field.name for field in fields(METHODS[name]) if not field.name.startswith("_")]
-    for key in options:
-        if key not in known:
-            raise ValueError(f"{name} has no option {key!r}; {nearest(key, known)}")
+    known = {each: [f.name for f in fields(cls) if not f.name.startswith("_")] for each, cls in METHODS.items()}
+    check_options(name, options, known, "method")
     return METHODS[name](**options)
 
 

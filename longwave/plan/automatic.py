@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
-from longwave.models import cache_folder
+from longwave.fetch import cache_folder
 from longwave.plan.calibrate import calibrate
 from longwave.plan.fingerprint import digest, fingerprint
 from longwave.plan.once import made_once, name_of

@@ -6,10 +6,13 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import longwave
-from longwave.cli.common import first_line, options_of, parse_options
+from longwave.cli import app
+from longwave.cli.common import parse_options
 from longwave.cli.console import show_json
+from longwave.cli.listing import first_line, options_of
 from longwave.methods import METHODS
 from tests.cli.calls import call, refused, succeeds
 
@@ -60,6 +63,46 @@ def test_help_comes_within_a_second():
     code = "import sys; from longwave.cli import app; print(len(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 600
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["generate", "--help"], "fourier-paper"),
+        (["methods"], "fourier-paper"),
+        (["generate", "Hello", "--method", "furier"], "did you mean 'fourier'?"),
+        (["chat", "-o", "segmnt=3"], "dense has no option 'segmnt'"),
+        (["inspect", "--budget", "lots"], "'lots'"),
+        (["calibrate", "smollm2", "--out", "x", "--dtype", "int8"], "dtype is one of"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_what_is_misspelt_need_no_torch(command, said):
+    code = f"""
+import sys
+from longwave.cli import app
+try:
+    app({command})
+except SystemExit:
+    sys.exit("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said in done.stdout + done.stderr
+    assert done.returncode == 0
+
+
+def test_standard_input_is_a_document(folder, text, tmp_path):
+    def given(data, file="-"):
+        read = ["generate", "Why?", "--file", file, "--model", folder, "--max-new-tokens", 2, "--method", "dense"]
+        return CliRunner().invoke(app, [*map(str, read), "--json"], input=data)
+
+    words = text.read_bytes()[:200]
+    (tmp_path / "words.txt").write_bytes(words)
+    piped, named = (json.loads(given(words, file).stdout) for file in ("-", tmp_path / "words.txt"))
+    assert (piped["text"], piped["prompt_tokens"]) == (named["text"], named["prompt_tokens"]) == (piped["text"], 206)
+    assert "standard input is empty" in given(b" \n").stderr
+    assert "standard input is not UTF-8" in given(b"\xff\xfe").stderr
+    assert "questions come from" in refused("chat", folder, "--file", "-")
 
 
 def test_version():

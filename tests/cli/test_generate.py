@@ -209,15 +209,15 @@ def test_sampling_repeats_with_its_seed(generate):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_the_spinner_ends_once_the_prompt_is_read(generate, monkeypatch):
+def test_the_bar_ends_once_the_prompt_is_read(generate, monkeypatch):
     events = []
 
     @contextmanager
-    def waiting(what):
-        events.append(what)
+    def reading(model, tokens, chunk):
+        events.append(f"reading {tokens} tokens")
         yield lambda: events.append("done")
 
-    monkeypatch.setattr("longwave.cli.generate.waiting", waiting)
+    monkeypatch.setattr("longwave.cli.generate.reading", reading)
     monkeypatch.setattr("transformers.TextStreamer.on_finalized_text", lambda self, text, **_: events.append("text"))
     succeeds(*generate, TEXT[:40], "--budget", "1")
     assert events[:2] == ["reading 40 tokens", "done"]

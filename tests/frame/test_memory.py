@@ -17,7 +17,7 @@ def resident():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
 
-model, tokenizer = longwave.load("smollm2", dtype=torch.float32)
+model, tokenizer = longwave.load("smollm2-q4", dtype=torch.float32)
 ids = tokenizer(pydoc_haystack(), return_tensors="pt", verbose=False).input_ids[:, :4000]
 
 def empty():

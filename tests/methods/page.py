@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import longwave
-from longwave.cli.common import first_line
+from longwave.cli.listing import first_line
 from longwave.decode import supports
 from longwave.methods import METHODS
 from tests.conftest import build

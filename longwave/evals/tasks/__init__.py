@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from longwave.checks import nearest
+from longwave.checks import check_options
 from longwave.evals.spec import parse_spec
 from longwave.evals.task import Task
 from longwave.evals.tasks.divergence import Divergence
@@ -56,12 +56,7 @@ TASKS: dict[str, type[Task]] = {
 
 def get_task(name: str, /, **options: Any) -> Task:
     """A task by name with its options, or an error that suggests the nearest name or option."""
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; {nearest(name, TASKS)}")
-    known = [field.name for field in fields(TASKS[name])]
-    for key in options:
-        if key not in known:
-            raise ValueError(f"{name} has no option {key!r}; {nearest(key, known)}")
+    check_options(name, options, {each: [f.name for f in fields(cls)] for each, cls in TASKS.items()}, "task")
     return TASKS[name](**options)
 
 

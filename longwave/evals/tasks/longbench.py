@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 from longwave.checks import read_json
 from longwave.evals import data
 from longwave.evals.documents import mean_over_sets, mean_score
-from longwave.evals.metrics import first_line, rouge_l, rouge_l_zh, token_f1, token_f1_zh
+from longwave.evals.metrics import first_line, jieba, rouge_l, rouge_l_zh, token_f1, token_f1_zh
 from longwave.evals.task import Judged, Sample, Setting, TextTask, chosen
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -110,6 +110,8 @@ class LongBench(TextTask):
             where, records = found
             if not records:
                 raise ValueError(f"{where} has no records")
+            if TEXT_SCORES.get(name) in (rouge_l_zh, token_f1_zh):
+                jieba()  # what is not installed is said before anything is measured
             new = data.count_field(lengths, name, config[1])
             template = data.text_field(prompts, name, config[0])
             for number, record in enumerate(setting.limited(records)):

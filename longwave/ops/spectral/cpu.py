@@ -69,7 +69,7 @@ def why_not(layout: Layout, q: torch.Tensor) -> str | None:
     if usable(layout, q):
         return None
     if numba is None:
-        return "numba is not installed"
+        return "numba is not installed: pip install 'longwave[cpu]'"
     if q.device.type != "cpu":
         return f"no kernel here for {q.device.type}"
     if q.dtype != torch.float32 or layout.dtype not in (torch.float32, torch.float16, torch.bfloat16):

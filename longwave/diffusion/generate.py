@@ -94,8 +94,8 @@ def blocks(
         (None: the model's, or the first of stop_ids).
 
     Rows do not depend on each other. Raises ValueError for options that do not fit, TypeError for a cache of another
-    kind, before anything is read; and what a cache raises whose method cannot go back so far: its window has to cover
-    what is read again.
+    kind, before anything is read; and ValueError behind the first pass where the window of the cache's method is
+    shorter than what is read again of a text.
     """
     config = model.config.get_text_config(decoder=True)
     mask_id = _mask_id(config)

@@ -31,6 +31,8 @@ class Reader:
         self.positions = (real.cumsum(-1) - 1).clamp(min=0)
         self.real = None if bool(real.all()) else real
         self.passes = 0
+        if cache is not None:
+            self._record(cache)
 
     def whole(self, text: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Logits [batch, stop - start, vocabulary] of the tokens from start to stop, all of the text read anew. A cache
@@ -39,8 +41,7 @@ class Reader:
         if self.cache is None:
             return self._logits(text, torch.cat([kept, again]).sort().values, 0, start, stop)
         self.cache.reset()
-        for layer in self.cache.layers:
-            layer.activate_past_recording()
+        self._record(self.cache)
         return self._logits(text, torch.cat([kept, again]), 0, start, stop, taken_back=len(again))
 
     def again(self, text: torch.Tensor, start: int, stop: int) -> torch.Tensor:
@@ -48,9 +49,15 @@ class Reader:
         kept, again = self._sides(text.shape[1], start, stop)
         return self._logits(text, torch.cat([kept, again]), len(kept), start, stop, taken_back=len(again))
 
-    def recomputed(self, tokens: int, start: int, stop: int) -> int:
-        """How many of a text's tokens `again` reads."""
-        return len(self._sides(tokens, start, stop)[1])
+    @staticmethod
+    def _record(cache: LongCache) -> None:
+        for layer in cache.layers:
+            layer.activate_past_recording()
+            if not layer.is_croppable:
+                raise ValueError(
+                    f"{cache.method} cannot take back what it has read, and a block is read many times: give "
+                    "the budget as a fraction, or use another method"
+                )
 
     def _sides(self, tokens: int, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Columns that are kept, and those that are read again: with the one whose logits speak of the first."""
@@ -76,6 +83,17 @@ class Reader:
             **given,
         ).logits
         if self.cache is not None:
-            self.cache.crop(-taken_back)
+            self._take_back(taken_back)
         self.passes += 1
         return logits
+
+    def _take_back(self, tokens: int) -> None:
+        assert self.cache is not None
+        try:
+            self.cache.crop(-tokens)
+        except ValueError as error:
+            dual = "" if self.keep == "dual" else ', or keep="dual", which reads a block alone'
+            raise ValueError(
+                f"{tokens} tokens are read again in every pass of this block, and the cache's method keeps fewer as "
+                f"they came: {error}. Give it a window of {tokens} or more{dual}"
+            ) from error

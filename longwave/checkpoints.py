@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import (
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
@@ -35,7 +35,7 @@ class Layout:
 
     model: type[PreTrainedModel]
     config: Callable[[Mapping[str, Any]], PretrainedConfig]
-    tokenizer: Any = AutoTokenizer
+    tokenizer: Any
     names: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -155,6 +155,6 @@ def _common(said: Mapping[str, Any], logit_shift: bool) -> dict[str, Any]:
 
 
 LAYOUTS = {  # by the model_type of config.json
-    "llada": Layout(LlamaForCausalLM, llada_config, names=LLADA_NAMES),
-    "Dream": Layout(Qwen2ForCausalLM, dream_config, tokenizer=Qwen2Tokenizer),
+    "llada": Layout(LlamaForCausalLM, llada_config, PreTrainedTokenizerFast, LLADA_NAMES),
+    "Dream": Layout(Qwen2ForCausalLM, dream_config, Qwen2Tokenizer),
 }

@@ -99,9 +99,11 @@ def test_saved_it_is_a_stock_checkpoint(checkpoint, tmp_path):
         assert torch.equal(longwave.load(tmp_path, dtype=torch.float32)[0](ids).logits, model(ids).logits)
 
 
-def test_code_beside_the_weights_never_runs(checkpoint):
+def test_code_beside_the_weights_never_runs_and_nobody_is_asked(checkpoint, capsys):
     path, *_ = checkpoint
+    longwave.load(path)
     longwave.load(path, trust_remote_code=True)
+    assert "custom code" not in "".join(capsys.readouterr())
 
 
 def test_a_shard_that_is_not_there(checkpoint, tmp_path):

@@ -32,6 +32,11 @@ class Reader:
         self.real = None if bool(real.all()) else real
         self.passes = 0
         if cache is not None:
+            if keep == "dual" and any(layer.renumbers for layer in cache.memory_layers()):
+                raise NotImplementedError(
+                    f'{cache.method} reads keys at their numbers in the cache, where keep="dual" has what follows a '
+                    'block before it: keep="prefix"'
+                )
             self._record(cache)
 
     def whole(self, text: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from longwave.diffusion import Dream, LLaDA, blocks, generate
 from longwave.diffusion.reading import Reader
 from tests.conftest import into, left_padded, tokens
 from tests.diffusion.conftest import MASK
+from tests.matrix import IDENTITY
 
 KEEPS = ("prefix", "dual")
 HOW = dict(max_new_tokens=18, block_length=6)
@@ -115,6 +116,22 @@ def test_what_is_kept_stays_and_what_is_read_again_is_written_over(both, keep):
 
 
 ENDS = dict(sinks=2, window=24)
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("name", IDENTITY)
+def test_a_method_that_changes_nothing_is_as_dense(llada, name, keep):
+    ids, how = tokens(2, 60).clamp(max=94), dict(max_new_tokens=8, block_length=4)
+    memory = IDENTITY[name](llada)
+    if keep == "dual" and name in ("streaming-slots", "longcache", "infllm", "longheads"):
+        with pytest.raises(NotImplementedError, match="reads keys at their numbers in the cache"):
+            generate(llada, ids, cache=memory, keep=keep, **how)
+        assert not memory.get_seq_length()
+        return
+    dense = generate(llada, ids, cache=longwave.cache(llada, "dense"), keep=keep, **how)
+    assert torch.equal(generate(llada, ids, cache=memory, keep=keep, **how), dense)
+
+
 METHODS = {
     "fourier": lambda model: longwave.cache(model, "fourier", segment=8, window=24, sinks=2, budget=1.0),
     "kivi": lambda model: longwave.cache(model, longwave.Kivi(bits=4, group=8, sinks=2, window=24)),

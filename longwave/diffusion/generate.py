@@ -98,8 +98,8 @@ def blocks(
     shorter than what is read again of a text.
     """
     config = model.config.get_text_config(decoder=True)
-    mask_id = _mask_id(config)
-    real = _real(ids, attention_mask, mask_id)
+    mask_id = mask_of(model)
+    real = real_tokens(ids, attention_mask, mask_id)
     shift = bool(getattr(config, "logit_shift", False))
     sampler = (Dream() if shift else LLaDA()) if sampler is None else sampler
     if not isinstance(sampler, Sampler):
@@ -248,7 +248,9 @@ def _reader(
 # what is refused
 
 
-def _mask_id(config: Any) -> int:
+def mask_of(model: PreTrainedModel) -> int:
+    """The mask token of a masked-diffusion model; ValueError for any other model."""
+    config = model.config.get_text_config(decoder=True)
     if getattr(config, "is_causal", True):
         raise ValueError(
             "this model's attention is causal, and a masked-diffusion model looks in both directions: longwave.load "
@@ -260,7 +262,7 @@ def _mask_id(config: Any) -> int:
     return whole("mask_token_id", mask_id, 0)
 
 
-def _real(ids: Any, attention_mask: torch.Tensor | None, mask_id: int) -> torch.Tensor:
+def real_tokens(ids: Any, attention_mask: torch.Tensor | None, mask_id: int) -> torch.Tensor:
     """Which of the prompts' tokens are real: bool [batch, tokens]."""
     if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point() or not ids.numel():
         said = list(ids.shape) if isinstance(ids, torch.Tensor) else type(ids).__name__

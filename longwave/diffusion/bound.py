@@ -51,7 +51,7 @@ def loss_bound(
         hidden = rank < masked[:, None]
         text = ids.clone()
         text[:, start:].masked_fill_(hidden, mask_id)
-        logits = reader.whole(text, start, tokens)
+        logits = reader.plain(text, start, tokens)
         loss = cross_entropy(logits.double().flatten(0, 1), ids[:, start:].flatten(), reduction="none")
         total += (loss.view_as(hidden) * hidden).sum(-1) / masked
     return total / samples

@@ -71,6 +71,7 @@ def blocks(
     cache: LongCache | None = None,
     keep: str | None = None,
     refresh: int | None = None,
+    delay: int = 0,
     seed: int | None = None,
     stop_ids: Sequence[int] | None = None,
     stopping_criteria: Sequence[Criterion] = (),
@@ -87,7 +88,8 @@ def blocks(
     threshold: instead of steps, every step keeps all tokens whose confidence is at least this, and the surest one.
     cache: an empty `longwave.cache(model, ...)`, which holds what is not read in every pass: "prefix" (`keep`, the
         default) the tokens before the block, "dual" those around it. It is filled anew for every block, and within a
-        block after every `refresh` passes (None: never; 1 is as good as no cache).
+        block after every `refresh` passes (None: never; 1 is as good as no cache). delay: passes of a block before it
+        is filled first: by then its first tokens are there to ask (Sparse-dLLM, arXiv 2508.02558, waits for 1).
     seed: of all that is drawn; row b draws by seed + b. None: taken from torch's generator.
     stop_ids: tokens that end a row (None: the model's `eos_token_id`; (): none do). stopping_criteria: as transformers
         has them, asked after each token of a block that is done. Rows that have ended are padded with pad_token_id
@@ -110,7 +112,7 @@ def blocks(
         raise ValueError(f"{new} new tokens are no whole number of blocks of {length}: change either")
     count = new // length
     each = _steps(steps, threshold, new, count, sampler)
-    _check_cache(model, cache, keep, refresh)
+    _check_cache(model, cache, keep, refresh, delay)
     ends = _stop_ids(config, stop_ids)
     if isinstance(sampler, LLaDA) and sampler.eos != "any" and not ends:
         raise ValueError(f"eos={sampler.eos!r} is about tokens that end an answer, and none is known: give stop_ids")
@@ -119,7 +121,7 @@ def blocks(
     state = _State(model, ids, real, new, mask_id, pad, ends, tuple(stopping_criteria))
     state.draws = [Draws(start_seed + row, model.device) for row in range(ids.shape[0])]
     reader = _reader(model, state, shift, sampler, cache, keep)
-    return _run(reader, state, sampler, length, each, threshold, refresh)
+    return _run(reader, state, sampler, length, each, threshold, refresh, delay)
 
 
 @torch.no_grad()
@@ -131,6 +133,7 @@ def _run(
     each: int | None,
     threshold: float | None,
     refresh: int | None,
+    delay: int,
 ) -> Iterator[Block]:
     prompt, total = state.prompt, state.text.shape[1]
     for start in range(prompt, total, length):
@@ -144,7 +147,9 @@ def _run(
                 sampler.count(n, at) == 0 for n, at in zip(masked, moments, strict=True)
             ):  # nothing would come of a pass
                 continue
-            if reader.cache is None or since is None or since == refresh:
+            if reader.cache is None or reader.passes - before < delay:
+                logits = state.asked(reader.plain, sampler, start, stop)
+            elif since is None or since == refresh:
                 logits, since = state.asked(reader.whole, sampler, start, stop), 1
             else:
                 logits, since = state.asked(reader.again, sampler, start, stop), since + 1
@@ -296,9 +301,12 @@ def _steps(steps: int | None, threshold: float | None, new: int, count: int, sam
     return None
 
 
-def _check_cache(model: PreTrainedModel, cache: LongCache | None, keep: str | None, refresh: int | None) -> None:
+def _check_cache(
+    model: PreTrainedModel, cache: LongCache | None, keep: str | None, refresh: int | None, delay: int
+) -> None:
+    whole("delay", delay, 0, "passes")
     if cache is None:
-        for name, value in (("keep", keep), ("refresh", refresh)):
+        for name, value in (("keep", keep), ("refresh", refresh), ("delay", delay or None)):
             if value is not None:
                 raise ValueError(f"{name}={value!r} decides nothing without a cache: give one, or leave it out")
         return

@@ -39,12 +39,16 @@ class Reader:
                 )
             self._record(cache)
 
+    def plain(self, text: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Logits [batch, stop - start, vocabulary] of the tokens from start to stop, all of the text read and nothing
+        kept."""
+        columns = torch.arange(text.shape[1], device=text.device)
+        return self._logits(text, columns, 0, start, stop)
+
     def whole(self, text: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Logits [batch, stop - start, vocabulary] of the tokens from start to stop, all of the text read anew. A cache
-        keeps what is around them."""
+        """The same, and a cache keeps what is around them."""
+        assert self.cache is not None
         kept, again = self._sides(text.shape[1], start, stop)
-        if self.cache is None:
-            return self._logits(text, torch.cat([kept, again]).sort().values, 0, start, stop)
         self.cache.reset()
         self._record(self.cache)
         return self._logits(text, torch.cat([kept, again]), 0, start, stop, taken_back=len(again))
@@ -77,17 +81,18 @@ class Reader:
         """One pass over the columns after the `known` first of them, of which the last so many are taken back."""
         new = columns[known:]
         asked = torch.arange(start - self.shift, stop - self.shift, device=new.device)
-        given: dict[str, Any] = {} if self.cache is None else cache_argument(self.model, self.cache)
+        cached = self.cache is not None and taken_back > 0
+        given: dict[str, Any] = cache_argument(self.model, self.cache) if cached else {}
         if self.real is not None:
             given["attention_mask"] = self.real[:, columns].long()
         logits = self.model(
             text[:, new],
             position_ids=self.positions[:, new],
             logits_to_keep=(new[None] == asked[:, None]).long().argmax(-1),  # where they stand among the new
-            use_cache=self.cache is not None,
+            use_cache=cached,
             **given,
         ).logits
-        if self.cache is not None:
+        if cached:
             self._take_back(taken_back)
         self.passes += 1
         return logits

@@ -197,6 +197,32 @@ def test_a_method_that_cannot_go_back_is_refused_before_anything_is_read(llada):
     assert not memory.get_seq_length()
 
 
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_cache_that_waits(both, keep):
+    """Until its first pass it is as no cache; as many passes as a block has, and it is never filled."""
+    ids, mask = prompts()
+    memory = longwave.cache(both, "dense")
+    same(blocks(both, ids, mask, cache=memory, keep=keep, delay=6, **HOW), blocks(both, ids, mask, **HOW))
+    assert not memory.get_seq_length()
+    same(
+        blocks(both, ids, mask, cache=memory, keep=keep, delay=1, steps=6, **HOW),
+        blocks(both, ids, mask, steps=6, **HOW),
+    )
+    assert memory.get_seq_length()
+
+
+def test_sparse_dllm(llada):
+    """Half of what is around a block is held, one set a layer, and the answer is whole."""
+    ids = tokens(2, 90).clamp(max=94)
+    memory = longwave.cache(llada, longwave.SparseDLLM(window=6), budget=0.5)
+    found = generate(llada, ids, cache=memory, keep="dual", delay=1, **HOW)
+    assert found.shape == (2, 108)
+    assert memory.report().held < 0.6 * 102
+    for layer in memory.memory_layers():
+        position = layer.dense.columns["position"][..., : layer.dense.longest]
+        assert torch.equal(position[:, :1].expand_as(position), position)
+
+
 def test_a_threshold_with_a_cache(llada):
     ids, mask = prompts()
     for keep in KEEPS:

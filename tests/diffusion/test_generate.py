@@ -249,6 +249,8 @@ def test_transformers_streamer(llada, tokenizer, capsys):
         ({"threshold": 0.9, "sampler": Dream(algorithm="maskgit_plus", choice_temperature=1)}, "takes no threshold"),
         ({"keep": "dual"}, "keep='dual' decides nothing without a cache"),
         ({"refresh": 2}, "refresh=2 decides nothing without a cache"),
+        ({"delay": 1}, "delay=1 decides nothing without a cache"),
+        ({"delay": -1}, "delay is a whole number of passes, at least 0; got -1"),
         ({"seed": 0.5}, "seed is a whole number"),
         ({"stop_ids": ["</s>"]}, "a stop id is a whole number"),
         ({"sampler": LLaDA(eos="last")}, "none is known: give stop_ids"),

@@ -32,6 +32,11 @@ class Reader:
         self.real = None if bool(real.all()) else real
         self.passes = 0
         if cache is not None:
+            if len(list(cache.memory_layers())) < len(cache.layers):
+                raise NotImplementedError(
+                    "some layers of this model attend to a window or keep a state, and what they hold of a text read "
+                    "out of order is not known: leave cache out"
+                )
             if keep == "dual" and any(layer.renumbers for layer in cache.memory_layers()):
                 raise NotImplementedError(
                     f'{cache.method} reads keys at their numbers in the cache, where keep="dual" has what follows a '

@@ -182,6 +182,13 @@ def test_a_window_that_is_too_short_says_so(llada):
     generate(llada, tokens(1, 90).clamp(max=94), cache=memory, keep="dual", max_new_tokens=24, block_length=8)
 
 
+def test_layers_of_another_kind_are_refused(models):
+    model = copy.deepcopy(models["gemma3"][1])
+    model.config.is_causal, model.config.mask_token_id = False, MASK
+    with pytest.raises(NotImplementedError, match="some layers of this model attend to a window"):
+        generate(model, tokens(1, 20).clamp(max=94), cache=longwave.cache(model, "dense"), **HOW)
+
+
 def test_a_size_is_planned_for_what_is_coming(llada):
     ids = tokens(1, 90).clamp(max=94)
     llada.config.max_position_embeddings = 120

@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from longwave.checkpoints import layout_of, read_model, read_tokenizer
 from longwave.fetch import cache_folder, fetch, opened
 from longwave.rotary import extend
 from longwave.rotary.extension import register
@@ -62,7 +63,8 @@ def load(
     "smollm2" is SmolLM2-135M-Instruct (30 layers, 9 query and 3 key/value heads of 64 channels, 8192 tokens of
     context), from the hub, or where that cannot be reached from PyPI, in 4 bits that are turned into floats once;
     "smollm2-q4" is the latter, which our figures are of. Any other id or path goes to transformers unchanged, as
-    further options do, to `AutoModelForCausalLM.from_pretrained`.
+    further options do, to `AutoModelForCausalLM.from_pretrained`. LLaDA and Dream, whose classes are code on the hub,
+    are read into stock ones (longwave.checkpoints).
 
     device: "auto" takes CUDA, Apple's MPS or the CPU, the first that is there; `device_map=` decides instead of it.
     dtype: "auto" is 16 bits: the checkpoint's own type where that has 16, else what the device computes in, bfloat16
@@ -110,14 +112,22 @@ def check_extension(extend_to: int | None, rule: str | None) -> None:
 
 def _read(path: str | Path, dtype: str | torch.dtype, options: dict[str, Any]) -> tuple[Any, list[str]]:
     """A model, and its weights that no file holds."""
-    read: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+    ours = None if "config" in options else layout_of(path, **{k: v for k, v in options.items() if k in SHARED})
+    read: Any = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
+        if ours is None
+        else read_model(*ours, path, dtype=dtype, output_loading_info=True, **options)
+    )
     loaded, about = read
     return loaded, sorted(about["missing_keys"])
 
 
 def load_tokenizer(path: str | Path, **shared: Any) -> PreTrainedTokenizerBase:
     """A model's tokenizer, with padding on the left: generation continues at the right end."""
-    tokenizer = AutoTokenizer.from_pretrained(path, **shared)
+    ours = layout_of(path, **shared)
+    tokenizer: Any = (
+        AutoTokenizer.from_pretrained(path, **shared) if ours is None else read_tokenizer(ours[0], path, **shared)
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -126,7 +136,8 @@ def load_tokenizer(path: str | Path, **shared: Any) -> PreTrainedTokenizerBase:
 
 def load_config(path: str | Path, **shared: Any) -> PretrainedConfig:
     """A model's config, without its weights."""
-    return AutoConfig.from_pretrained(path, **shared)
+    ours = layout_of(path, **shared)
+    return AutoConfig.from_pretrained(path, **shared) if ours is None else ours[1]
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

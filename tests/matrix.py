@@ -56,6 +56,13 @@ class OftenKVzip(longwave.KVzip):
 
 
 @dataclass(frozen=True)
+class OftenSparse(longwave.SparseDLLM):
+    """And of sparse_dllm."""
+
+    every: ClassVar[int] = 8
+
+
+@dataclass(frozen=True)
 class OftenThink(longwave.ThinK):
     """think that packs a few tokens at a time."""
 
@@ -178,6 +185,7 @@ LOSSY = {
     "sirllm-slots": lambda model: longwave.cache(model, OftenSir(tokens=24, positions="slots", **ENDS)),
     "adakv": lambda model: longwave.cache(model, OftenAda(**ENDS), budget=0.3),
     "speckv": lambda model: longwave.cache(model, OftenSpec(**ENDS), budget=0.3),
+    "sparse_dllm": lambda model: longwave.cache(model, OftenSparse(**ENDS), budget=0.3),
     "kvzip": lambda model: longwave.cache(model, OftenKVzip(chunk=20, lead=3, ask=(5, 6), **ENDS), budget=0.3),
     "kvzip-uniform": lambda model: longwave.cache(model, OftenKVzip(chunk=20, uniform=True, **ENDS), budget=0.3),
     "attention_matching": lambda model: longwave.cache(model, OftenMatching(queries=8, stride=3, **ENDS), budget=0.3),
@@ -195,7 +203,7 @@ ROOMY = {
     for method in (
         *(longwave.H2O, longwave.PyramidKV, longwave.AdaKV, longwave.Tova, longwave.TreeKV, longwave.WeightedKV),
         *(longwave.CaM, longwave.KNorm, longwave.ExpectedAttention, longwave.SirLLM, OftenSpec),
-        *(longwave.KVzip, longwave.AttentionMatching),
+        *(longwave.KVzip, longwave.AttentionMatching, longwave.SparseDLLM),
     )
 } | {
     "think": lambda model: longwave.cache(model, longwave.ThinK(window=4096)),

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from longwave.cli import diffuse
 from longwave.cli.answer import (
     MaxNewTokens,
     PrefillChunk,
@@ -35,6 +36,7 @@ from longwave.cli.common import (
     Source,
     encode,
     named,
+    parse_options,
     read_document,
     read_method,
 )
@@ -91,17 +93,32 @@ def command(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Fuse the layers of a graph by torch.compile: slow to begin, faster then.")
     ] = False,
+    diffusion: diffuse.Diffusion = False,
+    block_length: diffuse.BlockLength = None,
+    steps: diffuse.Steps = None,
+    threshold: diffuse.Threshold = None,
+    keep: diffuse.Keep = None,
+    refresh: diffuse.Refresh = None,
+    sampler: diffuse.SamplerOptions = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, with a report of the bytes held and of the time taken."""
     with user_errors("run the command again; a text that --save-prefix kept is not read again with --prefix"):
+        diffuse.check_options(ctx, diffusion, keep)
         kept = check_prefix(ctx, prompt, file, save_prefix, save_size, prefill_chunk, prefix)
         parts = [read_document(file)] if file else []
         parts += [prompt] if prompt and prompt.strip() else []
         if not parts:
             raise ValueError("the prompt is empty: give a PROMPT, a --file, or both")
+        if diffusion:
+            of_sampler = diffuse.sampler_options(sampler, temperature=temperature, top_k=top_k, top_p=top_p)
+            wanted = diffuse.Wanted(max_new_tokens, block_length, steps, threshold, keep, refresh, seed, of_sampler)
+            how = (method if diffuse.given(ctx, "method") else "dense", parse_options(option), budget, profile)
+            source = Source(model, device, dtype, extend_to, extend_rule)
+            diffuse.show(diffuse.answer(source, "\n\n".join(parts), chat, wanted, how), as_json)
+            return
         choice = told(temperature, top_k, top_p, prefill_chunk)
         chosen = read_method(method, option, budget, dtype)
         import torch

@@ -37,6 +37,7 @@ class MemoryLayer(Keeping):
     queries: Queries | None  # of the last tokens, where `needs` says so
     heard: Queries | None  # what went into the model's head, in the place of queries: in one layer of a cache
     waiting: list[int]  # the last so many tokens of each row are to be read again before anything settles
+    renumbers = False  # whether keys are read at their numbers in the row, whatever positions they came with
     hints = False  # whether remembered queries only hint at something: then no harm is done where a mask hid tokens
     _sources: list[torch.Tensor]  # what was given to `update` with a gradient to follow, until attention asks
 

@@ -32,6 +32,7 @@ from longwave.methods.selecting import Selecting
 from longwave.methods.self_extend import SelfExtend
 from longwave.methods.sirllm import SirLLM
 from longwave.methods.snapkv import SnapKV
+from longwave.methods.sparse_dllm import SparseDLLM
 from longwave.methods.speckv import SpecKV
 from longwave.methods.streaming import Streaming
 from longwave.methods.think import ThinK
@@ -44,7 +45,7 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         *(Dense, Fourier, FourierPaper, Kivi, ThinK, Palu, Quest, ReAttention),
         *(Streaming, SnapKV, PyramidKV, AdaKV, SpecKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, KVzip),
-        *(WeightedKV, CaM, AttentionMatching, SirLLM),
+        *(WeightedKV, CaM, AttentionMatching, SirLLM, SparseDLLM),
         *(LMInfinite, SelfExtend, DualChunk),
         *(InfLLM, LongHeads),
     )
@@ -100,6 +101,7 @@ __all__ = [
     "SelfExtend",
     "SirLLM",
     "SnapKV",
+    "SparseDLLM",
     "SpecKV",
     "Streaming",
     "ThinK",

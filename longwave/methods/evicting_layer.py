@@ -21,7 +21,7 @@ class EvictingLayer(MemoryLayer):
         super().__init__(index, bound.needs)
         self.bound = bound
         self.position = bound.shape.memory_layers.index(index)
-        self.slots = bound.method.positions == "slots"
+        self.slots = self.renumbers = bound.method.positions == "slots"
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]

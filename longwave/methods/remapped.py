@@ -89,6 +89,8 @@ class RemappedLayer(MemoryLayer):
 
     slots = True  # keys do not lie as the model turned them
 
+    renumbers = True
+
     def __init__(self, index: int, bound: RemappedBound):
         super().__init__(index, bound.needs)
         self.bound, self.method = bound, bound.method

@@ -120,6 +120,8 @@ class ScopedLayer(MemoryLayer):
 
     method: Scoped
 
+    renumbers = True
+
     def __init__(self, index: int, bound: ScopedBound):
         super().__init__(index, bound.needs)
         self.bound, self.method = bound, bound.method

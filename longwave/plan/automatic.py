@@ -9,9 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from longwave.fetch import cache_folder
+from longwave.models import load_tokenizer
 from longwave.plan.calibrate import calibrate
 from longwave.plan.fingerprint import digest, fingerprint
 from longwave.plan.once import made_once, name_of
@@ -169,6 +170,6 @@ def _tokenizer(model: PreTrainedModel) -> Any:
     if not place:
         return None
     try:
-        return AutoTokenizer.from_pretrained(place)
+        return load_tokenizer(place)
     except Exception:  # whatever keeps it from loading: the model is not measured, and the report says so
         return None

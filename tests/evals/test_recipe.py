@@ -357,6 +357,7 @@ def test_a_run_and_its_header(loader, hay, tmp_path):
 FAMILY = (
     *("tova", "treekv", "weightedkv", "cam", "knorm", "pyramidkv", "adakv", "expected_attention", "sirllm", "kvzip"),
     "attention_matching",
+    "sparse_dllm",
 )
 
 

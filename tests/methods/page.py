@@ -61,6 +61,7 @@ ABOUT = {
         "2602.16284",
         "facts that no reference query asks for: [evicting](evicting.md)",
     ),
+    "sparse_dllm": ("2508.02558", "one mean query and one set for all heads of a layer: [diffusion](diffusion.md)"),
     "weightedkv": ("2503.01330", "a folded value answers to its neighbour's key"),
     "cam": (
         "LCTmppB165",

@@ -4,6 +4,7 @@ A new method adds a line to each: its name and a function from a model to an emp
 """
 
 from dataclasses import dataclass
+from tempfile import gettempdir
 from typing import ClassVar
 
 import longwave
@@ -158,6 +159,9 @@ LOSSY = {
     "h2o": lambda model: longwave.cache(model, longwave.H2O(**ENDS), budget=0.3),
     "quest": lambda model: longwave.cache(model, longwave.Quest(full_layers=0, chunk=4, **ENDS), budget=0.3),
     "longcache": lambda model: longwave.cache(model, FewAlone(chunk=8, top=2, spans=3, span=4, sinks=2, window=9)),
+    "longcache-mapped": lambda model: longwave.cache(
+        model, FewAlone(chunk=8, top=2, spans=3, span=4, sinks=2, window=9, host=gettempdir())
+    ),
     "tova": lambda model: longwave.cache(model, longwave.Tova(**ENDS), budget=0.3),
     "treekv": lambda model: longwave.cache(model, longwave.TreeKV(block=4, **ENDS), budget=0.3),
     "treekv-slots": lambda model: longwave.cache(

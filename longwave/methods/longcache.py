@@ -59,6 +59,7 @@ class ReAttention(Scoped):
         whole("window", self.window, self.chunk, "tokens (those that choose together, chunk, lie in it)")
         if not isinstance(self.exact, bool):
             raise ValueError(f"exact is True or False, got {self.exact!r}")
+        super().__post_init__()
 
     @property
     def scope(self) -> int:
@@ -119,7 +120,7 @@ class ReAttentionLayer(ScopedLayer):
 
     def _chosen(self, p: Pass, k: torch.Tensor, stop: torch.Tensor, asks: torch.Tensor | None) -> torch.Tensor:
         """Which of the stored tokens a row reads: bool [batch, n of k]."""
-        m, number, last = self.method, torch.arange(k.shape[2], device=k.device), stop[:, None]
+        m, number, last = self.method, torch.arange(k.shape[2], device=stop.device), stop[:, None]
         keep = (number < m.sinks) | (number >= last - m.window) | (last <= m.scope)
         if m.spans and k.shape[2] > m.scope:
             q = p.rotary.unrotate(p.module, p.q, p.known_positions())

@@ -9,27 +9,46 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from longwave.frame import MemoryLayer, Needs, Pass, Step
-from longwave.methods.base import Bound, CacheShape, Method
+from longwave.methods.base import Bound, CacheShape, Method, check_host
 from longwave.plan.profile import Profile
 from longwave.shape import context_limit
-from longwave.store.tokens import capacity
+from longwave.store.mapped import MappedTokens
+from longwave.store.tokens import TokenBuffer, capacity
 
 
 @dataclass(frozen=True)
 class Scoped(Method):
-    """What they share: no budget decides anything, since all is held; 1 reads all."""
+    """What they share: no budget decides anything, since all is held; 1 reads all.
+
+    host: True: keys and values lie in host memory, where the model is elsewhere. A directory: in files there, that are
+        mapped into memory and end with the cache.
+    """
 
     learns: ClassVar[bool] = True
     alone: ClassVar[int] = 16  # tokens of a row that choose one by one, as steps do, where a pass brings no more
     uses: ClassVar[str]  # "reads {} tokens at once (...)": how it comes to its positions
     fewer: ClassVar[str]  # what would make them fewer
+
+    host: bool | str = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.host, bool | str):
+            raise ValueError(f"host is True, False or a directory for files of keys and values, got {self.host!r}")
+
+    def check(self, device: torch.device) -> None:
+        check_host(self.host, device)
+
+    @property
+    def where(self) -> str:
+        """Of keys and values, for reports: nothing where they lie on the device."""
+        return "mapped files" if isinstance(self.host, str) else "host memory" if self.host else ""
 
     @property
     @abstractmethod
@@ -68,6 +87,10 @@ class Scoped(Method):
         """`bind`, of a budget that is 1 or left out."""
 
     def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> ScopedBound:
+        if budget is not None and self.host:
+            raise ValueError(
+                f"what is read whole lies on the device: leave budget={budget:g} or host={self.host!r} out"
+            )
         if budget is not None and budget < 1:
             raise ValueError(
                 f"{self.name} keeps everything, so its budget is 1; got {budget}. What is read of it is a number of "
@@ -106,7 +129,8 @@ class ScopedBound(Bound):
         return 0
 
     def __str__(self) -> str:
-        return f"{self.method.name}(reads {'everything' if self.whole else self.reads()})"
+        where = f", in {self.method.where}" if self.method.where else ""
+        return f"{self.method.name}(reads {'everything' if self.whole else self.reads()}{where})"
 
     def layer(self, index: int) -> MemoryLayer:
         return MemoryLayer(index) if self.whole else self.reading(index)
@@ -116,7 +140,7 @@ class ScopedBound(Bound):
 
 
 class ScopedLayer(MemoryLayer):
-    """All tokens dense, their keys un-rotated."""
+    """All tokens dense, their keys un-rotated, wherever they lie: see `Scoped.host`."""
 
     method: Scoped
 
@@ -146,9 +170,23 @@ class ScopedLayer(MemoryLayer):
 
     def taken(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys, un-rotated, and values of row b's tokens index [batch, n]: [batch, kv_heads, n, head_dim] each."""
-        rows = torch.arange(index.shape[0], device=index.device)[:, None]
-        k, v = (x[rows, :, index].transpose(1, 2) for x in self.dense.tensors())  # on a CPU half of what `gather` takes
-        return k, v
+        where = self.dense.k.device  # type: ignore[union-attr]
+        rows, there = torch.arange(index.shape[0], device=where)[:, None], index.to(where)
+        k, v = (x[rows, :, there].transpose(1, 2) for x in self.dense.tensors())  # on a CPU half of what `gather` takes
+        return k.to(index.device), v.to(index.device)
+
+    def empty(self) -> TokenBuffer:
+        host = self.method.host
+        if not host:
+            return super().empty()
+        return MappedTokens(self.batch_size, self.needs.columns(), host if isinstance(host, str) else None)
+
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        parts, where = super().parts(), self.method.where
+        return {where if where and name == "dense" else name: tensors for name, tensors in parts.items()}
+
+    def mapped(self) -> list[torch.Tensor]:
+        return [*self.dense.tensors(), *self.dense.columns.values()] if isinstance(self.method.host, str) else []
 
     def refuse(self, p: Pass) -> None:
         if p.causal and p.mask is None:
@@ -182,7 +220,7 @@ class ScopedLayer(MemoryLayer):
         real = torch.ones_like(p.q[:, 0, :, 0], dtype=torch.long) if p.valid is None else p.valid.long()
         place = before + (real.cumsum(-1) - 1).clamp(min=0)
         turned = replace(p, q=p.rotary.shift(p.module, p.q, p.known_positions(), place))
-        with self._turned(p):
+        with self._turned(p):  # a row that is read whole is no longer than what is read of any
             out = super().attend(turned)
             if p.sinks is not None:
                 p.lse = self.lse(turned)
@@ -190,14 +228,15 @@ class ScopedLayer(MemoryLayer):
 
     @contextmanager
     def _turned(self, p: Pass) -> Iterator[None]:
-        """In here the stored keys are rotated to their places in the row."""
-        stored = self.dense.k
-        assert stored is not None
-        self.dense.k = at_places(p, stored)
+        """In here the stored keys are rotated to their places in the row, and all lies on the device."""
+        k, v = self.dense.k, self.dense.v
+        assert k is not None
+        assert v is not None
+        self.dense.k, self.dense.v = at_places(p, k.to(p.q.device)), v.to(p.q.device)
         try:
             yield
         finally:
-            self.dense.k = stored
+            self.dense.k, self.dense.v = k, v
 
     def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """How a row reads the tokens from start to stop that a pass brings: those that are read plainly at once, then
@@ -241,7 +280,7 @@ class ScopedLayer(MemoryLayer):
     # steps
 
     def unsteady(self) -> str | None:
-        return None
+        return f"keys and values lie in {self.method.where}" if self.method.host else None
 
     def arrive_step(self, p: Pass, step: Step) -> None:
         self.arrive(p)

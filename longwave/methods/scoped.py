@@ -6,6 +6,7 @@ every layer anew. A short row is read whole, as the model does.
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ class Scoped(Method):
 
     def check(self, device: torch.device) -> None:
         check_host(self.host, device)
+        if self.host is True and not hasattr(os, "memfd_create"):
+            raise ValueError('host=True grows in a way that this system does not know: name a directory, host="DIR"')
 
     @property
     def where(self) -> str:
@@ -88,9 +91,7 @@ class Scoped(Method):
 
     def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> ScopedBound:
         if budget is not None and self.host:
-            raise ValueError(
-                f"what is read whole lies on the device: leave budget={budget:g} or host={self.host!r} out"
-            )
+            raise ValueError(f"what is read whole is on the device: leave budget={budget:g} or host={self.host!r} out")
         if budget is not None and budget < 1:
             raise ValueError(
                 f"{self.name} keeps everything, so its budget is 1; got {budget}. What is read of it is a number of "

@@ -11,7 +11,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -26,10 +26,11 @@ class Growing:
         self.shape = (*like.shape[:2], *like.shape[3:])  # of a token
         self.size = 0  # bytes
         if where is None:
-            self.file: IO[bytes] = os.fdopen(os.memfd_create("longwave"), "r+b", buffering=0)
+            self.file = os.memfd_create("longwave")
         else:
-            self.file = tempfile.TemporaryFile(dir=where, buffering=0)
-        weakref.finalize(self, self.file.close)
+            self.file, name = tempfile.mkstemp(dir=where)
+            os.unlink(name)
+        weakref.finalize(self, os.close, self.file)
 
     def fit(self, tokens: int) -> torch.Tensor:
         """It with so many tokens; new ones are 0. Where it had more, an earlier tensor's last ones must not be touched
@@ -38,22 +39,22 @@ class Growing:
         if size > self.size:
             self._reserve(size)
         else:
-            os.ftruncate(self.file.fileno(), size)
+            os.ftruncate(self.file, size)
         self.size = size
         if not size:
             return torch.empty(0, *self.shape, dtype=self.dtype).movedim(0, 2)
-        shared = mmap.mmap(self.file.fileno(), size)
+        shared = mmap.mmap(self.file, size)
         return torch.frombuffer(shared, dtype=self.dtype).view(tokens, *self.shape).movedim(0, 2)
 
     def _reserve(self, size: int) -> None:
         """Have the room before anything is written: a mapped page that finds none ends the process."""
         try:
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self.file.fileno(), self.size, size - self.size)
+                os.posix_fallocate(self.file, self.size, size - self.size)
             else:
-                os.ftruncate(self.file.fileno(), size)
+                os.ftruncate(self.file, size)
         except OSError as error:
-            os.ftruncate(self.file.fileno(), self.size)
+            os.ftruncate(self.file, self.size)
             there = "host memory" if self.where is None else self.where
             raise OSError(
                 error.errno, f"{there} has no room for {size - self.size:,} bytes of keys and values: {error.strerror}"

@@ -74,5 +74,5 @@ def test_what_is_refused(llama, method, tmp_path):
         longwave.cache(llama, replace(method, host=str(tmp_path / "nowhere")))
     with pytest.raises(ValueError, match="host is True, False or a directory for files of keys and values, got 7"):
         replace(method, host=7)
-    with pytest.raises(ValueError, match="leave budget=1 or host=.* out"):
+    with pytest.raises(ValueError, match=r"leave budget=1 or host=.* out"):
         longwave.cache(llama, replace(method, host=str(tmp_path)), 1.0)

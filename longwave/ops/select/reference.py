@@ -22,8 +22,8 @@ COLUMNS = 1 << 14  # tokens that are scored at once: whole tiles
 def best(
     q: torch.Tensor, k: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, top: int, exact: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each query the `top` tokens of best score, the best first: scores float32 [B, Hq, Q, top] and numbers int64, -inf
-    and -1 where there are no more.
+    """Of each query the `top` tokens of best score, the best first: float32 scores and int64 numbers [B, Hq, Q, top],
+    -inf and -1 where there are no more.
 
     Tokens and arguments as in __init__.py.
     """

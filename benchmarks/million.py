@@ -174,9 +174,7 @@ def main():
         f"bytes of the cache: {report.device:,} on the device, {report.host:,} in host memory, {report.mapped:,} in "
         f"files; the process's own memory at most {most:,}, a GPU's {result['gpu_peak']:,}"
     )
-    print(
-        f"{reading:.1f} s to read ({args.tokens / reading:,.0f} a second), then {result['token']:.3f} s a token"
-    )
+    print(f"{reading:.1f} s to read ({args.tokens / reading:,.0f} a second), then {result['token']:.3f} s a token")
     if args.out:
         args.out.write_text(json.dumps(result) + "\n")
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from longwave.frame import MemoryLayer, Needs, Pass, Step
 from longwave.methods.base import Bound, CacheShape, Method, check_host
+from longwave.ops.pieces import Made
 from longwave.plan.profile import Profile
 from longwave.shape import context_limit
 from longwave.store.mapped import MappedTokens
@@ -89,7 +90,7 @@ class Scoped(Method):
     def bound(self, shape: CacheShape, budget: float | None) -> ScopedBound:
         """`bind`, of a budget that is 1 or left out."""
 
-    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> ScopedBound:
+    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> Bound:
         if budget is not None and self.host:
             raise ValueError(f"what is read whole is on the device: leave budget={budget:g} or host={self.host!r} out")
         if budget is not None and budget < 1:
@@ -176,6 +177,21 @@ class ScopedLayer(MemoryLayer):
         k, v = (x[rows, :, there].transpose(1, 2) for x in self.dense.tensors())  # on a CPU half of what `gather` takes
         return k.to(index.device), v.to(index.device)
 
+    def stored_keys(self, tokens: int) -> torch.Tensor | Made:
+        """The first `tokens` keys of every row, un-rotated, [batch, kv_heads, tokens, head_dim], wherever they lie."""
+        return next(self.dense.tensors())[:, :, :tokens]
+
+    def whole(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys, un-rotated, and values of every row, [batch, kv_heads, n, head_dim] each, on the device."""
+        k, v = (x.to(device) for x in self.dense.tensors())
+        return k, v
+
+    @property
+    def starts(self) -> list[int]:
+        """Tokens of each row before the pass that is read."""
+        held = zip(self.rows, self.dense.lengths, self._before, strict=True)
+        return [seen - (now - before) for seen, now, before in held]
+
     def empty(self) -> TokenBuffer:
         host = self.method.host
         if not host:
@@ -215,14 +231,14 @@ class ScopedLayer(MemoryLayer):
     # attention
 
     def attend(self, p: Pass) -> torch.Tensor:
-        if max(self.dense.lengths) > self.method.plain:
+        if max(self.rows) > self.method.plain:
             return self.attend_in_stretches(p)
-        before = torch.tensor(self._before, device=p.q.device)[:, None]
+        before = torch.tensor(self.starts, device=p.q.device)[:, None]
         real = torch.ones_like(p.q[:, 0, :, 0], dtype=torch.long) if p.valid is None else p.valid.long()
         place = before + (real.cumsum(-1) - 1).clamp(min=0)
         turned = replace(p, q=p.rotary.shift(p.module, p.q, p.known_positions(), place))
         with self._turned(p):  # a row that is read whole is no longer than what is read of any
-            out = super().attend(turned)
+            out = MemoryLayer.attend(self, turned)
             if p.sinks is not None:
                 p.lse = self.lse(turned)
         return out
@@ -230,14 +246,14 @@ class ScopedLayer(MemoryLayer):
     @contextmanager
     def _turned(self, p: Pass) -> Iterator[None]:
         """In here the stored keys are rotated to their places in the row, and all lies on the device."""
-        k, v = self.dense.k, self.dense.v
-        assert k is not None
-        assert v is not None
-        self.dense.k, self.dense.v = at_places(p, k.to(p.q.device)), v.to(p.q.device)
+        held, before = self.dense, self._before
+        k, v = self.whole(p.q.device)
+        self._before, self.dense = self.starts, TokenBuffer(self.batch_size)
+        self.dense.k, self.dense.v, self.dense.lengths = at_places(p, k), v, list(self.rows)
         try:
             yield
         finally:
-            self.dense.k, self.dense.v = k, v
+            self.dense, self._before = held, before
 
     def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """How a row reads the tokens from start to stop that a pass brings: those that are read plainly at once, then
@@ -252,8 +268,8 @@ class ScopedLayer(MemoryLayer):
     def attend_in_stretches(self, p: Pass) -> torch.Tensor:
         """`attend`, by stretches of each row; the first ones of all rows together, then the second ones."""
         device, tokens = p.q.device, p.q.shape[2]
-        before = torch.tensor(self._before, device=device)[:, None]
-        rows = [list(self.stretches(*ends)) for ends in zip(self._before, self.dense.lengths, strict=True)]
+        before = torch.tensor(self.starts, device=device)[:, None]
+        rows = [list(self.stretches(*ends)) for ends in zip(self.starts, self.rows, strict=True)]
         order = torch.arange(tokens, device=device).expand(p.q.shape[0], -1)  # columns of a row's real tokens
         if p.valid is not None:
             order = torch.argsort((~p.valid).byte(), dim=-1, stable=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,17 +20,6 @@ __all__ = ["Bound", "CacheShape", "Method"]
 
 class Unmeasured(ValueError):
     """Options that cannot be bound without a measurement of the model."""
-
-
-def check_host(host: bool | str, device: torch.device) -> None:
-    """Raise ValueError where keys and values are to lie in host memory and do so already, or in a directory that takes
-    no files."""
-    if host is True and device.type == "cpu":
-        raise ValueError(
-            "host=True moves keys and values to host memory, and this model is on the CPU already: leave it out"
-        )
-    if isinstance(host, str) and not (os.path.isdir(host) and os.access(host, os.W_OK)):
-        raise ValueError(f"host={host!r} is to hold files of keys and values, and is no directory that takes any")
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ every layer anew. A short row is read whole, as the model does.
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +16,11 @@ import torch
 from transformers import PreTrainedModel
 
 from longwave.frame import MemoryLayer, Needs, Pass, Step
-from longwave.methods.base import Bound, CacheShape, Method, check_host
+from longwave.methods import host
+from longwave.methods.base import Bound, CacheShape, Method
 from longwave.ops.pieces import Made
 from longwave.plan.profile import Profile
 from longwave.shape import context_limit
-from longwave.store.mapped import MappedTokens
 from longwave.store.tokens import TokenBuffer, capacity
 
 
@@ -41,18 +40,10 @@ class Scoped(Method):
     host: bool | str = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.host, bool | str):
-            raise ValueError(f"host is True, False or a directory for files of keys and values, got {self.host!r}")
+        host.check_option(self.host)
 
     def check(self, device: torch.device) -> None:
-        check_host(self.host, device)
-        if self.host is True and not hasattr(os, "memfd_create"):
-            raise ValueError('host=True grows in a way that this system does not know: name a directory, host="DIR"')
-
-    @property
-    def where(self) -> str:
-        """Of keys and values, for reports: nothing where they lie on the device."""
-        return "mapped files" if isinstance(self.host, str) else "host memory" if self.host else ""
+        host.check_host(self.host, device)
 
     @property
     @abstractmethod
@@ -131,7 +122,7 @@ class ScopedBound(Bound):
         return 0
 
     def __str__(self) -> str:
-        where = f", in {self.method.where}" if self.method.where else ""
+        where = f", in {host.where(self.method.host)}" if self.method.host else ""
         return f"{self.method.name}(reads {'everything' if self.whole else self.reads()}{where})"
 
     def layer(self, index: int) -> MemoryLayer:
@@ -193,17 +184,14 @@ class ScopedLayer(MemoryLayer):
         return [seen - (now - before) for seen, now, before in held]
 
     def empty(self) -> TokenBuffer:
-        host = self.method.host
-        if not host:
-            return super().empty()
-        return MappedTokens(self.batch_size, self.needs.columns(), host if isinstance(host, str) else None)
+        return host.tokens(self.method.host, self.batch_size, self.needs.columns())
 
     def parts(self) -> dict[str, list[torch.Tensor]]:
-        parts, where = super().parts(), self.method.where
-        return {where if where and name == "dense" else name: tensors for name, tensors in parts.items()}
+        dense = host.where(self.method.host) or "dense"
+        return {dense if name == "dense" else name: tensors for name, tensors in super().parts().items()}
 
     def mapped(self) -> list[torch.Tensor]:
-        return [*self.dense.tensors(), *self.dense.columns.values()] if isinstance(self.method.host, str) else []
+        return host.mapped(self.method.host, self.dense)
 
     def refuse(self, p: Pass) -> None:
         if p.causal and p.mask is None:
@@ -297,7 +285,7 @@ class ScopedLayer(MemoryLayer):
     # steps
 
     def unsteady(self) -> str | None:
-        return f"keys and values lie in {self.method.where}" if self.method.host else None
+        return f"keys and values lie in {host.where(self.method.host)}" if self.method.host else None
 
     def arrive_step(self, p: Pass, step: Step) -> None:
         self.arrive(p)

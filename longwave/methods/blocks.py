@@ -96,5 +96,10 @@ class BlockLayer(ScopedLayer):
         if self.means is not None:
             self.fit()
 
+    def release(self) -> None:
+        super().release()
+        if self.means is not None:
+            self.fit()
+
     def step_state(self) -> list[torch.Tensor]:
         return [*super().step_state(), *([] if self.means is None else [self.means])]

@@ -53,11 +53,21 @@ def _offers(
     number = start + torch.arange(k.shape[2], device=q.device)
     inside = (number >= begin[:, None]) & (number < end[:, None])
     scores = scores.masked_fill_(~inside[:, None, None], -INF)
-    if exact:
-        return first(scores, number.expand_as(scores), top)
-    tiles = torch.nn.functional.pad(scores, (0, -k.shape[2] % TILE), value=-INF).unflatten(-1, (-1, TILE))
-    value, at = tiles.max(-1)
-    return first(value, start + at + TILE * torch.arange(value.shape[-1], device=q.device), top)
+    if k.shape[2] % TILE:
+        scores = torch.nn.functional.pad(scores, (0, -k.shape[2] % TILE), value=-INF)
+    tiles = scores.unflatten(-1, (-1, TILE))
+    begins = start + TILE * torch.arange(tiles.shape[-2], device=q.device)
+    if not exact:
+        value, at = tiles.max(-1)
+        return first(value, at + begins, top)
+    # the best lie in the tiles whose best are: before each of them stands one that is greater, or equal and earlier
+    most = tiles.amax(-1)
+    _, tile = first(most, torch.arange(most.shape[-1], device=q.device).expand_as(most), top)
+    tile = tile.sort(-1).values[..., None]
+    there = tile.clamp(min=0)
+    value = tiles.gather(-2, there.expand(*there.shape[:-1], TILE)).masked_fill_(tile < 0, -INF)
+    index = begins[there] + torch.arange(TILE, device=q.device)
+    return first(value.flatten(-2), index.flatten(-2), top)
 
 
 def first(value: torch.Tensor, index: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ A new method adds a line to each: its name and a function from a model to an emp
 """
 
 from dataclasses import dataclass
+from tempfile import gettempdir
 from typing import ClassVar
 
 import longwave
@@ -135,6 +136,12 @@ IDENTITY = {
     ),
     # keys are turned back and forth, and the scope has room for all
     "longcache": lambda model: longwave.cache(model, longwave.ReAttention(window=300, spans=10, span=5, chunk=16)),
+    # and all of it comes from pages
+    "longcache-pages": lambda model: longwave.cache(
+        model,
+        longwave.ReAttention(window=9, chunk=8, spans=100, span=5, sinks=2, store=longwave.Kivi(group=8)),
+        budget=1.0,
+    ),
     # all is in the window; what leaves it would go into blocks
     "infllm": lambda model: longwave.cache(model, longwave.InfLLM(sinks=2, window=300, chunk=16, block=8)),
     # every head has room for all chunks
@@ -165,6 +172,13 @@ LOSSY = {
     "h2o": lambda model: longwave.cache(model, longwave.H2O(**ENDS), budget=0.3),
     "quest": lambda model: longwave.cache(model, longwave.Quest(full_layers=0, chunk=4, **ENDS), budget=0.3),
     "longcache": lambda model: longwave.cache(model, FewAlone(chunk=8, top=2, spans=3, span=4, sinks=2, window=9)),
+    "longcache-pages": lambda model: longwave.cache(
+        model,
+        FewAlone(chunk=8, top=2, spans=3, span=4, sinks=2, window=9, store=longwave.Kivi(bits=4, group=8)),
+    ),
+    "longcache-mapped": lambda model: longwave.cache(
+        model, FewAlone(chunk=8, top=2, spans=3, span=4, sinks=2, window=9, host=gettempdir())
+    ),
     "tova": lambda model: longwave.cache(model, longwave.Tova(**ENDS), budget=0.3),
     "treekv": lambda model: longwave.cache(model, longwave.TreeKV(block=4, **ENDS), budget=0.3),
     "treekv-slots": lambda model: longwave.cache(

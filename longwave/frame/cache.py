@@ -214,6 +214,7 @@ class LongCache(Cache):
         """Tokens seen, bytes held by part, bytes a dense cache would hold, and their ratio."""
         parts: dict[str, int] = {}
         host = storage_bytes([x for layer in self.layers for x in self._away(layer)])
+        mapped = storage_bytes([x for layer in self.memory_layers() for x in layer.mapped()])
         dense, batch, held, answers = 0, 0, 0, []
         for layer in self.layers:
             if isinstance(layer, MemoryLayer):
@@ -240,6 +241,7 @@ class LongCache(Cache):
             parts=parts,
             scratch=scratch.most,
             host=host,
+            mapped=mapped,
             answers=tuple(answers),
         )
 
@@ -250,4 +252,5 @@ class LongCache(Cache):
             return []
         memory = isinstance(layer, MemoryLayer)
         held = [x for part in layer.parts().values() for x in part] if memory else list(tensors_in(layer))
-        return [x for x in held if x.device.type == "cpu"]
+        files = {x.untyped_storage().data_ptr() for x in layer.mapped()} if memory else set()
+        return [x for x in held if x.device.type == "cpu" and x.untyped_storage().data_ptr() not in files]

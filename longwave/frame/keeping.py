@@ -19,6 +19,14 @@ class Keeping(Counting):
     needs: Needs
     scaling: float
 
+    def empty(self) -> TokenBuffer:
+        """Where its tokens will lie."""
+        return TokenBuffer(self.batch_size, self.needs.columns())
+
+    def mapped(self) -> list[torch.Tensor]:
+        """Of what it holds, what lies in files."""
+        return []
+
     def state(self) -> State:
         """Everything held and counted, tensors not copied; {} of a layer that nothing was given to."""
         if self._new is not None:
@@ -60,7 +68,7 @@ class Keeping(Counting):
             bool(self.rows) and 0 <= max(self.rows) <= self.columns, f"{self.rows} of {self.columns} tokens are seen"
         )
         demand(len(self._run) == self.batch_size, f"{len(self._run)} runs of {self.batch_size} rows")
-        self.dense = TokenBuffer(self.batch_size, self.needs.columns())
+        self.dense = self.empty()
         self.dense.load_state(within("dense", state))
         kept = within("queries", state)
         demand(bool(kept) == bool(self.needs.queries), "remembered queries are what this method does not ask for")

@@ -255,7 +255,7 @@ class MemoryLayer(Keeping):
         self.batch_size = key_states.shape[0]
         self.rows = [0] * self.batch_size
         self._run = [0] * self.batch_size
-        self.dense = TokenBuffer(self.batch_size, self.needs.columns())
+        self.dense = self.empty()
         if self.needs.queries:
             self.queries = Queries(self.needs.queries, self.batch_size, self.needs.every)
         self.is_initialized = True

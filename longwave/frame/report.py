@@ -18,7 +18,8 @@ class Report:
     tokens: seen; held: in the longest row of the layer that holds most. parts: bytes by what they are for. scratch:
     bytes that a pass took at most for the time that it ran. answers: what attends over what is stored, kernel or plain
     torch, and why (empty before it did). host: of nbytes, those in host memory, where the model is elsewhere or the
-    cache is parked. Of a cache that holds nothing there is none: ValueError.
+    cache is parked. mapped: of nbytes, those in files that are mapped into memory. Of a cache that holds nothing there
+    is none: ValueError.
     """
 
     method: str
@@ -30,6 +31,7 @@ class Report:
     parts: dict[str, int]
     scratch: int = 0
     host: int = 0
+    mapped: int = 0
     answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -44,6 +46,11 @@ class Report:
         return self.nbytes / self.dense_nbytes
 
     @property
+    def device(self) -> int:
+        """Bytes that lie where the model does, and in no file."""
+        return self.nbytes - self.host - self.mapped
+
+    @property
     def others(self) -> int:
         """Bytes of layers that are not the method's (sliding, linear): a dense cache holds the same there."""
         return self.parts.get(OTHERS, 0)
@@ -54,7 +61,7 @@ class Report:
         return (self.nbytes - self.others) / (self.dense_nbytes - self.others)
 
     def as_dict(self) -> dict[str, Any]:
-        own = {"ratio": self.ratio, "memory_ratio": self.memory_ratio}
+        own = {"ratio": self.ratio, "memory_ratio": self.memory_ratio, "device": self.device}
         return {**self.__dict__, "answers": list(self.answers), **own}
 
     def __str__(self) -> str:
@@ -65,11 +72,12 @@ class Report:
         )
         scratch = f"; a pass took {self.scratch:,} more" if self.scratch else ""
         host = f"; {self.host:,} of the bytes in host memory" if self.host else ""
+        mapped = f"; {self.mapped:,} of the bytes in mapped files" if self.mapped else ""
         answers = f"; answered by {', '.join(self.answers)}" if self.answers else ""
         return (
             f"ratio {self.ratio:.3f}: {self.nbytes:,} bytes held, {self.dense_nbytes:,} in a dense cache; "
             f"{self.method}, {self.tokens:,} tokens{held} x {self.batch} rows [{parts}]"
-            f"{others if self.others else ''}{scratch}{host}{answers}"
+            f"{others if self.others else ''}{scratch}{host}{mapped}{answers}"
         )
 
 

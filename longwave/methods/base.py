@@ -22,14 +22,6 @@ class Unmeasured(ValueError):
     """Options that cannot be bound without a measurement of the model."""
 
 
-def check_host(host: bool, device: torch.device) -> None:
-    """Raise ValueError where keys and values are to lie in host memory and do so already."""
-    if host and device.type == "cpu":
-        raise ValueError(
-            "host=True moves keys and values to host memory, and this model is on the CPU already: leave it out"
-        )
-
-
 @dataclass(frozen=True)
 class Method(ABC):
     """Options of a method: frozen, comparable, and checked when built."""

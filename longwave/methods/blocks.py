@@ -41,7 +41,7 @@ class BlockLayer(ScopedLayer):
         assert k is not None
         room = self.method.full(capacity(k.shape[2]))
         if old is None or old.shape[2] != room or not writable(old):
-            home = k.device if old is None else old.device
+            home = self.device if old is None else old.device
             made = k.new_zeros(k.shape[0], self.heads(), room, k.shape[3], device=home)
             if old is not None:
                 both = min(room, old.shape[2])
@@ -93,6 +93,11 @@ class BlockLayer(ScopedLayer):
 
     def reserve(self, new: int) -> None:
         super().reserve(new)
+        if self.means is not None:
+            self.fit()
+
+    def release(self) -> None:
+        super().release()
         if self.means is not None:
             self.fit()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +21,7 @@ from longwave.methods.base import Bound, CacheShape, Method
 from longwave.methods.evicting_layer import EvictingLayer
 from longwave.methods.evicting_pages import PagedBound
 from longwave.methods.held import Held, top
-from longwave.methods.segmented import Segmented
+from longwave.methods.segmented import Segmented, pages_of
 from longwave.plan.profile import Profile
 from longwave.store.tokens import capacity
 
@@ -65,21 +65,12 @@ class Evicting(Method):
             raise ValueError(
                 f'{self.name} asks with queries that it remembers, which slots would turn: positions="true"'
             )
-        if isinstance(self.store, str):
-            from longwave.methods import get_method
-
-            object.__setattr__(self, "store", get_method(self.store))
         if self.store is None and self.store_budget is not None:
             raise ValueError("store_budget is the budget of the store, and there is none: give store, or only a budget")
         if self.store is not None:
-            if not isinstance(self.store, Segmented) or not (self.store.takes_others and self.store.dense_tokens[2]):
-                raise ValueError(f'store is a method of pages such as "kivi" or "fourier", got {self.store!r}')
-            for option in fields(self.store):
-                if option.name in ("sinks", "window") and getattr(self.store, option.name) != option.default:
-                    raise ValueError(
-                        f"{option.name} is {self.name}'s to say, and the store's decides nothing: leave it out there"
-                    )
-            object.__setattr__(self, "uses_profile", self.store.uses_profile)  # of this instance
+            store = pages_of(self.store, self.name)
+            object.__setattr__(self, "store", store)
+            object.__setattr__(self, "uses_profile", store.uses_profile)  # of this instance
             if self.positions == "slots" or self.tokens is not None:
                 raise ValueError(
                     "pages are never opened again: with store, give a budget instead of tokens, and true positions"

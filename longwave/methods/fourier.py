@@ -60,6 +60,9 @@ class Fourier(Segmented):
         """How pages are cut."""
         return planner.Shape(self.segment, shape.head_dim, STATES, STATE_BITS, shape.dtype)
 
+    def unmeasured(self) -> Fourier:
+        return replace(self, plan=self.plan or "safe")
+
     def measured_by(self) -> Fourier | None:
         return None if self.plan == "safe" else self
 

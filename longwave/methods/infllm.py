@@ -21,7 +21,7 @@ import torch
 
 from longwave.checks import whole
 from longwave.frame import Needs, Pass, Step
-from longwave.methods.base import CacheShape, check_host
+from longwave.methods.base import CacheShape
 from longwave.methods.blocks import BlockLayer, Blocks
 from longwave.methods.remapped import View, scores_of
 from longwave.methods.scoped import ScopedBound
@@ -37,8 +37,8 @@ class InfLLM(Blocks):
 
     sinks: first tokens, always read. window: tokens seen at their distance, itself included. block: far tokens that are
         read together. blocks: how many are read. representatives: keys whose mean stands for a block. chunk: tokens of
-        a prompt that choose together. host: keys and values lie in host memory, and on the device the blocks that are
-        read, with `cached` more that were read last.
+        a prompt that choose together. host: True or a directory: keys and values lie in host memory, or in mapped
+        files there, and on the device the blocks that are read, with `cached` more that were read last.
 
     It takes no budget, since all is held; 1 reads all.
     """
@@ -53,7 +53,6 @@ class InfLLM(Blocks):
     blocks: int = 16
     representatives: int = 4
     chunk: int = 512
-    host: bool = False
     cached: int = 16
 
     def __post_init__(self) -> None:
@@ -65,11 +64,7 @@ class InfLLM(Blocks):
         whole("chunk", self.chunk, 1, "tokens")
         whole("window", self.window, self.chunk, "tokens (those that choose together, chunk, lie in it)")
         whole("cached", self.cached, 0, "blocks")
-        if not isinstance(self.host, bool):
-            raise ValueError(f"host is True or False, got {self.host!r}")
-
-    def check(self, device: torch.device) -> None:
-        check_host(self.host, device)
+        super().__post_init__()
 
     @property
     def positions(self) -> int:
@@ -113,8 +108,7 @@ class InfLLMBound(ScopedBound):
 
     def reads(self) -> str:
         m = self.method
-        host = ", in host memory" if m.host else ""
-        return f"window={m.window}, {m.blocks} blocks of {m.block}, sinks={m.sinks}{host}"
+        return f"window={m.window}, {m.blocks} blocks of {m.block}, sinks={m.sinks}"
 
     def reading(self, index: int) -> InfLLMLayer:
         return InfLLMLayer(index, self)
@@ -135,19 +129,16 @@ class InfLLMLayer(BlockLayer):
 
     def _clear(self) -> None:
         super()._clear()
-        self.resident: Resident | None = None  # what lies on the device too, once K and V lie in host memory
+        self.resident: Resident | None = None  # what lies on the device too, where K and V do not
 
     # blocks
 
     def settle(self) -> None:
         self.dense.fit()
         self.ahead(self.dense.lengths)
-        if self.method.host and not self.dense.fixed:
-            self._to_host()
 
-    def _to_host(self) -> None:
-        self.dense.move("cpu")
-        if self.resident is None:
+    def _reside(self) -> None:
+        if self.method.host and self.dense.k is not None:
             self.resident = Resident(self.dense, self.method.block, self.method.slots, self.device)
 
     def ahead(self, starts: list[int]) -> None:
@@ -173,14 +164,11 @@ class InfLLMLayer(BlockLayer):
 
     def parts(self) -> dict[str, list[torch.Tensor]]:
         parts = super().parts()
-        if self.method.host:
-            parts = {"host memory" if name == "dense" else name: tensors for name, tensors in parts.items()}
         return parts if self.resident is None else {**parts, "read last": self.resident.copies()}
 
     def select_rows(self, rows: torch.Tensor) -> None:
         super().select_rows(rows)
-        if self.resident is not None:
-            self.resident = Resident(self.dense, self.method.block, self.method.slots, self.device)
+        self._reside()
 
     def drop_last(self, counts: list[int]) -> None:
         super().drop_last(counts)
@@ -189,13 +177,14 @@ class InfLLMLayer(BlockLayer):
 
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
         super().load_state(state, device)
-        if state and self.method.host:
-            self._to_host()
+        self._reside()
 
     # attention
 
     def attend(self, p: Pass) -> torch.Tensor:
-        if self.resident is not None:
+        if self.resident is None:
+            self._reside()
+        else:
             self.resident.forget(self._before)
         return self.attend_in_stretches(p)  # short rows too: what each key gets is counted there
 
@@ -262,9 +251,6 @@ class InfLLMLayer(BlockLayer):
         return select.places(keep & (j < stop[:, None]), min(longest, most))
 
     # steps
-
-    def unsteady(self) -> str | None:
-        return "keys and values lie in host memory" if self.method.host else None
 
     def release(self) -> None:
         super().release()

@@ -20,10 +20,13 @@ import torch
 
 from longwave.checks import whole
 from longwave.frame import Pass
-from longwave.methods.base import CacheShape
+from longwave.methods.base import Bound, CacheShape
 from longwave.methods.scoped import Scoped, ScopedBound, ScopedLayer, at_places
+from longwave.methods.scoped_pages import PagedScopedBound, PagedScopedLayer, bind_pages
+from longwave.methods.segmented import Segmented, pages_of
 from longwave.ops import mass, select
 from longwave.ops.attention.reference import causal_attention, dense_attention, step_attention
+from longwave.plan.profile import Profile
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,10 @@ class ReAttention(Scoped):
     sinks, window: first and last tokens, always read; the window ends with the tokens that ask. top: tokens that each
         query votes for in each of its heads. spans: of the tokens voted for, how many are read, with what stands around
         them, span tokens in all. chunk: tokens of a prompt that choose together. exact: every token may be voted for;
-        False: of 128 that stand side by side only their best, which is less work on a GPU.
+        False: of 128 that stand side by side only their best, which is less work on a GPU. store: a method of pages, by
+        name or with options, that what leaves the window goes into; the budget is that of the pages then.
 
-    It takes no budget, since all is held; 1 reads all.
+    Without store it takes no budget, since all is held; 1 reads all.
     """
 
     name: ClassVar[str] = "longcache"
@@ -49,6 +53,7 @@ class ReAttention(Scoped):
     span: int = 32
     chunk: int = 512
     exact: bool = True
+    store: Segmented | str | None = None
 
     def __post_init__(self) -> None:
         whole("sinks", self.sinks, 0, "tokens")
@@ -59,6 +64,11 @@ class ReAttention(Scoped):
         whole("window", self.window, self.chunk, "tokens (those that choose together, chunk, lie in it)")
         if not isinstance(self.exact, bool):
             raise ValueError(f"exact is True or False, got {self.exact!r}")
+        super().__post_init__()
+        if self.store is not None:
+            object.__setattr__(self, "store", pages_of(self.store, self.name))
+            if self.host:
+                raise ValueError(f"pages lie on the device: leave store or host={self.host!r} out")
 
     @property
     def scope(self) -> int:
@@ -73,8 +83,26 @@ class ReAttention(Scoped):
     def plain(self) -> int:
         return self.scope
 
+    @property
+    def words(self) -> str:
+        """What is read."""
+        return f"{self.scope} tokens: {self.spans} spans of {self.span}, window={self.window}"
+
     def bound(self, shape: CacheShape, budget: float | None) -> ReAttentionBound:
         return ReAttentionBound(self, shape, budget)
+
+    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> Bound:
+        if not isinstance(self.store, Segmented):
+            return super().bind(shape, profile, budget)
+        inner = bind_pages(self, self.store, shape, budget)
+        return PagedReAttentionBound(self, shape, budget, inner=inner)
+
+    def fits_budget(self) -> bool:
+        return isinstance(self.store, Segmented) and self.store.fits_budget()
+
+    def least_budget(self, shape: CacheShape, profile: Profile | None = None) -> float:
+        store = self.store
+        return store.unmeasured().least_budget(shape) if isinstance(store, Segmented) else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +110,7 @@ class ReAttentionBound(ScopedBound):
     method: ReAttention
 
     def reads(self) -> str:
-        m = self.method
-        return f"{m.scope} tokens: {m.spans} spans of {m.span}, window={m.window}"
+        return self.method.words
 
     def reading(self, index: int) -> ReAttentionLayer:
         return ReAttentionLayer(index, self)
@@ -103,8 +130,7 @@ class ReAttentionLayer(ScopedLayer):
         asks: torch.Tensor | None = None,
         square: bool = False,
     ) -> torch.Tensor:
-        assert self.dense.k is not None
-        keep = self._chosen(p, self.dense.k[:, :, :longest], stop, asks)
+        keep = self._chosen(p, longest, stop, asks)
         index, count = select.places(keep, min(longest, self.method.scope))
         k, v = self.taken(index)
         k = at_places(p, k)
@@ -117,12 +143,28 @@ class ReAttentionLayer(ScopedLayer):
         attention = step_attention if q.shape[2] == 1 else dense_attention
         return attention(q, k, v, p.scaling, place + 1)
 
-    def _chosen(self, p: Pass, k: torch.Tensor, stop: torch.Tensor, asks: torch.Tensor | None) -> torch.Tensor:
-        """Which of the stored tokens a row reads: bool [batch, n of k]."""
-        m, number, last = self.method, torch.arange(k.shape[2], device=k.device), stop[:, None]
+    def _chosen(self, p: Pass, longest: int, stop: torch.Tensor, asks: torch.Tensor | None) -> torch.Tensor:
+        """Which of the stored tokens a row reads: bool [batch, longest]."""
+        m, number, last = self.method, torch.arange(longest, device=stop.device), stop[:, None]
         keep = (number < m.sinks) | (number >= last - m.window) | (last <= m.scope)
-        if m.spans and k.shape[2] > m.scope:
+        if m.spans and longest > m.scope:
             q = p.rotary.unrotate(p.module, p.q, p.known_positions())
             begin, end = torch.full_like(stop, m.sinks), stop - m.window
-            keep |= select.choose(q, k, begin, end, asks, top=m.top, spans=m.spans, span=m.span, exact=m.exact)
+            options = dict(top=m.top, spans=m.spans, span=m.span, exact=m.exact)
+            keep |= select.choose(q, self.stored_keys(longest), begin, end, asks, **options)  # type: ignore[arg-type]
         return keep & (number < last)
+
+
+@dataclass(frozen=True, eq=False)
+class PagedReAttentionBound(PagedScopedBound):
+    method: ReAttention
+
+    def __str__(self) -> str:
+        return f"{self.method.name}(reads {self.method.words}, in {self.inner})"
+
+    def layer(self, index: int) -> PagedReAttentionLayer:
+        return PagedReAttentionLayer(index, self)
+
+
+class PagedReAttentionLayer(ReAttentionLayer, PagedScopedLayer):
+    """The same over pages."""

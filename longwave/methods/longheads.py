@@ -47,6 +47,7 @@ class LongHeads(Blocks):
     def __post_init__(self) -> None:
         whole("chunk", self.chunk, 1, "tokens")
         whole("chunks", self.chunks, 3, "chunks (the first, the last, and a query's own)")
+        super().__post_init__()
 
     @property
     def positions(self) -> int:
@@ -131,8 +132,8 @@ class LongHeadsLayer(BlockLayer):
             q, at = (x[..., : new * w, :] for x in self._asked(row, length - known * w, p))
             q = rotary.unrotate(module, q, at[..., 0]).unflatten(2, (new, w))[0].transpose(0, 1)
             own = slice(known * w, (known + new) * w)
-            keys, values = (x[row, :, own].unflatten(1, (new, w)).transpose(0, 1) for x in (k, v))
-            place = torch.arange(w, device=k.device)[None]
+            keys, values = (x[row, :, own].to(q.device).unflatten(1, (new, w)).transpose(0, 1) for x in (k, v))
+            place = torch.arange(w, device=q.device)[None]
             q, keys = (rotary.rotate(module, x, place) for x in (q, keys))
             mean = dense_attention(q, keys, values, self.scaling, None).mean(2, keepdim=True)
             found = dense_attention(mean, keys, keys, self.scaling, None)  # [new, query_heads, 1, head_dim]
@@ -213,13 +214,13 @@ class LongHeadsLayer(BlockLayer):
         rank = (chosen.cumsum(-1) - 1).clamp(min=0)
         grouped = chosen.unflatten(1, (heads, -1))
         taken = rising(grouped.any(3).any(2), min(every, m.chunks * queries * grouped.shape[2]))  # [b, heads, taken]
-        token = taken[..., None] * w + torch.arange(w, device=k.device)
-        flat = token.flatten(2).clamp(max=n - 1)[..., None].expand(-1, -1, -1, d)
-        keys, values = (x.gather(2, flat) for x in (k, v))
-        place = torch.arange(w, device=k.device).repeat(taken.shape[2])[None]
+        token = taken[..., None] * w + torch.arange(w, device=q.device)
+        flat = token.flatten(2).clamp(max=n - 1)[..., None].expand(-1, -1, -1, d).to(k.device)
+        keys, values = (x.gather(2, flat).to(q.device) for x in (k, v))
+        place = torch.arange(w, device=q.device).repeat(taken.shape[2])[None]
         keys = p.rotary.rotate(p.module, keys, place).unflatten(2, (-1, w))
 
-        back = torch.arange(m.chunks, device=k.device) * w
+        back = torch.arange(m.chunks, device=q.device) * w
         last = torch.minimum(number // w, number.new_full((), m.chunks - 1)) * w + number % w
         ask = last[..., None] - back  # [b, queries, ranks]
         ask = ask.clamp(min=0) if p.causal else ask

@@ -9,27 +9,41 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
 from longwave.frame import MemoryLayer, Needs, Pass, Step
+from longwave.methods import host
 from longwave.methods.base import Bound, CacheShape, Method
+from longwave.ops.pieces import Made
 from longwave.plan.profile import Profile
 from longwave.shape import context_limit
-from longwave.store.tokens import capacity
+from longwave.store.tokens import TokenBuffer, capacity
 
 
 @dataclass(frozen=True)
 class Scoped(Method):
-    """What they share: no budget decides anything, since all is held; 1 reads all."""
+    """What they share: no budget decides anything, since all is held; 1 reads all.
+
+    host: True: keys and values lie in host memory, where the model is elsewhere. A directory: in files there, that are
+        mapped into memory and end with the cache.
+    """
 
     learns: ClassVar[bool] = True
     alone: ClassVar[int] = 16  # tokens of a row that choose one by one, as steps do, where a pass brings no more
     uses: ClassVar[str]  # "reads {} tokens at once (...)": how it comes to its positions
     fewer: ClassVar[str]  # what would make them fewer
+
+    host: bool | str = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        host.check_option(self.host)
+
+    def check(self, device: torch.device) -> None:
+        host.check_host(self.host, device)
 
     @property
     @abstractmethod
@@ -67,7 +81,9 @@ class Scoped(Method):
     def bound(self, shape: CacheShape, budget: float | None) -> ScopedBound:
         """`bind`, of a budget that is 1 or left out."""
 
-    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> ScopedBound:
+    def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> Bound:
+        if budget is not None and self.host:
+            raise ValueError(f"what is read whole is on the device: leave budget={budget:g} or host={self.host!r} out")
         if budget is not None and budget < 1:
             raise ValueError(
                 f"{self.name} keeps everything, so its budget is 1; got {budget}. What is read of it is a number of "
@@ -106,7 +122,8 @@ class ScopedBound(Bound):
         return 0
 
     def __str__(self) -> str:
-        return f"{self.method.name}(reads {'everything' if self.whole else self.reads()})"
+        where = f", in {host.where(self.method.host)}" if self.method.host else ""
+        return f"{self.method.name}(reads {'everything' if self.whole else self.reads()}{where})"
 
     def layer(self, index: int) -> MemoryLayer:
         return MemoryLayer(index) if self.whole else self.reading(index)
@@ -116,7 +133,7 @@ class ScopedBound(Bound):
 
 
 class ScopedLayer(MemoryLayer):
-    """All tokens dense, their keys un-rotated."""
+    """All tokens dense, their keys un-rotated, wherever they lie: see `Scoped.host`."""
 
     method: Scoped
 
@@ -148,9 +165,35 @@ class ScopedLayer(MemoryLayer):
 
     def taken(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys, un-rotated, and values of row b's tokens index [batch, n]: [batch, kv_heads, n, head_dim] each."""
-        rows = torch.arange(index.shape[0], device=index.device)[:, None]
-        k, v = (x[rows, :, index].transpose(1, 2) for x in self.dense.tensors())  # on a CPU half of what `gather` takes
+        where = self.dense.k.device  # type: ignore[union-attr]
+        rows, there = torch.arange(index.shape[0], device=where)[:, None], index.to(where)
+        k, v = (x[rows, :, there].transpose(1, 2) for x in self.dense.tensors())  # on a CPU half of what `gather` takes
+        return k.to(index.device), v.to(index.device)
+
+    def stored_keys(self, tokens: int) -> torch.Tensor | Made:
+        """The first `tokens` keys of every row, un-rotated, [batch, kv_heads, tokens, head_dim], wherever they lie."""
+        return next(self.dense.tensors())[:, :, :tokens]
+
+    def whole(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys, un-rotated, and values of every row, [batch, kv_heads, n, head_dim] each, on the device."""
+        k, v = (x.to(device) for x in self.dense.tensors())
         return k, v
+
+    @property
+    def starts(self) -> list[int]:
+        """Tokens of each row before the pass that is read."""
+        held = zip(self.rows, self.dense.lengths, self._before, strict=True)
+        return [seen - (now - before) for seen, now, before in held]
+
+    def empty(self) -> TokenBuffer:
+        return host.tokens(self.method.host, self.batch_size, self.needs.columns())
+
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        dense = host.where(self.method.host) or "dense"
+        return {dense if name == "dense" else name: tensors for name, tensors in super().parts().items()}
+
+    def mapped(self) -> list[torch.Tensor]:
+        return host.mapped(self.method.host, self.dense)
 
     def refuse(self, p: Pass) -> None:
         if p.causal and p.mask is None:
@@ -178,28 +221,29 @@ class ScopedLayer(MemoryLayer):
     # attention
 
     def attend(self, p: Pass) -> torch.Tensor:
-        if max(self.dense.lengths) > self.method.plain:
+        if max(self.rows) > self.method.plain:
             return self.attend_in_stretches(p)
-        before = torch.tensor(self._before, device=p.q.device)[:, None]
+        before = torch.tensor(self.starts, device=p.q.device)[:, None]
         real = torch.ones_like(p.q[:, 0, :, 0], dtype=torch.long) if p.valid is None else p.valid.long()
         place = before + (real.cumsum(-1) - 1).clamp(min=0)
         turned = replace(p, q=p.rotary.shift(p.module, p.q, p.known_positions(), place))
-        with self._turned(p):
-            out = super().attend(turned)
+        with self._turned(p):  # a row that is read whole is no longer than what is read of any
+            out = MemoryLayer.attend(self, turned)
             if p.sinks is not None:
                 p.lse = self.lse(turned)
         return out
 
     @contextmanager
     def _turned(self, p: Pass) -> Iterator[None]:
-        """In here the stored keys are rotated to their places in the row."""
-        stored = self.dense.k
-        assert stored is not None
-        self.dense.k = at_places(p, stored)
+        """In here the stored keys are rotated to their places in the row, and all lies on the device."""
+        held, before = self.dense, self._before
+        k, v = self.whole(p.q.device)
+        self._before, self.dense = self.starts, TokenBuffer(self.batch_size)
+        self.dense.k, self.dense.v, self.dense.lengths = at_places(p, k), v, list(self.rows)
         try:
             yield
         finally:
-            self.dense.k = stored
+            self.dense, self._before = held, before
 
     def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """How a row reads the tokens from start to stop that a pass brings: those that are read plainly at once, then
@@ -214,8 +258,8 @@ class ScopedLayer(MemoryLayer):
     def attend_in_stretches(self, p: Pass) -> torch.Tensor:
         """`attend`, by stretches of each row; the first ones of all rows together, then the second ones."""
         device, tokens = p.q.device, p.q.shape[2]
-        before = torch.tensor(self._before, device=device)[:, None]
-        rows = [list(self.stretches(*ends)) for ends in zip(self._before, self.dense.lengths, strict=True)]
+        before = torch.tensor(self.starts, device=device)[:, None]
+        rows = [list(self.stretches(*ends)) for ends in zip(self.starts, self.rows, strict=True)]
         order = torch.arange(tokens, device=device).expand(p.q.shape[0], -1)  # columns of a row's real tokens
         if p.valid is not None:
             order = torch.argsort((~p.valid).byte(), dim=-1, stable=True)
@@ -243,7 +287,7 @@ class ScopedLayer(MemoryLayer):
     # steps
 
     def unsteady(self) -> str | None:
-        return None
+        return f"keys and values lie in {host.where(self.method.host)}" if self.method.host else None
 
     def arrive_step(self, p: Pass, step: Step) -> None:
         self.arrive(p)

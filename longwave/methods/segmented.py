@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +39,25 @@ class Segmented(Method):
 
     @abstractmethod
     def bind(self, shape: CacheShape, profile: Any, budget: float | None) -> SegmentedBound: ...
+
+    def unmeasured(self) -> Segmented:
+        """The same without anything that is measured of a model, for keys that are not as models have them."""
+        return self
+
+
+def pages_of(store: object, owner: str) -> Segmented:
+    """`store` of another method's options: a method of pages, by name or with options, whose sinks and window are the
+    owner's to say."""
+    if isinstance(store, str):
+        from longwave.methods import get_method
+
+        store = get_method(store)
+    if not isinstance(store, Segmented) or not (store.takes_others and store.dense_tokens[2]):
+        raise ValueError(f'store is a method of pages such as "kivi" or "fourier", got {store!r}')
+    for option in fields(store):
+        if option.name in ("sinks", "window") and getattr(store, option.name) != option.default:
+            raise ValueError(f"{option.name} is {owner}'s to say, and the store's decides nothing: leave it out there")
+    return store
 
 
 @dataclass(frozen=True, eq=False)

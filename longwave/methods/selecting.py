@@ -16,11 +16,12 @@ import torch
 
 from longwave.checks import whole
 from longwave.frame import MemoryLayer, Pass, Step
-from longwave.methods.base import Bound, CacheShape, Method, check_host
+from longwave.methods import host
+from longwave.methods.base import Bound, CacheShape, Method
 from longwave.ops.attention.reference import group_heads, subset_attention, subset_log_sum_exp
 from longwave.plan.profile import Profile
 from longwave.store.state import State, demand
-from longwave.store.tokens import capacity, writable
+from longwave.store.tokens import TokenBuffer, capacity, writable
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Selecting(Method):
     """Options that all selecting methods share.
 
     chunk: tokens that are read together. sinks, window: first and last tokens, always read. full_layers: the first so
-        many memory layers read everything. host: keys and values lie in host memory, summaries on the device.
+        many memory layers read everything. host: True or a directory: keys and values lie in host memory, or in mapped
+        files there, summaries on the device.
 
     Its budget is the share of the middle that a step reads; all of it is held.
     """
@@ -39,15 +41,14 @@ class Selecting(Method):
     sinks: int = 4
     window: int = 64
     full_layers: int = 0
-    host: bool = False
+    host: bool | str = False
 
     def __post_init__(self) -> None:
         whole("chunk", self.chunk, 1, "tokens")
         whole("sinks", self.sinks, 0, "tokens")
         whole("window", self.window, 1, "tokens")
         whole("full_layers", self.full_layers, 0, "layers")
-        if not isinstance(self.host, bool):
-            raise ValueError(f"host is True or False, got {self.host!r}")
+        host.check_option(self.host)
 
     @abstractmethod
     def summarise(self, k: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -60,7 +61,7 @@ class Selecting(Method):
         float [batch, kv_heads, chunks]."""
 
     def check(self, device: torch.device) -> None:
-        check_host(self.host, device)
+        host.check_host(self.host, device)
 
     def fits_budget(self) -> bool:
         return False  # whatever it is, all is held
@@ -78,8 +79,8 @@ class SelectingBound(Bound):
 
     def __str__(self) -> str:
         m = self.method
-        host = ", in host memory" if m.host else ""
-        return f"{m.name}(reads {self.share:.3f} of the middle, chunks of {m.chunk}, window={m.window}{host})"
+        where = f", in {host.where(m.host)}" if m.host else ""
+        return f"{m.name}(reads {self.share:.3f} of the middle, chunks of {m.chunk}, window={m.window}{where})"
 
     def every(self, held: int) -> int:
         """Chunks that a row of `held` tokens has room for."""
@@ -125,14 +126,17 @@ class SelectingLayer(MemoryLayer):
 
     # storage
 
+    def empty(self) -> TokenBuffer:
+        return host.tokens(self.method.host, self.batch_size, self.needs.columns())
+
+    def mapped(self) -> list[torch.Tensor]:
+        return host.mapped(self.method.host, self.dense)
+
     def settle(self) -> None:
-        k, _ = self.dense.view()
-        device = k.device if self.summary is None else self.summary.device
+        device = self.device if self.summary is None else self.summary.device
         if not self.full:
             self._summarise(self._known or [0] * self.batch_size, device)
         self.dense.fit()
-        if self.method.host and not self.dense.fixed:
-            self.dense.move("cpu")
 
     def _summarise(self, known: list[int], device: torch.device) -> None:
         """Make the chunks anew that got tokens since `known`."""
@@ -158,9 +162,8 @@ class SelectingLayer(MemoryLayer):
         self.summary, self._known = made, list(lengths)
 
     def parts(self) -> dict[str, list[torch.Tensor]]:
-        parts = super().parts()
-        if self.method.host:
-            parts = {"host memory" if name == "dense" else name: tensors for name, tensors in parts.items()}
+        dense = host.where(self.method.host) or "dense"
+        parts = {dense if name == "dense" else name: tensors for name, tensors in super().parts().items()}
         return parts if self.summary is None else {**parts, "summaries": [self.summary]}
 
     def move(self, device: torch.device | str) -> None:
@@ -194,8 +197,6 @@ class SelectingLayer(MemoryLayer):
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
         super().load_state(state, device)
         if state:
-            if self.method.host:
-                self.dense.move("cpu")
             self.summary, self._known = state.get("summary"), list(state["known"])
             if self.summary is not None and self.dense.k is not None:
                 shape = [*self.dense.k.shape[:2], self.method.summaries, self.dense.k.shape[3]]
@@ -253,7 +254,7 @@ class SelectingLayer(MemoryLayer):
     # steps
 
     def unsteady(self) -> str | None:
-        return "keys and values lie in host memory" if self.method.host else None
+        return f"keys and values lie in {host.where(self.method.host)}" if self.method.host else None
 
     def reserve(self, new: int) -> None:
         super().reserve(new)

@@ -229,6 +229,22 @@ class PageStore:
         own = slice(start - first * size, stop - first * size)
         return k[0, :, own].to(self.layout.dtype), v[0, :, own].to(self.layout.dtype)
 
+    def keys(self, row: int, start: int, stop: int) -> torch.Tensor:
+        """K alone of a row's middle tokens start to stop: [H, stop - start, D]."""
+        size = self.layout.segment
+        first = start // size
+        pages = self.pages[row : row + 1, first : -(-stop // size)]
+        k = reference.decode_side(self.layout, self.layout.k, pages, self._table(self.layout.dtype, pages.device))
+        return k[0, :, start - first * size : stop - first * size].to(self.layout.dtype)
+
+    def taken(self, row: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a row's middle tokens index [n]: [H, n, D] each. Only their pages are opened."""
+        wanted, where = (index // self.layout.segment).unique(return_inverse=True)
+        pages = self.pages[row : row + 1, wanted]
+        at = where * self.layout.segment + index % self.layout.segment
+        k, v = reference.decode(self.layout, pages, self._table(self.layout.dtype, pages.device))
+        return k[0, :, at].to(self.layout.dtype), v[0, :, at].to(self.layout.dtype)
+
     def state(self) -> State:
         """Everything held, not copied. What names the channels follows from the layout."""
         return {"pages": self.pages, "counts": list(self.counts)}

@@ -60,7 +60,7 @@ def mixed(*pairs):
 
 
 DENSE = (longwave.Dense(), None)
-UNSTEPPED = {"fourier-paper", "sirllm", "sirllm-slots"}
+UNSTEPPED = {"fourier-paper", "sirllm", "sirllm-slots", "longcache-pages", "longcache-mapped"}
 STEPPED = {name: make for name, make in LOSSY.items() if name not in UNSTEPPED}
 MIXED = {
     "dense and h2o": mixed(DENSE, (longwave.H2O(**ENDS), 0.3)),

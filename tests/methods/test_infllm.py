@@ -7,7 +7,7 @@ import torch
 
 import longwave
 from longwave.frame import Pass
-from tests.conftest import into, left_padded, shape_of, tokens
+from tests.conftest import into, shape_of, tokens
 from tests.methods import naive
 from tests.methods.naive import SCALE, D, G, H, draw
 from tests.methods.test_evicting import step_of
@@ -278,21 +278,6 @@ def in_host(monkeypatch):
     return replace(METHOD, host=True, cached=1)
 
 
-def test_from_host_memory_the_same_is_read(llama, in_host):
-    ids, mask = left_padded(3, 130, [0, 11, 80])
-    near, far = longwave.cache(llama, METHOD), longwave.cache(llama, in_host)
-    for sizes in ((60, 1, 1, 9), (1,) * 12, (20,)):
-        assert torch.equal(*(read_in(llama, memory, ids, sizes, mask) for memory in (near, far)))
-    for memory in (near, far):
-        memory.batch_select_indices(torch.tensor([2, 0]))
-        memory.crop(-7)
-    ids, mask = ids[[2, 0]], mask[[2, 0]]
-    assert torch.equal(*(read_in(llama, memory, ids, (5, 1, 1), mask) for memory in (near, far)))
-    layer = next(far.memory_layers())
-    assert max(map(len, layer.resident.held)) <= in_host.slots
-    assert far.report().parts["host memory"] == near.report().parts["dense"]
-
-
 def test_what_lies_on_the_device_does_not_grow(llama, in_host):
     ids, found = tokens(1, 400), []
     memory = longwave.cache(llama, in_host)
@@ -303,8 +288,3 @@ def test_what_lies_on_the_device_does_not_grow(llama, in_host):
     assert found[0]["read last"] == found[1]["read last"]
     assert found[0]["host memory"] < found[1]["host memory"]
     assert next(memory.memory_layers()).unsteady() == "keys and values lie in host memory"
-
-
-def test_host_memory_is_for_models_elsewhere(llama):
-    with pytest.raises(ValueError, match=r"host=True moves keys .* this model is on the CPU already"):
-        longwave.cache(llama, replace(METHOD, host=True))

@@ -366,7 +366,7 @@ def test_host_memory_on_a_model_that_lies_there_is_refused(llama):
         (dict(sinks=-1), "sinks is a whole number of tokens, at least 0; got -1"),
         (dict(window=0), "window is a whole number of tokens, at least 1; got 0"),
         (dict(full_layers=-1), "full_layers is a whole number of layers, at least 0; got -1"),
-        (dict(host="cpu"), "host is True or False, got 'cpu'"),
+        (dict(host=1.5), "host is True, False or a directory for files of keys and values, got 1.5"),
     ],
     ids=str,
 )

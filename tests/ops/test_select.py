@@ -8,6 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
+from longwave.ops import select
 from longwave.ops.attention import reference as attention
 from longwave.ops.select import TILE, choose, places, reference
 
@@ -57,14 +58,18 @@ def twin(q, k, begin, end, top, exact):
     return out.to(q.device)
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=["reference", "triton", "in pieces"])
 def best(request, monkeypatch):
+    """The numbers that each of them finds."""
     if request.param == "reference":
-        return reference.best
+        return lambda *given: reference.best(*given)[1]
+    if request.param == "in pieces":
+        monkeypatch.setattr(select, "PIECE", 2 * TILE)
+        return lambda q, k, *rest: select._in_pieces(q, k.cpu(), *rest)[1]
     pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here is none")
     from longwave.ops.select import triton
 
-    return triton.best
+    return lambda *given: triton.best(*given)[1]
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "tiles"])
@@ -83,7 +88,8 @@ def test_float64_is_exact_whatever_is_held_at_once(case, exact, monkeypatch):
     g = torch.Generator().manual_seed(1)
     q, k, begin, end = made(case, torch.float64)
     q, k = (torch.randn(x.shape, generator=g, dtype=x.dtype).to(DEVICE) for x in (q, k))
-    assert torch.equal(reference.best(q, k, begin, end, case[-1], exact), twin(q, k, begin, end, case[-1], exact))
+    _, index = reference.best(q, k, begin, end, case[-1], exact)
+    assert torch.equal(index, twin(q, k, begin, end, case[-1], exact))
 
 
 def test_fewer_tokens_or_tiles_than_votes_give_none(best):

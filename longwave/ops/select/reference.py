@@ -21,26 +21,26 @@ COLUMNS = 1 << 14  # tokens that are scored at once: whole tiles
 @torch.no_grad()
 def best(
     q: torch.Tensor, k: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, top: int, exact: bool
-) -> torch.Tensor:
-    """Of each query the `top` tokens of best score, the best first: int64 [B, Hq, Q, top], -1 where there are no more.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each query the `top` tokens of best score, the best first: float32 scores and int64 numbers [B, Hq, Q, top],
+    -inf and -1 where there are no more.
 
     Tokens and arguments as in __init__.py.
     """
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    b, hq, queries, _ = q.shape
-    if not k.is_cuda:  # a CPU multiplies no 16-bit numbers
-        q, k = q.to(wide), k.to(wide)
-    out = torch.full((b, hq, queries, top), -1, dtype=torch.long, device=q.device)
+    kind = q.dtype if k.is_cuda else wide  # a CPU multiplies no 16-bit numbers
+    (b, hq, queries, _), heads = q.shape, k.shape[1]
     step = query_block(b * hq, min(COLUMNS, k.shape[2]))
-    for at in (slice(start, start + step) for start in range(0, queries, step)):
-        some = group_heads(q[:, :, at], k.shape[1])
-        value = torch.full((*some.shape[:3], top), -INF, device=q.device)
-        index = torch.full(value.shape, -1, dtype=torch.long, device=q.device)
-        for start in range(0, k.shape[2], COLUMNS):
-            found = _offers(some, k[:, :, start : start + COLUMNS], start, begin, end, top, exact)
-            value, index = first(torch.cat([value, found[0]], -1), torch.cat([index, found[1]], -1), top)
-        out[:, :, at] = index.unflatten(2, (hq // k.shape[1], -1)).flatten(1, 2)
-    return out
+    some = [group_heads(q[:, :, at : at + step].to(kind), heads) for at in range(0, queries, step)]
+    value = [torch.full((*x.shape[:3], top), -INF, device=q.device) for x in some]
+    index = [torch.full(x.shape, -1, dtype=torch.long, device=q.device) for x in value]
+    for start in range(0, k.shape[2], COLUMNS):  # tokens are read once, whoever asks
+        part = k[:, :, start : start + COLUMNS].to(kind)
+        for n, x in enumerate(some):
+            found = _offers(x, part, start, begin, end, top, exact)
+            value[n], index[n] = first(torch.cat([value[n], found[0]], -1), torch.cat([index[n], found[1]], -1), top)
+    value, index = ([x.unflatten(2, (hq // heads, -1)).flatten(1, 2) for x in made] for made in (value, index))
+    return torch.cat(value, 2), torch.cat(index, 2)
 
 
 def _offers(
@@ -53,11 +53,21 @@ def _offers(
     number = start + torch.arange(k.shape[2], device=q.device)
     inside = (number >= begin[:, None]) & (number < end[:, None])
     scores = scores.masked_fill_(~inside[:, None, None], -INF)
-    if exact:
-        return first(scores, number.expand_as(scores), top)
-    tiles = torch.nn.functional.pad(scores, (0, -k.shape[2] % TILE), value=-INF).unflatten(-1, (-1, TILE))
-    value, at = tiles.max(-1)
-    return first(value, start + at + TILE * torch.arange(value.shape[-1], device=q.device), top)
+    if k.shape[2] % TILE:
+        scores = torch.nn.functional.pad(scores, (0, -k.shape[2] % TILE), value=-INF)
+    tiles = scores.unflatten(-1, (-1, TILE))
+    begins = start + TILE * torch.arange(tiles.shape[-2], device=q.device)
+    if not exact:
+        value, at = tiles.max(-1)
+        return first(value, at + begins, top)
+    # the best lie in the tiles whose best are: before each of them stands one that is greater, or equal and earlier
+    most = tiles.amax(-1)
+    _, tile = first(most, torch.arange(most.shape[-1], device=q.device).expand_as(most), top)
+    tile = tile.sort(-1).values[..., None]
+    there = tile.clamp(min=0)
+    value = tiles.gather(-2, there.expand(*there.shape[:-1], TILE)).masked_fill_(tile < 0, -INF)
+    index = begins[there] + torch.arange(TILE, device=q.device)
+    return first(value.flatten(-2), index.flatten(-2), top)
 
 
 def first(value: torch.Tensor, index: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:

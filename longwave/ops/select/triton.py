@@ -75,7 +75,7 @@ def fits(q: torch.Tensor, k: torch.Tensor, top: int) -> str | None:
 
 def best(
     q: torch.Tensor, k: torch.Tensor, begin: torch.Tensor, end: torch.Tensor, top: int, exact: bool
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As in reference.py, of what `fits`."""
     size = 32 if q.dtype == torch.float32 else 64  # no tensor cores
     rows = triton.cdiv(q.shape[1] // k.shape[1] * q.shape[2], size)
@@ -94,4 +94,5 @@ def best(
             )  # fmt: skip
     value, index = (x.movedim(0, -2).flatten(-2) for x in (value, index))
     order = index.argsort(-1)  # slots are in no order, and of equals the earlier one comes first
-    return first(value.gather(-1, order), index.gather(-1, order), top)[1].long()
+    value, index = first(value.gather(-1, order), index.gather(-1, order), top)
+    return value, index.long()

@@ -18,7 +18,7 @@ first rows of the table.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -220,15 +220,17 @@ def _group_mix(group: Group, pages: torch.Tensor, p: torch.Tensor, table: torch.
 def decode(layout: Layout, pages: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The K and V that pages stand for, [B, H, N * T, D] each, in the table's dtype. Attention over them needs
     `read_bias` too."""
-    sides = []
-    for groups in (layout.k, layout.v):
-        whole = table.new_zeros(*pages.shape[:2], layout.heads, layout.segment, layout.dim)
-        for group in groups:
-            part = _group_values(group, pages, table)
-            order = group.order.long()[:, None].expand_as(part)
-            whole[:, :, group.heads] = torch.zeros_like(part).scatter(-1, order, part)
-        sides.append(whole.transpose(1, 2).flatten(2, 3))
-    return sides[0], sides[1]
+    return decode_side(layout, layout.k, pages, table), decode_side(layout, layout.v, pages, table)
+
+
+def decode_side(layout: Layout, groups: Iterable[Group], pages: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """One of the two alone, by its groups."""
+    whole = table.new_zeros(*pages.shape[:2], layout.heads, layout.segment, layout.dim)
+    for group in groups:
+        part = _group_values(group, pages, table)
+        order = group.order.long()[:, None].expand_as(part)
+        whole[:, :, group.heads] = torch.zeros_like(part).scatter(-1, order, part)
+    return whole.transpose(1, 2).flatten(2, 3)
 
 
 def expand(layout: Layout, pages: torch.Tensor, table: torch.Tensor, out_k: torch.Tensor, out_v: torch.Tensor) -> None:

@@ -1,0 +1,48 @@
+"""Where keys and values lie that are not on the device: host=True is host memory, a directory files there, mapped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+import torch
+
+from longwave.store.mapped import MappedTokens
+from longwave.store.tokens import TokenBuffer
+
+
+def check_option(host: object) -> None:
+    """Raise ValueError for an option that is neither."""
+    if not isinstance(host, bool | str):
+        raise ValueError(f"host is True, False or a directory for files of keys and values, got {host!r}")
+
+
+def check_host(host: bool | str, device: torch.device) -> None:
+    """Raise ValueError where keys and values are to lie in host memory and do so already, or in a directory that takes
+    no files."""
+    if host is True and device.type == "cpu":
+        raise ValueError(
+            "host=True moves keys and values to host memory, and this model is on the CPU already: leave it out, or "
+            'name a directory for files of them, host="DIR"'
+        )
+    if host is True and not hasattr(os, "memfd_create"):
+        raise ValueError('host=True grows in a way that this system does not know: name a directory, host="DIR"')
+    if isinstance(host, str) and not (os.path.isdir(host) and os.access(host, os.W_OK)):
+        raise ValueError(f"host={host!r} is to hold files of keys and values, and is no directory that takes any")
+
+
+def where(host: bool | str) -> str:
+    """In words; nothing where they lie on the device."""
+    return "mapped files" if isinstance(host, str) else "host memory" if host else ""
+
+
+def tokens(host: bool | str, batch: int, columns: Mapping[str, torch.dtype]) -> TokenBuffer:
+    """An empty store that lies there."""
+    if not host:
+        return TokenBuffer(batch, columns)
+    return MappedTokens(batch, columns, host if isinstance(host, str) else None)
+
+
+def mapped(host: bool | str, dense: TokenBuffer) -> list[torch.Tensor]:
+    """Of such a store, what lies in files."""
+    return [*dense.tensors(), *dense.columns.values()] if isinstance(host, str) else []

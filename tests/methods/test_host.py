@@ -1,0 +1,81 @@
+"""Methods that keep everything, with keys and values in host memory and in mapped files: what is read, and bytes."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import longwave
+from longwave import methods
+from tests.conftest import left_padded, tokens
+from tests.reading import read_in
+
+METHODS = {
+    "longcache": longwave.ReAttention(sinks=2, window=9, top=2, spans=3, span=4, chunk=8),
+    "infllm": longwave.InfLLM(sinks=2, window=13, block=4, blocks=2, representatives=2, chunk=8, cached=1),
+    "longheads": longwave.LongHeads(chunk=10, chunks=3),
+    "quest": longwave.Quest(full_layers=1, chunk=4, sinks=2, window=8),
+}
+
+
+@pytest.fixture(params=list(METHODS))
+def method(request):
+    return METHODS[request.param]
+
+
+@pytest.fixture(params=["memory", "files"])
+def host(request, tmp_path, monkeypatch):
+    """Where keys and values lie, of a model that is in host memory too."""
+    if request.param == "files":
+        return str(tmp_path)
+    monkeypatch.setattr(methods.host, "check_host", lambda host, device: None)
+    return True
+
+
+def test_the_same_is_read(llama, method, host):
+    ids, mask = left_padded(3, 130, [0, 11, 80])
+    near, far = longwave.cache(llama, method), longwave.cache(llama, replace(method, host=host))
+    for sizes in ((60, 1, 1, 9), (1,) * 12, (20,)):
+        assert torch.equal(*(read_in(llama, memory, ids, sizes, mask) for memory in (near, far)))
+    for memory in (near, far):
+        memory.batch_select_indices(torch.tensor([2, 0]))
+        memory.crop(-7)
+    kept = copy.deepcopy(far)
+    ids, mask = ids[[2, 0]], mask[[2, 0]]
+    want = read_in(llama, near, ids, (5, 1, 1), mask)
+    assert torch.equal(read_in(llama, far, ids, (5, 1, 1), mask), want)
+    assert torch.equal(read_in(llama, kept, ids, (5, 1, 1), mask), want)
+
+
+def test_bytes_are_told_apart(llama, method, host):
+    near, far = longwave.cache(llama, method), longwave.cache(llama, replace(method, host=host))
+    for memory in (near, far):
+        read_in(llama, memory, tokens(2, 200), (150, 50))
+        assert memory.nbytes == memory.method.nbytes(200, 2)
+    near, far = near.report(), far.report()
+    name = "mapped files" if isinstance(host, str) else "host memory"
+    assert far.parts[name] == near.parts["dense"]
+    assert far.mapped == (near.parts["dense"] + near.parts.get("columns", 0) if isinstance(host, str) else 0)
+    assert (near.mapped, near.device) == (0, near.nbytes)
+    assert far.device == far.nbytes - far.mapped
+    assert (f"{far.mapped:,} of the bytes in mapped files" in str(far)) == isinstance(host, str)
+    assert name in far.method
+
+
+def test_steps_are_not_captured(llama, method, host):
+    memory = longwave.cache(llama, replace(method, host=host))
+    assert next(memory.memory_layers()).unsteady().startswith("keys and values lie in ")
+
+
+def test_what_is_refused(llama, method, tmp_path):
+    with pytest.raises(ValueError, match=r"host=True moves keys .* this model is on the CPU already"):
+        longwave.cache(llama, replace(method, host=True))
+    with pytest.raises(ValueError, match="nowhere' is to hold files of keys and values, and is no directory"):
+        longwave.cache(llama, replace(method, host=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="host is True, False or a directory for files of keys and values, got 7"):
+        replace(method, host=7)
+    if method.name == "quest":  # its budget says how much is read
+        return
+    with pytest.raises(ValueError, match=r"leave budget=1 or host=.* out"):
+        longwave.cache(llama, replace(method, host=str(tmp_path)), 1.0)

@@ -145,6 +145,15 @@ def into(memory):
     return {cache_name(LlamaForCausalLM): memory}
 
 
+def crossed(first, second, quick):
+    """Parameters of every pair of two {name: value}; all but the `quick` pairs of names wait for `make test-all`."""
+    return [
+        pytest.param(a, b, id=f"{x}-{y}", marks=[] if (str(x), y) in quick else pytest.mark.slow)
+        for x, a in first.items()
+        for y, b in second.items()
+    ]
+
+
 def left_padded(batch, length, pads, seed=1):
     """ids and mask whose row b starts with pads[b] padding tokens."""
     ids, mask = tokens(batch, length, seed), torch.ones(batch, length, dtype=torch.long)

@@ -14,7 +14,7 @@ from longwave.methods.evicting import EvictingLayer
 from longwave.methods.remapped import RemappedLayer
 from longwave.methods.scoped import ScopedLayer
 from longwave.methods.segmented import SegmentedLayer
-from tests.conftest import build, into, left_padded, tokens
+from tests.conftest import build, crossed, into, left_padded, tokens
 from tests.matrix import LOSSY
 from tests.reading import check_state, read, read_in, state_of
 
@@ -76,8 +76,14 @@ def lost_something(memory):
 # the budget
 
 
-@pytest.mark.parametrize("pads", [[0, 0], [0, 23]], ids=["even", "padded"])
-@pytest.mark.parametrize("prompt", [(LENGTH,), (7,) * 8 + (4,), (1, 17, 1, 41)], ids=["whole", "sevens", "mixed"])
+@pytest.mark.parametrize(
+    ("prompt", "pads"),
+    crossed(
+        {"whole": (LENGTH,), "sevens": (7,) * 8 + (4,), "mixed": (1, 17, 1, 41)},
+        {"even": [0, 0], "padded": [0, 23]},
+        {("sevens", "padded"), ("mixed", "even")},
+    ),
+)
 def test_the_budget_holds_at_every_pass(model, make, prompt, pads):
     check_every_pass(model, make, prompt, pads)
 
@@ -315,8 +321,14 @@ def test_prompt_lookup_keeps_the_budget(model, make):
 # crop
 
 
-@pytest.mark.parametrize("pads", [[0, 0], [0, 9]], ids=["even", "padded"])
-@pytest.mark.parametrize("count", [1, 4, 7, 40])
+@pytest.mark.parametrize(
+    ("count", "pads"),
+    crossed(
+        {1: 1, 4: 4, 7: 7, 40: 40},
+        {"even": [0, 0], "padded": [0, 9]},
+        {("1", "padded"), ("4", "even"), ("7", "padded"), ("40", "even")},
+    ),
+)
 def test_crop_or_a_refusal(model, make, count, pads):
     """What was held stays held but for the last tokens, or everything stays as it was in every layer."""
     ids, mask = left_padded(2, LENGTH + 30, pads)

@@ -7,14 +7,14 @@ import torch
 import transformers
 
 import longwave
-from tests.conftest import into, left_padded, tokens
+from tests.conftest import crossed, into, left_padded, tokens
 from tests.matrix import IDENTITY, ROOMY
 
 NEW = 24
 LENGTH = 50
 
 
-@pytest.fixture(params=["llama", "qwen3", "gemma3"])
+@pytest.fixture(params=["llama", pytest.param("qwen3", marks=pytest.mark.slow), "gemma3"])
 def pair(request, models):
     return models[request.param]
 
@@ -61,8 +61,12 @@ def test_beams(pair, make, pads):
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("size", [1, 7, 64])
-@pytest.mark.parametrize("pads", [[0, 0], [19, 0]], ids=["even", "padded"])
+@pytest.mark.parametrize(
+    ("size", "pads"),
+    crossed(
+        {1: 1, 7: 7, 64: 64}, {"even": [0, 0], "padded": [19, 0]}, {("1", "padded"), ("7", "even"), ("64", "padded")}
+    ),
+)
 def test_prefill_in_chunks(pair, make, size, pads):
     got, expected = both(pair, make, *left_padded(2, LENGTH, pads), prefill_chunk_size=size)
     assert torch.equal(got, expected)

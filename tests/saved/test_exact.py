@@ -35,7 +35,13 @@ def bytes_of(memory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "pads"), [("llama", [0, 0]), *((kind, [0, 13]) for kind in KINDS)], ids=["even", *KINDS]
+    ("kind", "pads"),
+    [
+        pytest.param("llama", [0, 0], id="even", marks=pytest.mark.slow),
+        pytest.param("llama", [0, 13], id="llama"),
+        pytest.param("gemma3", [0, 13], id="gemma3", marks=pytest.mark.slow),
+        pytest.param("qwen3next", [0, 13], id="qwen3next"),
+    ],
 )
 def test_it_goes_on_as_it_was(made, kind, make, pads, path):
     model, memory = made[kind], make(made[kind])
@@ -55,7 +61,7 @@ def test_it_goes_on_as_it_was(made, kind, make, pads, path):
         assert torch.equal(read_in(model, twin, ids, sizes, mask), read_in(model, memory, ids, sizes, mask))
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_greedy_continuation(made, kind, make, path):
     model, memory = made[kind], make(made[kind])
     first = model.generate(tokens(2, 50), **into(memory), max_new_tokens=6, do_sample=False)

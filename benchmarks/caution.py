@@ -45,7 +45,7 @@ def planned(shape, profile, caution, share):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: [float(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--model", default="smollm2", help="or the folder of benchmarks.hybrid")
+    parser.add_argument("--model", default="smollm2-q4", help="or the folder of benchmarks.hybrid")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--profile", type=Path, action="append", default=[])

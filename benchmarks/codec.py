@@ -243,7 +243,7 @@ def asked(model, tokenizer, coders, lengths, found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="or the folder of benchmarks.hybrid")
+    parser.add_argument("--model", default="smollm2-q4", help="or the folder of benchmarks.hybrid")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--windows", type=int, default=16, help="unseen ones")

@@ -1,6 +1,6 @@
 """How long a greedy continuation stays what a dense cache would have said, on step-by-step sums.
 
-    python -m benchmarks.continuation [--model smollm2] [--device cuda] [--budgets 0.25,0.1] [--out FILE]
+    python -m benchmarks.continuation [--model smollm2-q4] [--device cuda] [--budgets 0.25,0.1] [--out FILE]
     python -m benchmarks.continuation --model FOLDER ...             the trained model of benchmarks/hybrid.py
 
 A prompt is a list of sums of three to five numbers, worked out step by step, about `--context` tokens of it; the model
@@ -55,7 +55,7 @@ def alike(ours, theirs):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2-q4")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--budgets", default="0.5,0.25,0.15625,0.1,0.06,0.04")

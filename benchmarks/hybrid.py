@@ -188,7 +188,7 @@ def opened(name, dtype="float32"):
     folder = Path(name)
     if not any(folder.glob("attention-*.safetensors")):
         return longwave.load(name, dtype=dtype)
-    plain, tokenizer = longwave.load("smollm2", dtype="float32")
+    plain, tokenizer = longwave.load("smollm2-q4", dtype="float32")
     model = hybrid(plain)
     load(model, folder)
     return model.to(getattr(torch, dtype)), tokenizer
@@ -237,7 +237,7 @@ def main():
     parser.add_argument("--judged", type=int, default=6)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    plain, tokenizer = longwave.load("smollm2", dtype="float32")
+    plain, tokenizer = longwave.load("smollm2-q4", dtype="float32")
     model = hybrid(plain).to(args.device)
     plain.to(args.device)
     about = {"command": sys.argv, "loss_smollm2": Judge(plain, tokenizer, args.judged, args.context, 256).dense()}

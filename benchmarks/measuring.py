@@ -1,6 +1,6 @@
 """What automatic measuring takes on CUDA: by default of random weights in the shape of Llama-3.1-8B.
 
-    python -m benchmarks.measuring [--model smollm2] [--layers 32] [--out FILE]
+    python -m benchmarks.measuring [--model smollm2-q4] [--layers 32] [--out FILE]
 
 Seconds, and the peak of memory over the weights beside that of reading one window's tokens into a dense cache in one
 pass. Random weights cost what trained ones cost; their plan means nothing. Tokens stand in for text: the tokenizer
@@ -43,7 +43,7 @@ def main():
     if args.model:
         model, tokenizer = longwave.load(args.model, device="cuda")
     else:
-        model, tokenizer = build(args.layers, False, "cuda"), load_tokenizer(args.tokenizer or locate("smollm2"))
+        model, tokenizer = build(args.layers, False, "cuda"), load_tokenizer(args.tokenizer or locate("smollm2-q4"))
     method = longwave.Fourier()
     effort = Effort.of(model, method)
     ids = torch.randint(model.config.vocab_size, (1, effort.tokens), device="cuda")

@@ -1,6 +1,6 @@
 """A long text is read once, in chunks, and asked for what stands at ten depths of it: answers, bytes and times.
 
-    python -m benchmarks.million --host DIR [--tokens 1000000] [--model smollm2] [--depths 10] [--out FILE]
+    python -m benchmarks.million --host DIR [--tokens 1000000] [--model smollm2-q4] [--depths 10] [--out FILE]
     python -m benchmarks.million --host DIR --tokens 20000 --model tiny --text pydoc     (does it run at all)
 
 longcache, whose far tokens are read at positions that the model knows; `--method infllm --option blocks=16` or another
@@ -45,7 +45,7 @@ OPTIONS = {"longcache": {"window": 2048, "spans": 64, "chunk": 1024}}  # scores 
 def load(name, device):
     if name != "tiny":
         return longwave.load(name, device=device)
-    tokenizer = load_tokenizer(locate("smollm2"))
+    tokenizer = load_tokenizer(locate("smollm2-q4"))
     torch.manual_seed(0)
     sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
     config = LlamaConfig(**sizes, vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=8192)
@@ -116,7 +116,7 @@ def ask(model, tokenizer, cache, city):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--model", default="smollm2", help="tiny, or what longwave.load takes")
+    parser.add_argument("--model", default="smollm2-q4", help="tiny, or what longwave.load takes")
     parser.add_argument("--depths", type=int, default=10, help=f"numbers that are hidden, 1 to {len(CITIES)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--host", help='a directory, or "memory"')

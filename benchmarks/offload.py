@@ -50,7 +50,7 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    model, tokenizer = longwave.load("smollm2", dtype="float32", device=args.device)
+    model, tokenizer = longwave.load("smollm2-q4", dtype="float32", device=args.device)
     began = time.perf_counter()
     codec = codec_for(model, tokenizer)
     print(f"codec: {time.perf_counter() - began:.0f} s", flush=True)

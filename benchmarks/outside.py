@@ -212,12 +212,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     presses = [[name, float(ratio)] for ratio in args.ratios.split(",") for name in args.methods.split(",")]
-    job = {"model": str(locate("smollm2")), "context": CONTEXT, "scored": args.scored, "presses": presses}
+    job = {"model": str(locate("smollm2-q4")), "context": CONTEXT, "scored": args.scored, "presses": presses}
     tokenizer = load_tokenizer(job["model"])
     ids = prompts(tokenizer, args.windows, args.scored)
     save_file({"ids": ids}, args.out / "prompts.safetensors")
     others = theirs(args.python, args.out, job)
-    model, _ = longwave.load("smollm2", dtype=torch.float32)
+    model, _ = longwave.load("smollm2-q4", dtype=torch.float32)
     rows, dense = measure(model, tokenizer, ids, job, {(name, ratio): others[name, ratio] for name, ratio in presses})
     show(rows)
     about = {"windows": args.windows, "context": CONTEXT, "scored": args.scored, "dense_loss": round(dense, 5)}

@@ -22,7 +22,7 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--only", choices=["smollm2", "smollm2-paper"])
     args = parser.parse_args()
-    model, tokenizer = longwave.load("smollm2", dtype="float32")
+    model, tokenizer = longwave.load("smollm2-q4", dtype="float32")
     model.to(args.device)
     for name, method in {"smollm2": longwave.Fourier(), "smollm2-paper": longwave.FourierPaper()}.items():
         if args.only not in (None, name):

@@ -1,7 +1,7 @@
 """What it takes to keep a prompt instead of reading it again: seconds and memory, beside reading it.
 
     python -m benchmarks.restoring --device cuda [--contexts 16k,64k] [--size 0.05] [--chunks 2048,16384] [--fit]
-    python -m benchmarks.restoring --model smollm2 --contexts 1k --chunks 512        (a real model, any device)
+    python -m benchmarks.restoring --model smollm2-q4 --contexts 1k --chunks 512        (a real model, any device)
     python -m benchmarks.restoring --tiny --layers 2 --contexts 1k --chunks 256      (does it run at all)
 
 Without --model: random weights in the shape of Llama-3.1-8B, as in benchmarks/measuring.py, which cost what trained
@@ -80,7 +80,7 @@ def loaded(args):
     device = torch.device(args.device)
     if args.model:
         return longwave.load(args.model, dtype=args.dtype, device=device)
-    model, tokenizer = build(args.layers, args.tiny, device), load_tokenizer(locate("smollm2"))
+    model, tokenizer = build(args.layers, args.tiny, device), load_tokenizer(locate("smollm2-q4"))
     if args.tiny:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     return model, tokenizer

@@ -144,7 +144,7 @@ def correlation(ours, theirs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model", default="smollm2-q4")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--windows", type=numbers, default=[2, 4, 9])

@@ -49,7 +49,7 @@ def main():
     parser.add_argument("--batch-tokens", type=int, default=210_000)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    model, tokenizer = load_model("smollm2", args.device, "float32")
+    model, tokenizer = load_model("smollm2-q4", args.device, "float32")
     spent = timed(model)
     task = f"needle:lengths={args.lengths},depths={args.depths}"
     measured = []

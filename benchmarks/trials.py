@@ -336,7 +336,7 @@ def main():
     parser.add_argument("--only", default="", help="a regular expression that names must hold")
     parser.add_argument("--quick", action="store_true", help="one window of each kind: does it run")
     args = parser.parse_args()
-    model, tokenizer = longwave.load("smollm2", dtype=torch.float32)
+    model, tokenizer = longwave.load("smollm2-q4", dtype=torch.float32)
     model.to(args.device)
     weights = Weights(Bench(model, tokenizer, *((1, 1) if args.quick else (12, 4)), seed=7))
     chosen = {name: pair for name, pair in trials(weights).items() if re.search(args.only, name)}

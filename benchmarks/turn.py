@@ -34,7 +34,7 @@ def on_cpu(context, tokens, budgets, repeats):
     from longwave.evals.data import pydoc_haystack
     from longwave.evals.fork import fork, prefill
 
-    model, tokenizer = longwave.load("smollm2", dtype=torch.float32)
+    model, tokenizer = longwave.load("smollm2-q4", dtype=torch.float32)
     ids = tokenizer(pydoc_haystack(), return_tensors="pt", verbose=False).input_ids
     exact = prefill(model, ids[:, :context], needs=longwave.cache(model, "fourier").method.needs)
     new = ids[:, context : context + tokens]

@@ -4,7 +4,7 @@
     python -m benchmarks.diffusion_pair --device cuda --load FOLDER --only steps --out FILE    # judge them again
     python -m benchmarks.diffusion_pair --plot FILE --out PNG
 
-Two Llamas of 33 million parameters with SmolLM2's tokenizer: one looks in both directions, and its loss is over k of a
+Two Llamas of 26 million parameters with SmolLM2's tokenizer: one looks in both directions, and its loss is over k of a
 row's tokens, masked, one to all as often (as in `diffusion.loss_bound`); one is causal. Every step gives both the same
 rows of 512 tokens: half of them text of books, all of whose tokens count, half text with facts in it ("The code of
 Amber is 402817.") that are asked for at its end, whose answers count. Two books are held out for all that is judged.
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,9 +50,9 @@ FASTEST, WARMUP = 1e-3, 100  # learning rate and the steps up to it
 class Size:
     """Shape, training and how much is judged. rows, at_once: of a step, and of a pass in it. lengths: in contexts."""
 
-    hidden: int = 384
+    hidden: int = 320
     layers: int = 8
-    heads: int = 6
+    heads: int = 5
     context: int = 512
     rows: int = 64
     at_once: int = 32
@@ -156,7 +157,7 @@ def untrained(kind, tokenizer, size):
     config = LlamaConfig(
         vocab_size=-(-(words + 1) // 64) * 64,
         hidden_size=size.hidden,
-        intermediate_size=8 * size.hidden // 3,
+        intermediate_size=-(-size.hidden * 8 // 3 // 64) * 64,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         max_position_embeddings=size.context,
@@ -238,14 +239,54 @@ def train(models, texts, seconds, seed):
     }
 
 
-# judging
+# what is kept
 
 
 def weights_in(model, dtype):
-    """The model, its weights rounded; rotary frequencies stay float32, as a loaded model has them."""
+    """The model, its weights in `dtype`; rotary frequencies stay float32, as in a model that is loaded."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model.eval()
+
+
+def rounded(model):
+    """The weights in 8 bits by row, as files hold them; `model` becomes what they say."""
+    held = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            held[name] = parameter.data.half()
+        else:
+            scale = (parameter.data.abs().amax(-1, keepdim=True) / 127).half().clamp(min=1e-7)
+            held[name] = (parameter.data / scale.float()).round().clamp(-127, 127).to(torch.int8)
+            held[name + ".scale"] = scale
+        parameter.data.copy_(said(held, name))
+    return {name: tensor.cpu().contiguous() for name, tensor in held.items()}
+
+
+def said(held, name):
+    weight, scale = held[name].float(), held.get(name + ".scale")
+    return weight if scale is None else weight * scale.float()
+
+
+def save(held, kind, folder):
+    """Embeddings and layers by themselves: two files of less than 16 MiB."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, inside in (("embeddings", True), ("layers", False)):
+        chosen = {name: tensor for name, tensor in held.items() if ("embed_tokens" in name) == inside}
+        save_file(chosen, folder / f"{kind}-{part}.safetensors")
+
+
+def load(model, kind, folder):
+    held = {
+        name: x
+        for part in ("embeddings", "layers")
+        for name, x in load_file(folder / f"{kind}-{part}.safetensors").items()
+    }
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(said(held, name))
+
+
+# judging
 
 
 def with_base(model, factor):
@@ -254,9 +295,9 @@ def with_base(model, factor):
         return model
     config = copy.deepcopy(model.config)
     config.rope_parameters["rope_theta"] *= factor
-    made = weights_in(type(model)(config).to(model.device), model.dtype)
+    made = type(model)(config).to(model.device)
     made.load_state_dict(model.state_dict())
-    return made
+    return weights_in(made, model.dtype)
 
 
 @torch.no_grad()
@@ -378,15 +419,11 @@ def reached(means):
     return max(tokens for tokens in lengths if not far or tokens < far[0])
 
 
-def opened(folder, device, dtype):
-    return {kind: LlamaForCausalLM.from_pretrained(folder / kind, dtype=dtype).to(device).eval() for kind in KINDS}
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--train", type=float, metavar="SECONDS", help="of both models together")
-    parser.add_argument("--save", type=Path, metavar="FOLDER", help="both models, in files of 20 MB")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="both models, in 8 bits, which is what is judged")
     parser.add_argument("--load", type=Path, metavar="FOLDER", help="what --save wrote, instead of training")
     parser.add_argument(
         "--only", choices=PARTS, action="append", metavar="PART", help=f"of {', '.join(PARTS)}; repeats"
@@ -424,20 +461,20 @@ def main(argv=None):
     }
     about["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     about["texts"] = {"books": sum(map(len, texts.books)), "held_out": len(texts.held_out)}
-    if args.load:
-        models = opened(args.load, device, dtype)
-    else:
-        models = {}
-        for kind in KINDS:
-            torch.manual_seed(args.seed)  # both start from the same weights
-            models[kind] = untrained(kind, tokenizer, size).to(device)
+    models = {}
+    for kind in KINDS:
+        torch.manual_seed(args.seed)  # both start from the same weights
+        models[kind] = untrained(kind, tokenizer, size).to(device)
+        if args.load:
+            load(models[kind], kind, args.load)
+    if args.train:
         about["training"] = train(models, texts, args.train, args.seed)
-        for kind, model in models.items():
-            weights_in(model, torch.bfloat16)  # what is judged is what is saved
+    for kind, model in models.items():
+        if args.train:
+            held = rounded(model)
             if args.save:
-                model.save_pretrained(args.save / kind, max_shard_size="20MB")
-                tokenizer.save_pretrained(args.save / kind)
-            weights_in(model, dtype)
+                save(held, kind, args.save)
+        weights_in(model, dtype)
     about["parameters"] = {kind: model.num_parameters() for kind, model in models.items()}
     write(**about)
     print(json.dumps(about), flush=True)

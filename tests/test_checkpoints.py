@@ -138,18 +138,27 @@ def test_a_llada_that_no_llama_is(change, message, tokenizer, tmp_path):
 
 
 def test_the_published_factors_follow_from_the_configs():
-    """length_extension, the table of LongLLaDA: 4 at 8,192 tokens for LLaDA, 5 at 4,096 for Dream."""
+    """length_extension: LongLLaDA's for LLaDA and Dream, and beside them those of distances of both signs, which the
+    message says of models that see both."""
     from longwave.checkpoints import dream_config, llada_config
     from longwave.rotary import extend
 
     large = {**LLADA, "d_model": 4096, "n_heads": 32, "n_kv_heads": 32, "max_sequence_length": 4096}
-    for config, tokens_, factor in (
-        (llada_config(large), 8192, 4),
-        (dream_config({**DREAM, "hidden_size": 3584, "num_attention_heads": 28}), 4096, 5),
+    dream = {**DREAM, "hidden_size": 3584, "num_attention_heads": 28}
+    for read, said, published in (
+        (llada_config, large, {8192: (4, 4), 16384: (14, 13), 24576: (31, 27), 32768: (55, 45)}),
+        (dream_config, dream, {4096: (5, 3)}),
     ):
-        base = config.rope_parameters["rope_theta"]
-        extend(config, tokens_, "ntk")
-        assert config.rope_parameters["rope_theta"] == factor * base
+        for target, (factor, both_signs) in published.items():
+            config, other, causal = read(said), read(said), read(said)
+            base = config.rope_parameters["rope_theta"]
+            done = extend(config, target, "ntk")
+            assert config.rope_parameters["rope_theta"] == factor * base
+            assert f"x {factor}, x {both_signs} by ntk_both_signs, as this model" in str(done)
+            extend(other, target, "ntk_both_signs")
+            assert other.rope_parameters["rope_theta"] == both_signs * base
+            causal.is_causal = True
+            assert str(extend(causal, target, "ntk")).endswith(f"x {factor}")
 
 
 def test_the_skeleton_of_a_command_is_a_stock_model(checkpoint):

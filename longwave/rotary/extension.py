@@ -12,7 +12,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -32,6 +32,7 @@ class Extension:
     """What `extend` did: a model trained on `trained` tokens, with frequencies of `base`, reads `tokens` by `rule`.
 
     parameters: what it set. The law of "ntk" may find that the base reaches so far already: the factor is 1 then.
+    both_signs: the factor by the law of "ntk_both_signs", said of a bidirectional model extended by "ntk".
     """
 
     rule: str
@@ -39,12 +40,15 @@ class Extension:
     tokens: int
     base: float
     parameters: dict[str, Any]
+    both_signs: int | None = None
 
     def __str__(self) -> str:
         other = {name: value for name, value in self.parameters.items() if name not in ("rope_type", "rope_theta")}
         said = [f"{name}={value:g}" for name, value in other.items()]
         if (theta := self.parameters.get("rope_theta")) is not None:
             said = [f"rotary base {self.base:,.0f} x {theta / self.base:.4g}"]
+        if self.both_signs is not None:
+            said.append(f"x {self.both_signs} by ntk_both_signs, as this model is trained on distances of both signs")
         return f"{self.trained:,} trained tokens extended to {self.tokens:,} by {self.rule}: {', '.join(said)}"
 
 
@@ -55,6 +59,10 @@ Rule = Callable[..., dict[str, Any]]
 
 def _ntk(base: float, dim: int, trained: int, tokens: int) -> dict[str, Any]:
     return {"rope_theta": base * ntk_factor(base, dim, trained, tokens)}
+
+
+def _ntk_both_signs(base: float, dim: int, trained: int, tokens: int) -> dict[str, Any]:
+    return {"rope_theta": base * ntk_factor(base, dim, trained, tokens, both_signs=True)}
 
 
 def _ntk_fixed(base: float, dim: int, trained: int, tokens: int) -> dict[str, Any]:
@@ -97,6 +105,7 @@ def _power(base: float, dim: int, trained: int, tokens: int, *, exponent: float 
 
 RULES: dict[str, Rule] = {
     "ntk": _ntk,
+    "ntk_both_signs": _ntk_both_signs,
     "ntk_fixed": _ntk_fixed,
     "linear": _linear,
     "dynamic": _dynamic,
@@ -140,6 +149,8 @@ def extend(
     whole("extend_to", tokens, trained + 1, f"tokens: this model reads {trained:,} as it is")
     base, dim = rope["rope_theta"], _turned_channels(config, rope)
     found = Extension(rule, trained, tokens, base, RULES[rule](base, dim, trained, tokens, **options))
+    if rule == "ntk" and not getattr(config, "is_causal", True):
+        found = replace(found, both_signs=ntk_factor(base, dim, trained, tokens, both_signs=True))
 
     register()
     made = copy.deepcopy(config)

@@ -29,7 +29,11 @@ def test_published_factors(model, extra, factors):
 def test_diffusion_models_see_distances_of_both_signs():
     """UltraLLaDA's: twice both lengths."""
     targets = (8192, 16384, 32768, 65536, 131072)
-    assert [ntk_factor(500_000, 128, 2 * 4096, 2 * target) for target in targets] == [4, 13, 45, 159, 562]
+    assert critical_dimension(500_000, 128, 2 * 4096) == 70
+    assert [ntk_factor(*LLADA, target, both_signs=True) for target in targets] == [4, 13, 45, 159, 562]
+    for target in targets:
+        factor = ntk_factor(*LLADA, target, both_signs=True)
+        assert ntk_reach(*LLADA, factor, both_signs=True) >= target > ntk_reach(*LLADA, factor - 1, both_signs=True)
 
 
 def test_what_a_factor_reaches():

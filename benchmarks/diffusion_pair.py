@@ -1,0 +1,492 @@
+"""A masked-diffusion model and an autoregressive one, trained alike, read 1 to 8 times the length they were trained on.
+
+    python -m benchmarks.diffusion_pair --device cuda --train 480 --save FOLDER --out FILE     # make and judge them
+    python -m benchmarks.diffusion_pair --device cuda --load FOLDER --only steps --out FILE    # judge them again
+    python -m benchmarks.diffusion_pair --plot FILE --out PNG
+
+Two Llamas of 26 million parameters with SmolLM2's tokenizer: one looks in both directions, and its loss is over k of a
+row's tokens, masked, one to all as often (as in `diffusion.loss_bound`); one is causal. Every step gives both the same
+rows of 512 tokens: half of them text of books, all of whose tokens count, half text with facts in it ("The code of
+Amber is 402817.") that are asked for at its end, whose answers count. Two books are held out for all that is judged.
+LongLLaDA (arXiv 2506.14429) measured 8B models so; what it found is asked of these: perplexity and retrieval by length
+and depth, with rotary bases multiplied by what the scaling law says and by more, and by the number of sampling steps.
+
+FILE gets a line of JSON for every figure as it is there: perplexity in nats a token over the same 64 tokens at every
+length, diffusion's an upper bound; retrieval as the share of answers with every digit right, and of digits.
+"""
+
+import argparse
+import copy
+import json
+import math
+import random
+import re
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import plot_diffusion_pair
+from longwave import diffusion
+from longwave.cli.console import show_table
+from longwave.evals.data import data_folder
+from longwave.models import load_tokenizer, locate
+from longwave.rotary import ntk_factor, ntk_reach
+
+BASE, DIGITS, MOST = 10_000.0, 6, 8  # of the rotary tables; of an answer; facts in a row
+HELD_OUT = ("10762_impressions_of_theophrastus_such.txt", "28444_turn_about_eleanor.txt")
+PARTS = ("perplexity", "needle", "factors", "steps")
+KINDS = ("diffusion", "autoregressive")
+FASTEST, WARMUP = 1e-3, 100  # learning rate and the steps up to it
+
+
+@dataclass(frozen=True)
+class Size:
+    """Shape, training and how much is judged. rows, at_once: of a step, and of a pass in it. lengths: in contexts."""
+
+    hidden: int = 320
+    layers: int = 8
+    heads: int = 5
+    context: int = 512
+    rows: int = 64
+    at_once: int = 32
+    characters: int | None = None  # of a book, None: all
+    lengths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
+    depths: int = 11
+    samples: int = 20  # of a cell of depth and length
+    windows: int = 48  # that perplexity is the mean of
+    scored: int = 64
+
+    @property
+    def channels(self):
+        return self.hidden // self.heads
+
+
+TINY = Size(32, 2, 2, 64, 4, 4, 12_000, (1, 2), 2, 2, 2, 8)
+
+
+class Texts:
+    """Token numbers of books, and text with facts in it."""
+
+    def __init__(self, tokenizer, size):
+        self.size = size
+        folder = data_folder()
+        files = sorted((*folder.glob("books/*/*.txt"), *folder.glob("haystack_pd/*.txt")))
+        encoded = {file.name: tokenizer(file.read_text()[: size.characters], verbose=False).input_ids for file in files}
+        self.held_out = [token for name in HELD_OUT for token in encoded.pop(name)]
+        self.books = list(encoded.values())
+        self.before, self.middle, self.end = (
+            tokenizer(part, verbose=False).input_ids for part in ("\nThe code of", " is ", ".\n")
+        )
+        self.digits = [tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(10)]
+        words = tokenizer.get_vocab()
+        self.names = sorted(words[word] for word in words if re.fullmatch("Ġ[A-Z][a-z]{3,9}", word))
+        self.fact_tokens = len(self.fact(self.names[0], self.digits[:DIGITS]))
+
+    def question(self, name):
+        return [*self.before, name, *self.middle]
+
+    def fact(self, name, value):
+        return [*self.question(name), *value, *self.end]
+
+    def _facts(self, draw, count):
+        return [(name, draw.choices(self.digits, k=DIGITS)) for name in draw.sample(self.names, count)]
+
+    def _stretch(self, draw, tokens):
+        book = draw.choices(self.books, [float(len(book)) for book in self.books])[0]
+        start = draw.randrange(len(book) - tokens)
+        return book[start : start + tokens]
+
+    def rows(self, draw):
+        """A step's rows int64 [rows, context], and which tokens count, bool of the same shape."""
+        made, counts = [], []
+        for number in range(self.size.rows):
+            if number % 2:
+                row, count = self._asked(draw)
+            else:
+                row, count = self._stretch(draw, self.size.context), [True] * self.size.context
+            made.append(row)
+            counts.append(count)
+        return torch.tensor(made), torch.tensor(counts)
+
+    def _asked(self, draw):
+        """A row of facts in text that are all asked for at its end; half of them not far from it."""
+        room = self.size.context // self.fact_tokens // 2
+        facts = self._facts(draw, draw.randint(1, min(MOST, room)))
+        text = self._stretch(draw, self.size.context - 2 * len(facts) * self.fact_tokens)
+        span = len(text) if draw.random() < 0.5 else draw.randint(0, len(text))
+        places = sorted((draw.randint(0, span) for _ in facts), reverse=True)  # from the end: none in another
+        for (name, value), at in zip(facts, places, strict=True):
+            text[len(text) - at : len(text) - at] = self.fact(name, value)
+        row, count = text, [False] * len(text)
+        for name, value in draw.sample(facts, len(facts)):
+            for part, counted in ((self.question(name), False), (value, True), (self.end, False)):
+                row = row + part
+                count += [counted] * len(part)
+        return row, count
+
+    def needle(self, draw, tokens, depth):
+        """A prompt of unseen text with one fact at `depth`, 0 its beginning and 1 its end, the answer, and how many
+        tokens behind the fact the answer begins. Prompt and answer are `tokens`."""
+        ((name, value),) = self._facts(draw, 1)
+        asked = self.question(name)
+        room = tokens - self.fact_tokens - len(asked) - DIGITS
+        start = draw.randrange(len(self.held_out) - room)
+        text = self.held_out[start : start + room]
+        at = round(depth * room)
+        return [*text[:at], *self.fact(name, value), *text[at:], *asked], value, room - at + len(asked)
+
+    def windows(self, tokens, count):
+        """int64 [count, tokens] of unseen text, spread over all of it."""
+        last = len(self.held_out) - tokens
+        starts = [round(last * number / max(1, count - 1)) for number in range(count)]
+        return torch.tensor([self.held_out[start : start + tokens] for start in starts])
+
+
+# training
+
+
+def untrained(kind, tokenizer, size):
+    words = len(tokenizer)
+    config = LlamaConfig(
+        vocab_size=-(-(words + 1) // 64) * 64,
+        hidden_size=size.hidden,
+        intermediate_size=-(-size.hidden * 8 // 3 // 64) * 64,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        max_position_embeddings=size.context,
+        rope_parameters={"rope_type": "default", "rope_theta": BASE},
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **({"is_causal": False, "mask_token_id": words, "logit_shift": False} if kind == "diffusion" else {}),
+    )
+    return LlamaForCausalLM(config)
+
+
+def masks(counts, generator):
+    """Which tokens are masked: of the n of a row that count, k of 1 .. n, each as likely, over the rows spread evenly;
+    any k of them alike."""
+    rows = len(counts)
+    start = torch.rand((), generator=generator) + torch.randperm(rows, generator=generator)
+    k = 1 + (counts.sum(-1) * (start / rows % 1)).long()
+    rank = torch.rand(counts.shape, generator=generator).masked_fill(~counts, 2.0).argsort(-1).argsort(-1)
+    return rank < k[:, None]
+
+
+def loss_of(model, ids, asked, targets):
+    """Mean over rows of the mean loss of `asked` bool [rows, tokens] positions, whose logits speak of `targets`."""
+    hidden = model.model(ids, use_cache=False).last_hidden_state
+    loss = cross_entropy(model.lm_head(hidden[asked]).float(), targets[asked], reduction="none")
+    share = (asked / asked.sum(-1, keepdim=True))[asked]
+    return (loss * share).sum() / len(ids)
+
+
+def step_loss(kind, model, ids, counts, hidden):
+    if kind == "diffusion":
+        return loss_of(model, ids.masked_fill(hidden, model.config.mask_token_id), hidden, ids)
+    return loss_of(model, ids[:, :-1], counts[:, 1:], ids[:, 1:])
+
+
+def train(models, texts, seconds, seed):
+    """Both models on the same rows in the same steps, until the time is over."""
+    draw, generator, size = random.Random(seed), torch.Generator().manual_seed(seed), texts.size
+    device = next(iter(models.values())).device
+    optimizers = {}
+    for kind, model in models.items():
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+        ]
+        optimizers[kind] = torch.optim.AdamW(groups, lr=FASTEST, betas=(0.9, 0.95), fused=device.type == "cuda")
+    began, step, losses = time.perf_counter(), 0, {}
+    while (done := (time.perf_counter() - began) / seconds) < 1:
+        ids, counts = texts.rows(draw)
+        hidden = masks(counts, generator)
+        ids, counts, hidden = ids.to(device), counts.to(device), hidden.to(device)
+        for kind, model in models.items():
+            for group in optimizers[kind].param_groups:
+                group["lr"] = FASTEST * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
+            # text and questions by themselves: the rows alternate
+            losses[kind] = torch.zeros(2, device=device)
+            for which in (0, 1):
+                chosen = [x[which::2].split(size.at_once) for x in (ids, counts, hidden)]
+                for part in zip(*chosen, strict=True):
+                    with torch.autocast(device.type, torch.bfloat16):
+                        loss = step_loss(kind, model, *part)
+                    share = len(part[0]) / len(ids)
+                    (loss * share).backward()
+                    losses[kind][which] += loss.detach() * share * 2
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizers[kind].step()
+            optimizers[kind].zero_grad(set_to_none=True)
+        step += 1
+        if step % 100 == 1:
+            said = ", ".join(f"{kind} {text:.2f} text, {asked:.2f} asked" for kind, (text, asked) in losses.items())
+            print(f"step {step}, {done:.0%} of the time: {said}", flush=True)
+    return {
+        "steps": step,
+        "tokens": step * size.rows * size.context,
+        "seconds": round(time.perf_counter() - began, 1),
+        "last_loss": {kind: [round(float(x), 4) for x in each] for kind, each in losses.items()},
+    }
+
+
+# what is kept
+
+
+def weights_in(model, dtype):
+    """The model, its weights in `dtype`; rotary frequencies stay float32, as in a model that is loaded."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model.eval()
+
+
+def rounded(model):
+    """The weights in 8 bits by row, as files hold them; `model` becomes what they say."""
+    held = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            held[name] = parameter.data.half()
+        else:
+            scale = (parameter.data.abs().amax(-1, keepdim=True) / 127).half().clamp(min=1e-7)
+            held[name] = (parameter.data / scale.float()).round().clamp(-127, 127).to(torch.int8)
+            held[name + ".scale"] = scale
+        parameter.data.copy_(said(held, name))
+    return {name: tensor.cpu().contiguous() for name, tensor in held.items()}
+
+
+def said(held, name):
+    weight, scale = held[name].float(), held.get(name + ".scale")
+    return weight if scale is None else weight * scale.float()
+
+
+def save(held, kind, folder):
+    """Embeddings and layers by themselves: two files of less than 16 MiB."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, inside in (("embeddings", True), ("layers", False)):
+        chosen = {name: tensor for name, tensor in held.items() if ("embed_tokens" in name) == inside}
+        save_file(chosen, folder / f"{kind}-{part}.safetensors")
+
+
+def load(model, kind, folder):
+    held = {
+        name: x
+        for part in ("embeddings", "layers")
+        for name, x in load_file(folder / f"{kind}-{part}.safetensors").items()
+    }
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(said(held, name))
+
+
+# judging
+
+
+def with_base(model, factor):
+    """The model with its rotary base multiplied."""
+    if factor == 1:
+        return model
+    config = copy.deepcopy(model.config)
+    config.rope_parameters["rope_theta"] *= factor
+    made = type(model)(config).to(model.device)
+    made.load_state_dict(model.state_dict())
+    return weights_in(made, model.dtype)
+
+
+@torch.no_grad()
+def text_loss(kind, model, ids, scored):
+    """Nats a token of the last `scored` tokens of each row, diffusion's an upper bound: float64 [rows]."""
+    if kind == "diffusion":
+        return diffusion.loss_bound(model, ids, scored=scored)
+    logits = model(ids, use_cache=False, logits_to_keep=scored + 1).logits[:, :-1]
+    return cross_entropy(logits.double().transpose(1, 2), ids[:, -scored:], reduction="none").mean(-1)
+
+
+@torch.no_grad()
+def answers(kind, model, prompts, steps):
+    """What is written behind prompts of equal length: int64 [rows, DIGITS]."""
+    if kind == "diffusion":
+        made = diffusion.generate(model, prompts, max_new_tokens=DIGITS, steps=steps, stop_ids=())
+    else:
+        made = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=DIGITS,
+            min_new_tokens=DIGITS,
+            do_sample=False,
+        )
+    return made[:, prompts.shape[1] :]
+
+
+class Judge:
+    """Writes a row for every figure of the two models."""
+
+    def __init__(self, models, texts, seed, write):
+        self.models, self.texts, self.size, self.seed, self.write = models, texts, texts.size, seed, write
+
+    def perplexity(self, kind, model, factor=1):
+        size = self.size
+        windows = self.texts.windows(max(size.lengths) * size.context, size.windows).to(model.device)
+        for times in size.lengths:
+            ids = windows[:, -times * size.context :]
+            losses = torch.cat([text_loss(kind, model, rows, size.scored) for rows in ids.split(8)]).tolist()
+            self.write(
+                part="perplexity",
+                model=kind,
+                factor=factor,
+                times=times,
+                tokens=ids.shape[1],
+                loss=statistics.mean(losses),
+                error=statistics.stdev(losses) / math.sqrt(len(losses)),
+                perplexity=math.exp(statistics.mean(losses)),
+            )
+
+    def needle(self, kind, model, factor=1, steps=DIGITS, part="needle", lengths=None):
+        """A cell for every depth and length; the same questions for every model, factor and number of steps. Returns
+        the share of answers that are right by length, in tokens."""
+        size, means = self.size, {}
+        for times in lengths or size.lengths:
+            tokens, right = times * size.context, []
+            for number in range(size.depths):
+                depth = number / (size.depths - 1)
+                draw = random.Random(f"{self.seed} {tokens} {number}")
+                asked = [self.texts.needle(draw, tokens, depth) for _ in range(size.samples)]
+                prompts = torch.tensor([prompt for prompt, _, _ in asked], device=model.device)
+                wanted = torch.tensor([value for _, value, _ in asked], device=model.device)
+                same = answers(kind, model, prompts, steps) == wanted
+                right.append(float(same.all(-1).float().mean()))
+                self.write(
+                    part=part,
+                    model=kind,
+                    factor=factor,
+                    steps=steps if kind == "diffusion" else None,
+                    times=times,
+                    tokens=tokens,
+                    depth=depth,
+                    distance=asked[0][2],
+                    right=right[-1],
+                    digits=float(same.float().mean()),
+                )
+            means[tokens] = statistics.mean(right)
+        return means
+
+    def factors(self, kind, model):
+        size = self.size
+        law = (BASE, size.channels, size.context)
+        lengths = [times * size.context for times in (2, 4, 8)]
+        by_law = {ntk_factor(*law, tokens, both_signs) for tokens in lengths for both_signs in (False, True)}
+        for factor in sorted({1, *by_law, 4 * max(by_law)}):
+            turned = with_base(model, factor)
+            if factor > 1:
+                self.perplexity(kind, turned, factor)
+            means = self.needle(kind, turned, factor)
+            self.write(
+                part="reach",
+                model=kind,
+                factor=factor,
+                ntk=round(ntk_reach(*law, factor)),
+                ntk_both_signs=round(ntk_reach(*law, factor, both_signs=True)),
+                measured=reached(means),
+            )
+
+    def steps(self, kind, model):
+        if kind == "diffusion":
+            for steps in (1, 2, 3, DIGITS):
+                self.needle(kind, model, steps=steps, part="steps", lengths=[x for x in self.size.lengths if x <= 4])
+
+    def __call__(self, parts):
+        for part in parts:
+            if part == "needle" and "factors" in parts:
+                continue  # a factor of 1 is among them
+            for kind, model in self.models.items():
+                getattr(self, part)(kind, model)
+
+
+def reached(means):
+    """Tokens up to which at least half as many answers are right as at the shortest length: None where those are less
+    than a tenth, and nothing was learned that could be lost."""
+    lengths = sorted(means)
+    if means[lengths[0]] < 0.1:
+        return None
+    far = [tokens for tokens in lengths if means[tokens] < means[lengths[0]] / 2]
+    return max(tokens for tokens in lengths if not far or tokens < far[0])
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--train", type=float, metavar="SECONDS", help="of both models together")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="both models, in 8 bits, which is what is judged")
+    parser.add_argument("--load", type=Path, metavar="FOLDER", help="what --save wrote, instead of training")
+    parser.add_argument(
+        "--only", choices=PARTS, action="append", metavar="PART", help=f"of {', '.join(PARTS)}; repeats"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tiny", action="store_true", help="models that learn nothing, to see that all of it runs")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw what was measured into --out, and do nothing else"
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    if args.plot:
+        rows = [json.loads(line) for line in args.plot.read_text().splitlines()]
+        return plot_diffusion_pair.plot(rows, args.out)
+    if bool(args.train) == bool(args.load):
+        parser.error("give one of --train SECONDS and --load FOLDER")
+    size = TINY if args.tiny else Size()
+    tokenizer = load_tokenizer(locate("smollm2-q4"))
+    texts = Texts(tokenizer, size)
+    device, dtype = torch.device(args.device), torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    rows = []
+
+    def write(**row):
+        rows.append(row)
+        with args.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    args.out.write_text("")
+    about = {
+        "part": "about",
+        "command": sys.argv,
+        "seed": args.seed,
+        "context": size.context,
+        "torch": torch.__version__,
+    }
+    about["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    about["texts"] = {"books": sum(map(len, texts.books)), "held_out": len(texts.held_out)}
+    models = {}
+    for kind in KINDS:
+        torch.manual_seed(args.seed)  # both start from the same weights
+        models[kind] = untrained(kind, tokenizer, size).to(device)
+        if args.load:
+            load(models[kind], kind, args.load)
+    if args.train:
+        about["training"] = train(models, texts, args.train, args.seed)
+    for kind, model in models.items():
+        if args.train:
+            held = rounded(model)
+            if args.save:
+                save(held, kind, args.save)
+        weights_in(model, dtype)
+    about["parameters"] = {kind: model.num_parameters() for kind, model in models.items()}
+    write(**about)
+    print(json.dumps(about), flush=True)
+    began = time.perf_counter()
+    Judge(models, texts, args.seed, write)(args.only or PARTS)
+    write(part="done", seconds=round(time.perf_counter() - began, 1))
+    show_table(
+        "right answers by length, all depths",
+        ["model", "factor", "steps", *(f"{times}x" for times in size.lengths)],
+        plot_diffusion_pair.by_length(rows, size.lengths),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -35,7 +35,7 @@ from longwave.store.state import State, under, within
 
 @dataclass(frozen=True)
 class ActQKV(InfLLM):
-    """infllm in small blocks; of those who choose together, whose queries stand out have most to say (ActQKV).
+    """infllm in small blocks, which are chosen by the queries that stand out from what was asked before (ActQKV).
 
     sinks, window, block, blocks, representatives, chunk, cached, host: as in infllm. warm: stretches of a prompt until
         queries weigh otherwise than alike, and that are averaged over.
@@ -89,11 +89,11 @@ class ActQKVBound(InfLLMBound):
 
 
 class ActQKVLayer(InfLLMLayer):
-    """And what its rows asked so far, on average."""
+    """And a memory of what its rows asked."""
 
     method: ActQKV
     bound: ActQKVBound
-    asked: Running | None  # so far
+    asked: Running | None  # what its rows asked so far, on average
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)

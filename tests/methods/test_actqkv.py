@@ -1,6 +1,7 @@
 """actqkv: what a query weighs, which blocks are read by it, and that what is taken back has taught nothing."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import longwave
 from tests.conftest import shape_of, tokens
 from tests.methods import naive
-from tests.methods.naive import G, H, draw
+from tests.methods.naive import D, G, H, draw
 from tests.methods.test_infllm import SMALL, check_steps, mean_keys, oracle
 from tests.methods.test_longcache import COMINGS, Turning, answers, drive, new_layer, stretches
 from tests.reading import read_in
@@ -129,6 +130,26 @@ def test_queries_that_were_all_the_same_weigh_alike():
     assert torch.isfinite(found).all()
     weight = layer.weights(torch.zeros_like(q[:, :, :8]), torch.ones(1, 8, dtype=torch.bool))
     torch.testing.assert_close(weight, torch.full_like(weight, 1 / 8))
+
+
+@pytest.mark.parametrize(("made", "found"), [(longwave.ActQKV, True), (longwave.InfLLM, False)])
+def test_one_who_asks_for_something_else_is_heard(made, found):
+    """Of eight who choose together seven ask as all did before, for a block that has nothing: one block is read."""
+    method = made(**SMALL | dict(blocks=1, representatives=4))
+    layer, g = new_layer(replace(method, warm=3) if found else method), torch.Generator().manual_seed(2)
+    k = torch.randn(1, H, 200, D, generator=g, dtype=torch.float64) * 0.01
+    q = torch.randn(1, H * G, 200, D, generator=g, dtype=torch.float64) * 0.1
+    v = torch.zeros_like(k)
+    usual, rare = torch.tensor([2, 6]), torch.tensor([3, 7])  # the slowest pairs of channels
+    head, last = G + 1, 195  # of the second KV head; the last stretch is 192 to 199
+    k[0, 1, 40, usual] = k[0, 1, 100, rare] = 30.0
+    v[0, 1, 100] = 1.0
+    q[0, head, :, usual] = 3.0
+    q[0, head, last, usual] = 0.0
+    q[0, head, last, rare] = 3.0
+    out = answers(layer, k, v, q, [200])[0]
+    assert (out[head, last].min() > 0.9) == found
+    assert out[:G].abs().max() == 0  # the first KV head has no such value
 
 
 # what teaches

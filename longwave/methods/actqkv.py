@@ -109,6 +109,8 @@ class ActQKVLayer(InfLLMLayer):
 
     def weights(self, q: torch.Tensor, asks: torch.Tensor) -> torch.Tensor:
         """What each query weighs, of q as `worth` has it: [batch, queries], of a row 1 together, 0 where none asks."""
+        if q.shape[2] == 1:  # a captured step reads nothing that a later pass puts elsewhere
+            return asks.to(wider(q.dtype))
         assert self.asked is not None
         mean, variance = (x[:, None] for x in (self.asked.mean, self.asked.variance))
         least = torch.finfo(mean.dtype).eps

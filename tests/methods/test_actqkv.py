@@ -108,6 +108,26 @@ def test_a_query_that_stands_out_has_most_to_say():
     assert weight[0, 3] > 0.9
 
 
+def test_a_feature_that_never_varied_does_not_decide_alone():
+    """What it is divided by is a hundredth of the mean variance at least."""
+    layer, q = learnt()
+    some = q[:, :, :8].clone()
+    layer.asked.variance[0, 5] = 0.0
+    x, mean, variance = some[0].transpose(0, 1).flatten(1), layer.asked.mean[0], layer.asked.variance[0]
+    bias = ((x - mean).square() / (variance + variance.mean() / 100)).mean(-1)
+    weight = layer.weights(some, torch.ones(1, 8, dtype=torch.bool))
+    torch.testing.assert_close(weight[0], bias / bias.sum())
+
+
+def test_rows_that_move_take_what_they_asked_along():
+    k, v, q = draw(3, 60, seed=8)
+    layer = new_layer(METHOD)
+    answers(layer, k, v, q, [60])
+    before = layer.asked.moments
+    layer.batch_select_indices(torch.tensor([2, 0]))
+    assert torch.equal(layer.asked.moments, before[[2, 0]])
+
+
 @pytest.mark.parametrize("stretches", [2, 3])
 def test_until_it_is_warm_all_weigh_alike(stretches):
     layer, q = learnt(stretches)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from longwave.frame import LongCache, MemoryLayer
     from longwave.methods import (
         H2O,
+        ActQKV,
         AdaKV,
         AttentionMatching,
         Bound,
@@ -76,10 +77,11 @@ _HOMES = {
     "save": "longwave.saved",
     **dict.fromkeys(
         (
-            "AdaKV", "AttentionMatching", "Bound", "CaM", "Dense", "DualChunk", "Evicting", "ExpectedAttention",
-            "Fourier", "FourierPaper", "H2O", "InfLLM", "KNorm", "KVzip", "Kivi", "LMInfinite", "LongHeads", "Method",
-            "Palu", "PyramidKV", "Quest", "ReAttention", "Remapped", "Segmented", "Selecting", "SelfExtend", "SirLLM",
-            "SnapKV", "SparseDLLM", "SpecKV", "Streaming", "ThinK", "Tova", "TreeKV", "WeightedKV", "register",
+            "ActQKV", "AdaKV", "AttentionMatching", "Bound", "CaM", "Dense", "DualChunk", "Evicting",
+            "ExpectedAttention", "Fourier", "FourierPaper", "H2O", "InfLLM", "KNorm", "KVzip", "Kivi", "LMInfinite",
+            "LongHeads", "Method", "Palu", "PyramidKV", "Quest", "ReAttention", "Remapped", "Segmented", "Selecting",
+            "SelfExtend", "SirLLM", "SnapKV", "SparseDLLM", "SpecKV", "Streaming", "ThinK", "Tova", "TreeKV",
+            "WeightedKV", "register",
         ),
         "longwave.methods",
     ),
@@ -87,6 +89,7 @@ _HOMES = {
 
 __all__ = [
     "H2O",
+    "ActQKV",
     "AdaKV",
     "AttentionMatching",
     "Bound",

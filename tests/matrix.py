@@ -106,6 +106,13 @@ class FewInfLLM(longwave.InfLLM):
     alone: ClassVar[int] = 6
 
 
+@dataclass(frozen=True)
+class FewActQKV(longwave.ActQKV):
+    """And actqkv."""
+
+    alone: ClassVar[int] = 6
+
+
 FAR = dict(sinks=2, chunk=8, block=4, blocks=3, representatives=2)
 
 # budget 1: nothing is dropped or compressed
@@ -208,6 +215,7 @@ LOSSY = {
     "dual_chunk": lambda model: longwave.cache(model, longwave.DualChunk(chunk=24, window=8)),
     "longheads": lambda model: longwave.cache(model, longwave.LongHeads(chunk=10, chunks=3)),
     "infllm": lambda model: longwave.cache(model, FewInfLLM(**FAR, window=20)),
+    "actqkv": lambda model: longwave.cache(model, FewActQKV(**FAR, window=20, warm=2)),
     "palu": lambda model: longwave.cache(model, SmallPalu(axes=own_axes(model), **ENDS), budget=0.5),
 }
 
@@ -221,6 +229,7 @@ ROOMY = {
     )
 } | {
     "think": lambda model: longwave.cache(model, longwave.ThinK(window=4096)),
+    "actqkv": lambda model: longwave.cache(model, longwave.ActQKV(window=300, chunk=16)),
     "lm_infinite": lambda model: longwave.cache(model, longwave.LMInfinite(window=4096)),
     "self_extend": lambda model: longwave.cache(model, longwave.SelfExtend(window=4096)),
     "dual_chunk": lambda model: longwave.cache(model, longwave.DualChunk(chunk=4096)),

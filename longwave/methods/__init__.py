@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from longwave.checks import check_options
+from longwave.methods.actqkv import ActQKV
 from longwave.methods.adakv import AdaKV
 from longwave.methods.attention_matching import AttentionMatching
 from longwave.methods.base import Bound, Method
@@ -47,7 +48,7 @@ METHODS: dict[str, type[Method]] = {
         *(Streaming, SnapKV, PyramidKV, AdaKV, SpecKV, H2O, Tova, TreeKV, KNorm, ExpectedAttention, KVzip),
         *(WeightedKV, CaM, AttentionMatching, SirLLM, SparseDLLM),
         *(LMInfinite, SelfExtend, DualChunk),
-        *(InfLLM, LongHeads),
+        *(InfLLM, ActQKV, LongHeads),
     )
 }
 
@@ -75,6 +76,7 @@ def get_method(name: str, /, **options: object) -> Method:
 __all__ = [
     "H2O",
     "METHODS",
+    "ActQKV",
     "AdaKV",
     "AttentionMatching",
     "Bound",

@@ -72,6 +72,7 @@ ABOUT = {
         "a prompt lies dense in all layers until it is read; to streaming: [evicting](evicting.md)",
     ),
     "infllm": ("2402.04617", "order among far tokens; bytes: it holds everything: [longcache](longcache.md)"),
+    "actqkv": ("2502.13542", "as infllm; in steps it is infllm by cosines: [longcache](longcache.md)"),
     "longheads": (
         "2402.10685",
         "time in a prompt: every query gathers; bytes: it holds everything: [longcache](longcache.md)",

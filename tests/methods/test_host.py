@@ -14,6 +14,7 @@ from tests.reading import read_in
 METHODS = {
     "longcache": longwave.ReAttention(sinks=2, window=9, top=2, spans=3, span=4, chunk=8),
     "infllm": longwave.InfLLM(sinks=2, window=13, block=4, blocks=2, representatives=2, chunk=8, cached=1),
+    "actqkv": longwave.ActQKV(sinks=2, window=13, block=4, blocks=2, representatives=2, chunk=8, cached=1, warm=2),
     "longheads": longwave.LongHeads(chunk=10, chunks=3),
     "quest": longwave.Quest(full_layers=1, chunk=4, sinks=2, window=8),
 }

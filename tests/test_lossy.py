@@ -34,7 +34,7 @@ def model(made):
     return made["llama"]
 
 
-@pytest.fixture(params=["llama", "gemma3"])
+@pytest.fixture(params=["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def either(request, made):
     return made[request.param]
 
@@ -168,12 +168,13 @@ def test_a_pass_of_padding_alone(either, make):
 @pytest.mark.parametrize(
     ("kind", "name", "argument", "rows"),
     [
-        ("llama", "reorder_cache", torch.tensor([2, 0, 0]), [2, 0, 0]),
-        ("llama", "batch_select_indices", torch.tensor([1]), [1]),
-        ("llama", "batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2]),
-        ("gemma3", "reorder_cache", torch.tensor([1, 1, 2]), [1, 1, 2]),
+        pytest.param("llama", "reorder_cache", torch.tensor([2, 0, 0]), [2, 0, 0], id="reorder"),
+        pytest.param("llama", "batch_select_indices", torch.tensor([1]), [1], id="select"),
+        pytest.param("llama", "batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2], id="repeat"),
+        pytest.param(
+            "gemma3", "reorder_cache", torch.tensor([1, 1, 2]), [1, 1, 2], id="gemma3", marks=pytest.mark.slow
+        ),
     ],
-    ids=["reorder", "select", "repeat", "gemma3"],
 )
 def test_rows_move(made, make, kind, name, argument, rows):
     """Moved half-way, a cache goes on as one that has read those rows from the start."""

@@ -61,7 +61,7 @@ class Report:
         return (self.nbytes - self.others) / (self.dense_nbytes - self.others)
 
     def as_dict(self) -> dict[str, Any]:
-        own = {"ratio": self.ratio, "memory_ratio": self.memory_ratio, "device": self.device}
+        own = {"ratio": self.ratio, "memory_ratio": self.memory_ratio}
         return {**self.__dict__, "answers": list(self.answers), **own}
 
     def __str__(self) -> str:

@@ -215,7 +215,10 @@ class CodedJudge(Judge):
         kls, sums, tokens = [], [0, 0, 0.0], 0
         for number, (memory, ids, _) in enumerate(self.read):
             made, *figures = through(self.model, memory, self.ids[number], coder)
-            sums, tokens = [a + b for a, b in zip(sums, figures, strict=True)], tokens + made.get_seq_length()
+            sums, tokens = (
+                [a + b for a, b in zip(sums, figures, strict=True)],
+                tokens + made.get_seq_length() - SINKS - WINDOW,
+            )
             kls.append(self.divergence(number, score(self.model, made, ids)))
         kl, (taken, dense, seconds) = torch.tensor(kls), sums
         return float(kl.mean()), float(kl.std() / len(kls) ** 0.5), taken / dense, 1000 * seconds / tokens
@@ -272,20 +275,28 @@ def main():
     began = time.perf_counter()
     read = calibrate(model, tokenizer, [path.read_text() for path in args.text] or own_texts(), effort)
     print(f"read in {time.perf_counter() - began:.0f} s: {read.about}", flush=True)
+    found = []
+
+    def keep(**more):
+        if args.out:
+            told = {"arguments": vars(args), "read": read.about, **more, "rows": found}
+            args.out.write_text(json.dumps(told, default=str) + "\n")
+
     if args.needles:
-        codec, found = Coded(read, model.device), []
+        codec = Coded(read, model.device)
+        coders = {size: codec.at(size) for size in args.sizes}
+        if None in coders.values():
+            parser.error(
+                f"this codec codes in {codec.codec.sizes[0]:.3f} to {codec.codec.sizes[1]:.3f}, not all of these sizes"
+            )
         try:
-            asked(model, tokenizer, {None: None} | {size: codec.at(size) for size in args.sizes}, args.needles, found)
+            asked(model, tokenizer, {None: None} | coders, args.needles, found)
         finally:
             means = {key: sum(one[key] for one in found) / max(len(found), 1) for key in found[0]} if found else {}
             print(f"{len(found)} needles at {args.needles}: {means}", flush=True)
-            if args.out:
-                args.out.write_text(
-                    json.dumps({"arguments": vars(args), "read": read.about, "rows": found}, default=str) + "\n"
-                )
+            keep()
         return
     judge = CodedJudge(model, tokenizer, args.windows, args.context, args.scored, args.judge_text, args.recall)
-    found = []
     for name in names:
         began = time.perf_counter()
         coder = Kvtc(read) if name == KVTC else Coded(read, model.device, **ROWS[name])
@@ -300,9 +311,7 @@ def main():
                 f"{name:24s} {size:.2f} bytes {ratio:.4f}  KL {kl:.5f} ({error:.5f})  {seconds:.2f} s a 1,000",
                 flush=True,
             )
-            if args.out:
-                told = {"arguments": vars(args), "read": read.about, "dense loss": judge.dense(), "rows": found}
-                args.out.write_text(json.dumps(told, default=str) + "\n")
+            keep(**{"dense loss": judge.dense()})
     cells = {(row["row"], row["size"]): f"{row['bytes']:.4f}: {row['kl']:.4f}" for row in found}
     show_table(
         f"bytes: KL from dense, {args.windows} windows of {args.context}",

@@ -55,7 +55,7 @@ def main():
     codec = codec_for(model, tokenizer)
     print(f"codec: {time.perf_counter() - began:.0f} s", flush=True)
     judge = Judge(model, tokenizer, 1, args.context, 256)
-    (_, scored, exact), ids = judge.read[0], torch.tensor(judge.ids[0])[None].to(args.device)
+    (_, scored, _), ids = judge.read[0], torch.tensor(judge.ids[0])[None].to(args.device)
     prompt = ids[:, : args.context]
     rows = []
     for size in [None, *map(float, args.sizes.split(","))]:
@@ -76,7 +76,7 @@ def main():
                 seconds[ahead] = statistics.median(read(model, cache, step)[1] for step in steps)
                 scratch[ahead] = cache.report().scratch
                 cache.crop(-args.steps)
-            kl = float(score(model, cache, scored).divergence(exact)[0].mean())
+            kl = judge.divergence(0, score(model, cache, scored))
         rows.append(
             {
                 "size": size,

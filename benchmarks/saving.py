@@ -50,11 +50,11 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         path, beside = Path(folder) / "kept.lw", Path(folder) / "exact.lw"
-        for ids, (_, scored, exact) in zip(judge.ids, judge.read, strict=True):
+        for number, (ids, (_, scored, _)) in enumerate(zip(judge.ids, judge.read, strict=True)):
             prompt = torch.tensor(ids)[None, : args.context].to(args.device)
 
-            def kl(cache, scored=scored, exact=exact):
-                return float(score(model, cache, scored).divergence(exact)[0].mean())
+            def kl(cache, number=number, scored=scored):
+                return judge.divergence(number, score(model, cache, scored))
 
             def read(method, prompt=prompt, **options):
                 began = time.perf_counter()

@@ -34,6 +34,17 @@ class Shortened:
     positions: torch.Tensor
     drafted: torch.Tensor
 
+    @classmethod
+    def of(cls, ids: torch.Tensor, mask: torch.Tensor, kept: list[torch.Tensor], drafted: torch.Tensor) -> Shortened:
+        """What stays of a prompt ids, mask int64 [batch, n]: of each row's real tokens the numbers `kept`, rising."""
+        found = torch.full((len(ids), max(map(len, kept))), -1)
+        columns = torch.zeros_like(found)
+        for b, some in enumerate(kept):
+            found[b, found.shape[1] - len(some) :] = some
+            columns[b, found.shape[1] - len(some) :] = mask[b].nonzero()[:, 0].cpu()[some]
+        found, columns = found.to(ids.device), columns.to(ids.device)
+        return cls(ids.gather(1, columns), (found >= 0).to(mask.dtype), found, drafted.to(ids.device))
+
 
 @torch.no_grad()
 def specpc(
@@ -75,15 +86,8 @@ def specpc(
     # of one more than are asked for, all those are read
     drafted = write_on(draft, memory, ids, mask, ahead + 1, vocabulary(draft))[:, :ahead]
     worth = torch.stack([_worth(layer, window, ahead).amax(1).cpu() for layer in layers]).amax(0)
-    rows = [mask[b].nonzero()[:, 0].cpu() for b in range(len(ids))]
-    kept = [chosen(worth[b, : len(row)], tokens, window, kernel) for b, row in enumerate(rows)]
-    found = torch.full((len(ids), max(map(len, kept))), -1)
-    columns = torch.zeros_like(found)
-    for b, (row, some) in enumerate(zip(rows, kept, strict=True)):
-        found[b, found.shape[1] - len(some) :] = some
-        columns[b, found.shape[1] - len(some) :] = row[some]
-    found, columns = found.to(ids.device), columns.to(ids.device)
-    return Shortened(ids.gather(1, columns), (found >= 0).to(mask.dtype), found, drafted.to(ids.device))
+    kept = [chosen(worth[b, :n], tokens, window, kernel) for b, n in enumerate(mask.sum(-1).tolist())]
+    return Shortened.of(ids, mask, kept, drafted)
 
 
 def _worth(layer: Any, window: int, ahead: int) -> torch.Tensor:

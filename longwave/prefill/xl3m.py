@@ -63,13 +63,7 @@ def xl3m(
         unsure = entropies(model, [torch.cat([row[:prefix], row[a:b], row[end:]]) for a, b in cuts], batch)
         best = _surest(cuts, unsure, tokens - prefix - question)
         kept.append(torch.cat([torch.arange(prefix), *(torch.arange(a, b) for a, b in best), torch.arange(end, n)]))
-    found = torch.full((len(rows), max(map(len, kept))), -1)
-    short = torch.zeros_like(found, dtype=ids.dtype)
-    for b, (row, some) in enumerate(zip(rows, kept, strict=True)):
-        found[b, found.shape[1] - len(some) :] = some
-        short[b, found.shape[1] - len(some) :] = row.cpu()[some]
-    found, short = found.to(ids.device), short.to(ids.device)
-    return Shortened(short, (found >= 0).to(mask.dtype), found, ids.new_empty(len(rows), 0))
+    return Shortened.of(ids, mask, kept, ids.new_empty(len(rows), 0))
 
 
 def entropies(model: PreTrainedModel, texts: list[torch.Tensor], batch: int) -> list[float]:

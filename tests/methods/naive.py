@@ -136,6 +136,18 @@ def parts_of(sizes, valid):
     return found
 
 
+def coming_with(pads, total):
+    """Which of `total` tokens of each row are real, bool [rows, total], None where all are; a row keeps its last 5."""
+    return None if pads == [0] else torch.arange(total) >= torch.tensor([min(p, total - 5) for p in pads])[:, None]
+
+
+def rows_of(given, sizes, valid):
+    """(row, which of its tokens are real, those of k, v, q, how many come in each pass) of every row."""
+    for row in range(given[0].shape[0]):
+        own = slice(None) if valid is None else valid[row]
+        yield row, own, [x[row][:, own] for x in given], parts_of(sizes, None if valid is None else valid[row])
+
+
 def check(layer, score, most, k, v, q, sizes, valid=None, atol=1e-9):
     """Drive a layer and its twins side by side: after every pass the same tokens stay; answers and mass are equal."""
     method, batch = layer.bound.method, k.shape[0]

@@ -69,21 +69,17 @@ def twin(method, k, v, q, parts):
 @pytest.mark.parametrize("pads", [[0], [0, 11, 45]], ids=["alone", "padded"])
 def test_each_row_reads_what_its_twin_reads(coming, pads):
     sizes = COMINGS[coming]
-    total = sum(sizes)
-    k, v, q = draw(len(pads), total, seed=4)
-    valid = None if pads == [0] else torch.arange(total) >= torch.tensor([min(p, total - 5) for p in pads])[:, None]
+    given = draw(len(pads), sum(sizes), seed=4)
+    valid = naive.coming_with(pads, sum(sizes))
     layer = new_layer(METHOD)
-    found = answers(layer, k, v, q, sizes, valid)
-    for row in range(len(pads)):
-        own = slice(None) if valid is None else valid[row]
-        parts = naive.parts_of(sizes, None if valid is None else valid[row])
-        keys = k[row][:, own]
-        want, mass = twin(METHOD, keys, v[row][:, own], q[row][:, own], parts)
+    found = answers(layer, *given, sizes, valid)
+    for row, own, mine, parts in naive.rows_of(given, sizes, valid):
+        want, mass = twin(METHOD, *mine, parts)
         torch.testing.assert_close(found[row][:, own], want, rtol=0, atol=1e-6)
         torch.testing.assert_close(layer.dense.column("mass")[row, :, : sum(parts)], torch.tensor(mass).float())
         ready = METHOD.full(sum(parts))
         assert layer._known[row] == ready
-        torch.testing.assert_close(layer.means[row, :, :ready], mean_keys(METHOD, keys, mass, ready))
+        torch.testing.assert_close(layer.means[row, :, :ready], mean_keys(METHOD, mine[0], mass, ready))
 
 
 @pytest.mark.parametrize("options", [dict(blocks=0), dict(sinks=0), dict(block=1, representatives=1), dict(block=7)])

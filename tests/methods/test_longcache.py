@@ -134,14 +134,11 @@ COMINGS = {
 @pytest.mark.parametrize("pads", [[0], [0, 11, 45]], ids=["alone", "padded"])
 def test_each_row_reads_what_its_twin_reads(coming, pads):
     sizes = COMINGS[coming]
-    total = sum(sizes)
-    k, v, q = draw(len(pads), total, seed=4)
-    valid = None if pads == [0] else torch.arange(total) >= torch.tensor([min(p, total - 5) for p in pads])[:, None]
-    found = answers(new_layer(), k, v, q, sizes, valid)
-    for row in range(len(pads)):
-        own = slice(None) if valid is None else valid[row]
-        parts = naive.parts_of(sizes, None if valid is None else valid[row])
-        want = twin(METHOD, k[row][:, own], v[row][:, own], q[row][:, own], parts)
+    given = draw(len(pads), sum(sizes), seed=4)
+    valid = naive.coming_with(pads, sum(sizes))
+    found = answers(new_layer(), *given, sizes, valid)
+    for row, own, mine, parts in naive.rows_of(given, sizes, valid):
+        want = twin(METHOD, *mine, parts)
         torch.testing.assert_close(found[row][:, own], want, rtol=0, atol=1e-9)
 
 

@@ -56,14 +56,11 @@ def twin(k, v, q):
 def test_each_row_reads_what_its_twin_reads(coming, pads):
     """However its passes are cut: a query chooses alone."""
     sizes = COMINGS[coming]
-    total = sum(sizes)
-    k, v, q = draw(len(pads), total, seed=4)
-    valid = None if pads == [0] else torch.arange(total) >= torch.tensor([min(p, total - 5) for p in pads])[:, None]
+    given = draw(len(pads), sum(sizes), seed=4)
+    valid = naive.coming_with(pads, sum(sizes))
     layer = new_layer(METHOD)
-    found = answers(layer, k, v, q, sizes, valid)
-    for row in range(len(pads)):
-        own = slice(None) if valid is None else valid[row]
-        mine = [x[row][:, own] for x in (k, v, q)]
+    found = answers(layer, *given, sizes, valid)
+    for row, own, mine, _ in naive.rows_of(given, sizes, valid):
         torch.testing.assert_close(found[row][:, own], twin(*mine), rtol=0, atol=1e-9)
         ready = mine[0].shape[1] // METHOD.chunk
         assert layer._known[row] == ready

@@ -16,8 +16,9 @@ class Coder(Protocol):
     tokens: of a segment at most. fingerprint: of all that a blob's meaning depends on. A coder may have `groups`, the
     memory layers that it decodes best together; without them that is each alone. It may have `parts`, coders of these
     groups alone, in order. It may have `decode_many`, as SegmentCodec has, and `encode_many`, for as many segments as
-    its `together` says: on a GPU that is what it is fast by. One that is `lossless` gives back what it was given, and
-    the ends of rows beside it stay as they are, too.
+    its `together` says: on a GPU that is what it is fast by. It may have `open`, from blobs to what `decode` and
+    `decode_many` take in their place, when they are decoded more than once. One that is `lossless` gives back what it
+    was given, and the ends of rows beside it stay as they are, too.
     """
 
     tokens: int
@@ -122,6 +123,12 @@ def encode_all(
             )
         room.take(n, len(blobs[i]))
     return blobs
+
+
+def opened(coder: Coder, blobs: Sequence[Any]) -> Sequence[Any]:
+    """Blobs as the coder decodes them again and again."""
+    found = getattr(coder, "open", None)
+    return blobs if found is None else list(found(blobs))
 
 
 def decode_all(

@@ -11,11 +11,13 @@ in a buffer of their own (a number emits one at most), escapes over the numbers 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 from torch import Tensor
 
 from longwave.codec import entropy
@@ -193,9 +195,8 @@ class Decoder:
         self._symbol = torch.from_numpy(tables.symbol).to(device)
         self._share = _shares(tables, device)
 
-    def decode(self, streams: Sequence[Stream], contexts: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """(symbols uint8 [streams, N], each stream's escapes, bool [streams]: whether an encoder wrote it), on the
-        device; of streams in the same contexts uint8 [N], N at least 1. The host waits for nothing."""
+    def decode(self, streams: Sequence[Stream], contexts: Tensor) -> Decoded:
+        """Streams in the same contexts uint8 [N], N at least 1. The host waits for nothing."""
         count, numbers = len(streams), len(contexts)
         lanes = len(streams[0].states)
         words = self._joined([stream.words.view(np.int16) for stream in streams])
@@ -208,21 +209,31 @@ class Decoder:
                 words, first, states, contexts, self._symbol, self._share, symbols, ends, numbers,
                 LANES=lanes, num_warps=max(1, lanes // WARP),
             )  # fmt: skip
-        escaped = [len(stream.escapes) for stream in streams]
-        escapes = self._joined([stream.escapes for stream in streams])[:-1].split(escaped)
+        escaped = np.array([len(stream.escapes) for stream in streams])
         found = (symbols == entropy.ESCAPE).sum(1)
-        return symbols, list(escapes), ends & (found == _sent(np.array(escaped), self.device))
+        escapes = self._joined([stream.escapes for stream in streams])
+        return Decoded(symbols, escapes, np.cumsum([0, *escaped]), ends & (found == _sent(escaped, self.device)))
 
     def _joined(self, parts: Sequence[np.ndarray]) -> Tensor:
         """Parts one behind the other, and one number more, so that there is something."""
         return _sent(np.concatenate([*parts, np.zeros(1, parts[0].dtype)]), self.device)
 
 
-def numbers(symbols: Tensor, escapes: Tensor) -> Tensor:
-    """int32 [N] of one stream's symbols and escapes."""
-    q = symbols.int() - entropy.REACH
-    if not len(escapes):
-        return q
-    apart = symbols == entropy.ESCAPE
-    rank = apart.cumsum(0) - 1
-    return torch.where(apart, escapes[rank.clamp(0, len(escapes) - 1)], q)
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """Streams on a device. symbols: uint8 [streams, N]. escapes: int32, of all streams, stream s's from number first[s]
+    on. fine: bool [streams], whether an encoder wrote it."""
+
+    symbols: Tensor
+    escapes: Tensor
+    first: NDArray[np.int64]
+    fine: Tensor
+
+    def numbers(self, start: int, stop: int) -> Tensor:
+        """int32 [stop - start, N] of some streams, all of them fine."""
+        symbols = self.symbols[start:stop]
+        q = symbols.int() - entropy.REACH
+        own = slice(int(self.first[start]), int(self.first[stop]))
+        if own.start == own.stop:
+            return q
+        return q.masked_scatter_(symbols == entropy.ESCAPE, self.escapes[own])

@@ -1,26 +1,31 @@
-"""A blob that is about to be decoded: its parts, and where they go."""
+"""A blob in its parts: read and checked once, decoded as often as one likes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from longwave.codec.blob import Header
+from longwave.codec import blob as form
+from longwave.codec.blob import CodecError, Header
+
+THREADS = 8  # that checksums are made by
+MANY = 1 << 22  # bytes that are worth more than one
 
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """head: raw K and V. parts: of each group of layers, none where all is raw. k, v: what is written into. start: the
-    position that the first token gets."""
+    """ids int64 [tokens], None where they are not known. head: raw K and V. parts: of each group of layers, none where
+    all is raw."""
 
     header: Header
+    ids: NDArray[np.int64] | None
     head: memoryview
     parts: list[memoryview]
-    k: Tensor
-    v: Tensor
-    start: int
 
     @property
     def coded(self) -> int:
@@ -28,20 +33,42 @@ class Opened:
         return self.header.tokens - self.header.raw
 
     @property
-    def kind(self) -> tuple[int, int, bool]:
-        """(step, coded tokens, whether its ids are known): segments that are alike in it have one form."""
+    def kind(self) -> tuple[int, int, int, bool]:
+        """(step, raw tokens, coded tokens, whether its ids are known): segments that are alike in it have one form."""
         assert self.header.step is not None
-        return self.header.step, self.coded, self.header.ids is not None
+        return self.header.step, self.header.raw, self.coded, self.ids is not None
 
 
-def runs(wanted: Sequence[int], groups: Sequence[range]) -> dict[int, list[tuple[int, range]]]:
-    """By group of layers, (place of the first, layers) of those wanted that lie side by side in both: they are made at
-    once, and of a group that nobody wants nothing is."""
-    found: dict[int, list[tuple[int, range]]] = {}
-    for place, layer in enumerate(wanted):
-        own = found.setdefault(next(g for g, group in enumerate(groups) if layer in group), [])
-        if own and own[-1][0] + len(own[-1][1]) == place and own[-1][1].stop == layer:
-            own[-1] = own[-1][0], range(own[-1][1].start, layer + 1)
-        else:
-            own.append((place, range(layer, layer + 1)))
-    return found
+@dataclass(frozen=True)
+class Opener:
+    """Blobs of one codec. fingerprint: its. tokens: of a segment at most. channels: of K in all layers."""
+
+    fingerprint: bytes
+    tokens: int
+    vocabulary: int
+    channels: int
+    groups: int
+
+    def all(self, blobs: Sequence[Any]) -> list[Opened]:
+        """Those that are not open yet are opened; large ones side by side."""
+        closed = [blob for blob in blobs if not isinstance(blob, Opened)]
+        if len(closed) > 1 and sum(memoryview(blob).nbytes for blob in closed) > MANY:
+            with ThreadPoolExecutor(THREADS) as threads:
+                return list(threads.map(self.one, blobs))
+        return [self.one(blob) for blob in blobs]
+
+    def one(self, blob: Any) -> Opened:
+        """CodecError for whatever is wrong with it that can be known without decoding its parts."""
+        if isinstance(blob, Opened):
+            return blob
+        header, rest = form.parse(blob)
+        if header.fingerprint != self.fingerprint[:8]:
+            raise CodecError(
+                f"this segment was coded by another codec ({header.fingerprint.hex()}, this one is "
+                f"{self.fingerprint[:8].hex()}): another model's, or one fitted again"
+            )
+        ids = None if header.ids is None else np.array(header.ids, np.int64)
+        if header.tokens > self.tokens or (ids is not None and ids.max() >= self.vocabulary):
+            raise CodecError(f"this segment's header is wrong: {header.tokens} tokens, or ids that the model has not")
+        raw = 2 * self.channels * header.raw * header.dtype.itemsize
+        return Opened(header, ids, *form.split(rest, raw, 0 if header.step is None else self.groups))

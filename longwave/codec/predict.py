@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -62,9 +63,8 @@ class Tokens:
     @classmethod
     def of(cls, table: Tensor, ids: NDArray[np.int64], first: int, dtype: torch.dtype) -> Tokens:
         """Of tokens number `first` on of segments ids [s, tokens]; the one before is known, or there is none."""
-        distinct, at = np.unique(ids, return_inverse=True)
-        parts = (distinct, (at := at.reshape(ids.shape))[:, first:], at[:, max(first - 1, 0) : -1])
-        rows, now, before = (torch.from_numpy(x.astype(np.int64)).to(table.device, non_blocking=True) for x in parts)
+        parts = _distinct(np.ascontiguousarray(ids, np.int64).tobytes(), len(ids), first)
+        rows, now, before = (torch.from_numpy(x).to(table.device, non_blocking=True) for x in parts)
         return cls(table[rows].to(dtype), now, before)
 
     def times(self, w: Tensor) -> Tensor:
@@ -73,6 +73,15 @@ class Tokens:
         made = (self.own @ w[:r])[self.now] + w[-1]
         made[:, self.now.shape[1] - self.before.shape[1] :] += (self.own @ w[r:-1])[self.before]
         return made.flatten(0, 1)
+
+
+@lru_cache(16)  # every group of layers asks for the same
+def _distinct(data: bytes, segments: int, first: int) -> tuple[NDArray[np.int64], ...]:
+    """Distinct ids, and which of them are tokens number `first` on, and those before them: int64 [segments, ...]."""
+    ids = np.frombuffer(data, np.int64).reshape(segments, -1)
+    distinct, at = np.unique(ids, return_inverse=True)
+    at = at.reshape(ids.shape).astype(np.int64)
+    return distinct, at[:, first:].copy(), at[:, max(first - 1, 0) : -1].copy()
 
 
 @dataclass

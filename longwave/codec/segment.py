@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -12,17 +13,17 @@ import torch
 from torch import Tensor
 
 from longwave.codec import blob as form
-from longwave.codec import entropy
-from longwave.codec.blob import CodecError, Header
+from longwave.codec.blob import Header
 from longwave.codec.contexts import contexts
+from longwave.codec.decoding import Decoder, Target
 from longwave.codec.fitted import Fitted
 from longwave.codec.given import Given
-from longwave.codec.opened import Opened, runs
+from longwave.codec.opened import Opened, Opener
 from longwave.codec.placed import Placed
 from longwave.codec.predict import Tokens
-from longwave.codec.quantise import OCTAVE, quantise, restore, step_of
+from longwave.codec.quantise import OCTAVE, quantise, step_of
 from longwave.codec.streams import Parts, Streams
-from longwave.codec.transform import TOKENS, cosines
+from longwave.codec.transform import TOKENS, along
 
 RAW = 4  # first tokens of a text: nothing like the others, and attended to by all
 BATCHES = 4  # given at once: bytes of one are finished while the device makes the next's
@@ -81,6 +82,7 @@ class SegmentCodec:
         part._places = self._places if own.start == 0 else None
         part._rotation = self._rotation.layers(slice(own.start, own.stop))
         part._sides = [side.part(group) for side in self._sides]
+        vars(part).pop("_decoder", None)
         return part
 
     def bound(self, n: int, max_bytes: int | None = None, *, start: int | None = None) -> int:
@@ -191,6 +193,11 @@ class SegmentCodec:
         next(behind, None)
         return made
 
+    def open(self, blobs: Sequence[Any]) -> list[Opened]:
+        """Blobs, read and checked once, as `decode` and `decode_many` take them in place of the bytes: for whoever
+        decodes them more than once, some layers at a time. CodecError as there; the bytes must stay as they are."""
+        return self._opener.all(blobs)
+
     @torch.no_grad()
     def decode_many(
         self, blobs: Sequence[Any], ks: Sequence[Tensor], vs: Sequence[Tensor], *,
@@ -199,15 +206,17 @@ class SegmentCodec:
         """`decode` of several segments, in any order. An error says nothing of those before it.
 
         On a GPU many are decoded side by side, and the host waits for it once in 256 segments: to hear whether all are
-        what an encoder wrote.
+        what an encoder wrote. The last bit of products depends there on how many they are. Targets that lie one behind
+        the other in one tensor are written at once.
         """
         wanted = list(self.layers) if layers is None else [int(layer) for layer in layers]
         if any(layer not in self.layers for layer in wanted):
             raise ValueError(f"layers {wanted} are not all among this codec's 0 to {len(self.layers) - 1}")
-        places = starts if starts is not None else [None] * len(blobs)
-        todo = [self._opened(*one, wanted) for one in zip(blobs, ks, vs, places, strict=True)]
+        opened = self._opener.all(blobs)
+        places = starts if starts is not None else [None] * len(opened)
+        todo = [self._target(*one, len(wanted)) for one in zip(opened, ks, vs, places, strict=True)]
         for first in range(0, len(todo), self._streams.together):
-            self._fill(todo[first : first + self._streams.together], wanted)
+            self._decoder.fill(todo[first : first + self._streams.together], wanted)
 
     def find(self, k0: Tensor, v0: Tensor) -> tuple[list[int], int] | None:
         """(ids, position of the first) of consecutive tokens by layer 0's k0, v0 [n, kv_heads, head_dim]; None where
@@ -310,7 +319,7 @@ class SegmentCodec:
         sums = [torch.stack([_sum(x[:, :raw]) for one in some for x in (one.k, one.v)]).view(count, 2)] if raw else []
         if n:
             tokens = self._tokens([one.ids for one in some], raw)
-            along, targets = self._along(n), iter(made.split(sizes, 1))
+            time, targets = along(n, self._cosines, made), iter(made.split(sizes, 1))
             positions = self._sent(np.concatenate([np.arange(n) + one.start + raw for one in some]))
             for g, layers in enumerate(self.groups):
                 own = slice(layers.start, layers.stop)
@@ -321,7 +330,7 @@ class SegmentCodec:
                     if side is self._sides[0]:
                         x = self._rotation.layers(own).unrotate(x, positions)
                     c = side.coefficients(g, x.transpose(0, 1).reshape(count * n, -1), tokens)
-                    next(targets).copy_((along @ c.unflatten(0, (count, n))).mT)
+                    next(targets).copy_((time @ c.unflatten(0, (count, n))).mT)
         return made, torch.cat(sums, 1).isfinite().all(1).to(self.device)
 
     def _parts(self, coefficients: Tensor, step: int, known: bool, finite: Tensor) -> Callable[[], Parts]:
@@ -350,82 +359,25 @@ class SegmentCodec:
 
     # decoding
 
-    def _opened(self, blob: Any, k: Tensor, v: Tensor, start: int | None, wanted: list[int]) -> Opened:
-        """A blob in its parts, once all is checked that can be without decoding them."""
-        header, rest = form.parse(blob)
-        self._check_blob(header)
+    @property
+    def _opener(self) -> Opener:
+        return Opener(self.fingerprint, self.tokens, self.vocabulary, len(self.layers) * self._width, len(self.groups))
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(
+            self._streams, self._sides, self._rotation, self._table, self.groups, len(self.kv_heads), self._cosines,
+            self.device, self.dtype,
+        )  # fmt: skip
+
+    def _target(self, opened: Opened, k: Tensor, v: Tensor, start: int | None, layers: int) -> Target:
         for name, x in (("k", k), ("v", v)):
-            expected = (len(wanted), header.tokens, len(self.kv_heads), self.head_dim)
+            expected = (layers, opened.header.tokens, len(self.kv_heads), self.head_dim)
             if tuple(x.shape) != expected:
                 raise ValueError(f"{name} is {list(x.shape)}, this segment and these layers make {list(expected)}")
-        begin = header.start if start is None else int(start)
+        begin = opened.header.start if start is None else int(start)
         _check_start(begin)
-        raw = 2 * len(self.layers) * header.raw * self._width * header.dtype.itemsize
-        return Opened(header, *form.split(rest, raw, 0 if header.step is None else len(self.groups)), k, v, begin)
-
-    def _fill(self, some: list[Opened], wanted: list[int]) -> None:
-        """Write what segments stand for. Nothing is written before all of them are known to be right."""
-        todo = runs(wanted, self.groups)
-        alike: dict[tuple[int, int, bool], list[Opened]] = {}
-        for one in some:
-            if one.header.step is not None:
-                alike.setdefault(one.kind, []).append(one)
-        numbers: dict[Any, Iterator[Tensor]] = {}
-        told: list[tuple[int, Tensor]] = []
-        for kind, same in alike.items():
-            for g in todo:
-                try:
-                    numbers[kind, g], fine = self._streams.decode(
-                        [one.parts[g] for one in same], self._contexts(g, *kind)
-                    )
-                except entropy.Broken as error:
-                    raise self._damaged(g, error) from None
-                told += [] if fine is None else [(g, fine)]
-        if told and not bool(torch.cat([fine for _, fine in told]).all()):
-            raise self._damaged(next(g for g, fine in told if not bool(fine.all())), entropy.ENDS)
-        for one in some:
-            if one.header.raw:
-                self._write_raw(one, wanted)
-            if one.header.step is not None and one.coded:
-                self._write(one, todo, {g: next(numbers[one.kind, g]) for g in todo})
-
-    def _damaged(self, group: int, why: Any) -> CodecError:
-        return CodecError(
-            f"the part of layers {self.groups[group][0]} to {self.groups[group][-1]} of a segment is damaged: {why}"
-        )
-
-    def _write_raw(self, one: Opened, wanted: list[int]) -> None:
-        header, start = one.header, one.start
-        shape = (2, len(self.layers), header.raw, len(self.kv_heads), self.head_dim)
-        held = torch.frombuffer(bytearray(one.head), dtype=header.dtype).view(shape)[:, wanted].to(self.device)
-        keys = held[0]
-        if start != header.start:
-            rotation, positions = self._rotation.layers(wanted), torch.arange(header.raw, device=self.device)
-            keys = rotation.rotate(rotation.unrotate(keys.to(self.dtype), positions + header.start), positions + start)
-        one.k[:, : header.raw] = keys.to(one.k.device, one.k.dtype)
-        one.v[:, : header.raw] = held[1].to(one.v.device, one.v.dtype)
-
-    def _write(self, one: Opened, todo: dict[int, list[tuple[int, range]]], numbers: dict[int, Tensor]) -> None:
-        step, n, known = one.kind
-        raw, width, ids = one.header.raw, self._width, one.header.ids
-        tokens = self._tokens([None if ids is None else np.array(ids)], raw)
-        along = self._along(n)
-        positions = torch.arange(one.start + raw, one.start + raw + n, device=self.device)
-        for g, asked in todo.items():
-            taken, before = 0, self.groups[g].start * width
-            for side, target in zip(self._sides, (one.k, one.v), strict=True):
-                axes = side.axes(g, step, known)
-                q = numbers[g][taken : taken + axes.shape[1] * n].view(-1, n)
-                taken += q.numel()
-                c = along.mT @ restore(q, step_of(step), self.dtype).mT
-                for place, layers in asked:
-                    cut = slice(layers.start * width, layers.stop * width)
-                    rows = axes[cut.start - before : cut.stop - before]
-                    x = c @ rows.mT / side.weight[cut] + side.predicted(tokens, cut)
-                    x = x.view(n, len(layers), len(self.kv_heads), self.head_dim).transpose(0, 1)
-                    if target is one.k:
-                        x = self._rotation.layers(slice(layers.start, layers.stop)).rotate(x, positions)
-                    target[place : place + len(layers), raw:] = x.to(target.device, target.dtype)
+        return Target(opened, k, v, begin)
 
     # what both need
 
@@ -437,10 +389,6 @@ class SegmentCodec:
     def _sent(self, x: np.ndarray) -> Tensor:
         """On the device; nobody waits for what that does."""
         return torch.from_numpy(x).to(self.device, non_blocking=True)
-
-    def _along(self, n: int) -> Tensor:
-        like = torch.empty(0, dtype=self.dtype, device=self.device)
-        return cosines(n, like) if self._cosines else torch.eye(n, dtype=self.dtype, device=self.device)
 
     def _id_bytes(self, n: int) -> int:
         return -(-n * form.id_bits(self.vocabulary) // 8)
@@ -463,15 +411,6 @@ class SegmentCodec:
             )
         self._check_count(k.shape[1])
         return k.shape[1]
-
-    def _check_blob(self, header: Header) -> None:
-        if header.fingerprint != self.fingerprint[:8]:
-            raise CodecError(
-                f"this segment was coded by another codec ({header.fingerprint.hex()}, this one is "
-                f"{self.fingerprint[:8].hex()}): another model's, or one fitted again"
-            )
-        if header.tokens > self.tokens or (header.ids is not None and max(header.ids) >= self.vocabulary):
-            raise CodecError(f"this segment's header is wrong: {header.tokens} tokens, or ids that the model has not")
 
 
 def _check_start(start: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ TOGETHER = 256  # segments decoded: enough for a GPU to have something to do whi
 NUMBERS = 2**27  # encoded: 16 segments of an 8B model
 
 Parts = list[list[bytes] | None]  # of each of some segments
+Numbers = Callable[[int, int], Tensor]
 
 
 class Streams:
@@ -51,16 +52,15 @@ class Streams:
             found.append([entropy.encode(q.numpy(), c.numpy(), self._tables) for q, c in parts] if ok else None)
         return found
 
-    def decode(self, parts: Sequence[memoryview], contexts: Tensor) -> tuple[Iterator[Tensor], Tensor | None]:
-        """The numbers of each of some parts, all in the same contexts uint8 [N], int32 [N] on the device, made as they
-        are asked for; and bool [parts], on the device as well, whether an encoder wrote them. None: all. Broken where
-        it is known at once that none did."""
+    def decode(self, parts: Sequence[memoryview], contexts: Tensor) -> tuple[Numbers, Tensor | None]:
+        """A function from (first, stop) of some parts, all in the same contexts uint8 [N], to their numbers int32
+        [stop - first, N] on the device, which is to be asked only if all are right; and bool [parts], on the device as
+        well, whether an encoder wrote them. None: all. Broken where it is known at once that none did."""
         if not len(contexts) or self._decoder is None:
-            made = [entropy.decode(part, contexts.cpu().numpy(), self._tables) for part in parts]
-            return (torch.from_numpy(one).to(self._device) for one in made), None
-        streams = [Stream.of(part, len(contexts)) for part in parts]
-        symbols, escapes, fine = self._decoder.decode(streams, contexts)
-        return (self._module.numbers(*one) for one in zip(symbols, escapes, strict=True)), fine
+            made = [torch.from_numpy(entropy.decode(part, contexts.cpu().numpy(), self._tables)) for part in parts]
+            return (lambda first, stop: torch.stack(made[first:stop]).to(self._device)), None
+        decoded = self._decoder.decode([Stream.of(part, len(contexts)) for part in parts], contexts)
+        return decoded.numbers, decoded.fine
 
 
 def _triton(device: torch.device) -> Any:

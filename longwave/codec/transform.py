@@ -27,6 +27,11 @@ def cosines(tokens: int, like: Tensor) -> Tensor:
     return table("dct", tokens, tokens, like.dtype, like.device)
 
 
+def along(tokens: int, cosine: bool, like: Tensor) -> Tensor:
+    """What a segment's tokens are turned to frequencies by: `cosines`, or nothing."""
+    return cosines(tokens, like) if cosine else torch.eye(tokens, dtype=like.dtype, device=like.device)
+
+
 @functools.cache
 def bands(tokens: int) -> Tensor:
     """Which band each frequency of a segment of `tokens` tokens is in: int64 [tokens].

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from longwave.codec.coder import SINKS, WINDOW, Coder, Room, decode_all, encode_all, run_of, together
+from longwave.codec.coder import SINKS, WINDOW, Coder, Room, decode_all, encode_all, opened, run_of, together
 from longwave.codec.latest import Latest
 from longwave.codec.middle import gathered
 from longwave.frame import LongCache
@@ -112,6 +112,28 @@ class Coded:
     def _coder(self) -> Coder:
         return self._checked(self._fit()) if self._given is None else self._given
 
+    @cached_property
+    def _todo(self) -> list[tuple[int, int, int, int]]:
+        return list(segments(self.rows, self._coder.tokens))
+
+    @cached_property
+    def _blobs(self) -> Sequence[Any]:
+        blobs = [self._tensors[segment(row, number)].numpy().data for row, number, *_ in self._todo]
+        try:
+            return opened(self._coder, blobs)
+        except ValueError:
+            self._accuse(lambda i: opened(self._coder, blobs[i : i + 1]))
+            raise
+
+    def _accuse(self, work: Callable[[int], Any]) -> None:
+        """Say which segment it is that cannot be read."""
+        for i, (row, _, start, stop) in enumerate(self._todo):
+            try:
+                work(i)
+            except ValueError as error:
+                where = f"tokens {start} to {stop - 1} of row {row}"
+                raise SavedCacheError(f"{self._path}: {where}: {error}") from error
+
     def layer(self, position: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [batch, kv_heads, longest, head_dim] of memory layer number `position`, zeros behind a row's end.
 
@@ -135,17 +157,11 @@ class Coded:
                 first = seen if seen <= SINKS + WINDOW else SINKS
                 x[:, row, :, :first] = kept[:, :, :first]
                 x[:, row, :, seen - (kept.shape[2] - first) : seen] = kept[:, :, first:]
-        todo = list(segments(self.rows, self._coder.tokens))
-        blobs = [self._tensors[segment(row, number)].numpy().tobytes() for row, number, *_ in todo]
+        todo = self._todo
         ks, vs = ([x[:, row, :, start:stop].transpose(1, 2) for row, _, start, stop in todo] for x in made)
         try:
-            decode_all(self._coder, blobs, ks, vs, own, [start for _, _, start, _ in todo])
+            decode_all(self._coder, self._blobs, ks, vs, own, [start for _, _, start, _ in todo])
         except ValueError:
-            for (row, _, start, stop), blob, k, v in zip(todo, blobs, ks, vs, strict=True):  # which one it is
-                try:
-                    self._coder.decode(blob, k, v, layers=own, start=start)
-                except ValueError as error:
-                    where = f"tokens {start} to {stop - 1} of row {row}"
-                    raise SavedCacheError(f"{self._path}: {where}: {error}") from error
+            self._accuse(lambda i: self._coder.decode(self._blobs[i], ks[i], vs[i], layers=own, start=todo[i][2]))
             raise
         return made

@@ -31,7 +31,8 @@ class Recipe:
     methods, tasks: specs, see `longwave.evals.spec`. out: folder of results. limit: samples per set of a task.
     max_tokens: where prompts of tasks with a truncation rule are cut. question: "after" compresses the context before
     the question is seen, "inside" compresses all of the prompt but its last token, question included, "with" reads all
-    of it in one exact pass; a task with an option `question` says it for itself. batch: prompts per pass.
+    of it in one exact pass; a task with an option `question` says it for itself. Masked-diffusion models read prompts
+    "with" their questions. batch: prompts per pass.
     batch_tokens: rows x longest. extend_to: tokens that the model is to read beyond those it was trained on, by the
     rotary tables of extend_rule. window: tokens of a prompt and its answer at most; None: what the model says it reads.
     More than that is for methods that read beyond it, and shows where others fail.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import longwave
-from longwave import diffusion
+from longwave import diffusion, models
 from longwave.evals import masked, runner
 from longwave.evals.masked import Way, answer, bound, is_masked
 from longwave.evals.recipe import Recipe, evaluate, suited
@@ -21,6 +21,7 @@ from longwave.evals.summary import summarise
 from longwave.evals.tasks.perplexity_bound import PerplexityBound
 from tests.cli.calls import TEXT, refused, succeeds
 from tests.conftest import random_profile
+from tests.diffusion.checkpoints import LLADA, write
 from tests.diffusion.conftest import MASK, build
 from tests.evals.test_runner import sample
 
@@ -256,23 +257,15 @@ def test_a_profile_is_for_what_is_held(model, loader, tmp_path, needle):
 # the command
 
 
-def test_the_command(model, tokenizer, needle, tmp_path):
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    run = [
-        "eval",
-        "run",
-        "--model",
-        tmp_path / "model",
-        "--out",
-        tmp_path / "out",
-        "--dtype",
-        "float32",
-        "--limit",
-        "1",
-    ]
-    said = refused(*run, "--method", "dense", "--task", "divergence:text=pydoc")
+def test_the_command(tokenizer, needle, tmp_path, monkeypatch):
+    """On a checkpoint as LLaDA's are published, whose weights are not read for what is refused."""
+    write(tmp_path / "model", LLADA, tokenizer)
+    run = ["eval", "run", "--model", tmp_path / "model", "--out", tmp_path / "out", "--dtype", "float32"]
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were read"))
+        said = refused(*run, "--method", "dense", "--task", "divergence:text=pydoc")
     assert "divergence:text=pydoc cannot be asked of" in said
     assert not (tmp_path / "out").exists()
-    shown = succeeds(*run, "--method", f"dense:{FAST},keep=prefix", "--task", needle, "--json").stdout
-    assert {line["method"] for line in json.loads(shown)} == {f"dense:{FAST},keep=prefix"}
+    label = f"dense:{FAST},keep=prefix"
+    shown = succeeds(*run, "--method", label, "--task", needle, "--limit", "1", "--json").stdout
+    assert {line["method"] for line in json.loads(shown)} == {label}

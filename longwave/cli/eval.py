@@ -57,7 +57,7 @@ def run(
 ) -> None:
     """Measure methods on tasks, same prompts for all; resumes, and two processes may share a folder."""
     with user_errors("what was measured is kept: run the command again, and it goes on"):
-        from longwave.evals.recipe import evaluate, make_recipe, read_method
+        from longwave.evals.recipe import evaluate, make_recipe, read_method, suited
         from longwave.evals.stock import Quantized
 
         given = dict(
@@ -70,6 +70,7 @@ def run(
 
         def load(model: str, device: str, dtype: str) -> tuple[Any, Any]:
             source = Source(model, device, dtype, wanted.extend_to, wanted.extend_rule)
+            suited(wanted, source.skeleton)
             for method, budget in map(read_method, wanted.methods):
                 if not isinstance(method, Quantized):
                     source.check(method, budget)

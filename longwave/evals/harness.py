@@ -160,6 +160,11 @@ class LongwaveLM(TemplateLM):
         self.model, self.tokenizer = longwave.load(
             pretrained, device=place, dtype=dtype, trust_remote_code=trust_remote_code, **extra
         )
+        if not getattr(self.model.config.get_text_config(decoder=True), "is_causal", True):
+            raise ValueError(
+                f"{pretrained} looks in both directions, and the harness's requests are read and scored as causal "
+                "text: `longwave eval` measures masked-diffusion models"
+            )
         self._device = self.model.device
         self.pretrained, self.budget = str(pretrained), budget
 

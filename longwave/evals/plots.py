@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from longwave.evals.spec import parse_spec
+from longwave.evals.spec import is_dense, parse_spec
 
 GREY = "#808080"
 COLOURS = ("#2f7fd1", "#d2691e", "#1f9a6d", "#b05fc4", "#d4507f", "#8a7d1f", "#1c93a5")
@@ -65,12 +65,12 @@ def family(method: str) -> str:
 
 def styles(methods: Sequence[str]) -> dict[str, Style]:
     """A style for each method; dense is grey."""
-    families = list(dict.fromkeys(family(method) for method in methods if method != "dense"))
+    families = list(dict.fromkeys(family(method) for method in methods if not is_dense(method)))
     members: dict[str, int] = {}
-    made = {}
+    made: dict[str, Style] = {}
     for method in methods:
-        if method == "dense":
-            made[method] = Style(GREY, SHAPES[0])
+        if is_dense(method):
+            made[method] = Style(GREY, SHAPES[0], DASHES[sum(map(is_dense, made)) % len(DASHES)])
             continue
         number = families.index(family(method))
         order = members[family(method)] = members.get(family(method), -1) + 1
@@ -107,7 +107,7 @@ def quality_chart(points: Sequence[Point], looks: Mapping[str, Style], unit: str
     families: dict[str, list[Point]] = {}
     for point in points:
         families.setdefault(family(point.method), []).append(point)
-        if point.method == "dense":
+        if is_dense(point.method):
             axes.axhline(point.value, color=GREY, linewidth=1, dashes=(4, 3), zorder=1)
     for members in families.values():
         style = looks[members[0].method]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 from longwave.checks import nearest, read_text, whole
 from longwave.evals.data import data_folder
 from longwave.evals.results import FORMAT, VERSION, Results
+from longwave.evals.sampling import completed, read_sampling, split
 from longwave.evals.spec import as_spec, parse_spec
 from longwave.evals.task import LossTask, Sample, Setting, Task
 from longwave.evals.tasks import get_task
@@ -29,7 +31,8 @@ class Recipe:
     methods, tasks: specs, see `longwave.evals.spec`. out: folder of results. limit: samples per set of a task.
     max_tokens: where prompts of tasks with a truncation rule are cut. question: "after" compresses the context before
     the question is seen, "inside" compresses all of the prompt but its last token, question included, "with" reads all
-    of it in one exact pass; a task with an option `question` says it for itself. batch: prompts per pass.
+    of it in one exact pass; a task with an option `question` says it for itself. Masked-diffusion models read prompts
+    "with" their questions. batch: prompts per pass.
     batch_tokens: rows x longest. extend_to: tokens that the model is to read beyond those it was trained on, by the
     rotary tables of extend_rule. window: tokens of a prompt and its answer at most; None: what the model says it reads.
     More than that is for methods that read beyond it, and shows where others fail.
@@ -114,11 +117,12 @@ def make_recipe(file: Path | None, **given: Any) -> Recipe:
 
 
 def read_method(spec: str) -> tuple[Any, Any]:
-    """A method and the budget that is given with it; transformers' quantized cache has none."""
+    """A method and the budget that is given with it; transformers' quantized cache has none. How a masked-diffusion
+    model samples stands in a spec, too, and is left out here."""
     from longwave.evals.stock import Quantized
     from longwave.methods import get_method
 
-    name, options = parse_spec(spec)
+    name, options, _ = split(spec)
     if name == Quantized.name:
         return Quantized.of(options), None
     budget = options.pop("budget", None)
@@ -146,7 +150,9 @@ def check_names(recipe: Recipe) -> dict[str, tuple[Task, str | None]]:
     from longwave.evals.stock import Quantized
     from longwave.plan.profile import Profile
 
-    for method, budget in map(read_method, recipe.methods):
+    for spec in recipe.methods:
+        read_sampling(spec)
+        method, budget = read_method(spec)
         if isinstance(method, Quantized):
             method.check_backend()
         elif what := method.beforehand():
@@ -156,6 +162,67 @@ def check_names(recipe: Recipe) -> dict[str, tuple[Task, str | None]]:
     if recipe.profile is not None:
         Profile.load(recipe.profile)
     return {spec: read_task(spec) for spec in recipe.tasks}
+
+
+def suited(recipe: Recipe, model: Any) -> Recipe:
+    """The recipe as it is for this model, which needs no weights: of a masked-diffusion model labels say how it
+    samples, `perplexity` is `perplexity-bound`, and prompts are read with their questions.
+
+    Raises ValueError for what the model cannot be asked, or what decides nothing for it.
+    """
+    from longwave.evals.masked import is_masked, why_not
+    from longwave.evals.stock import Quantized
+    from longwave.evals.tasks.perplexity_bound import PerplexityBound
+
+    bound = PerplexityBound.name
+    if not is_masked(model):
+        for spec in recipe.methods:
+            if sampled := split(spec)[2]:
+                raise ValueError(
+                    f"{spec}: {next(iter(sampled))} says how a masked-diffusion model samples, and {recipe.model} is "
+                    "causal: leave it out"
+                )
+        for label in recipe.tasks:
+            if isinstance(read_task(label)[0], PerplexityBound):
+                raise ValueError(f"{label} is of masked-diffusion models, and {recipe.model} is causal: perplexity")
+        return recipe
+    labels = tuple(re.sub(r"^perplexity(?=:|$)", bound, label) for label in recipe.tasks)
+    for label in labels:
+        task, question = read_task(label)
+        if why := why_not(task):
+            raise ValueError(f"{label} cannot be asked of {recipe.model}: {why}")
+        if question is not None or recipe.question == "inside":
+            raise ValueError(
+                f"{label}: question={question or recipe.question} decides nothing for {recipe.model}, which is a "
+                "masked-diffusion model and reads all of a prompt before anything is compressed: leave it out"
+            )
+        if isinstance(task, PerplexityBound):
+            for spec in recipe.methods:
+                if read_sampling(spec).keep is not None:
+                    raise ValueError(
+                        f"{label} reads texts whole and holds nothing of them, so it says nothing of {spec}: measure "
+                        "it with dense alone, which may be a run of its own into the same folder"
+                    )
+    for spec in recipe.methods:
+        if isinstance(read_method(spec)[0], Quantized):
+            raise ValueError(f"{spec} cannot take back what it has read, and a block of masks is read many times")
+    return replace(recipe, methods=tuple(map(completed, recipe.methods)), tasks=labels, question="with")
+
+
+def make_ways(model: Any, recipe: Recipe) -> tuple[dict[str, Any], dict[str, str], int]:
+    """`make_methods` for a masked-diffusion model: label -> how it is asked."""
+    from longwave.diffusion import Dream, LLaDA
+    from longwave.evals.masked import Way
+
+    sampler = Dream() if getattr(model.config.get_text_config(decoder=True), "logit_shift", False) else LLaDA()
+    held = tuple(spec for spec in recipe.methods if read_sampling(spec).keep is not None)
+    if recipe.profile is not None and not held:
+        raise ValueError(f"profile={recipe.profile} decides nothing for {', '.join(recipe.methods)}: leave it out")
+    makers, words, rows = make_methods(model, replace(recipe, methods=held)) if held else ({}, {}, recipe.batch)
+    sampled = {spec: read_sampling(spec) for spec in recipe.methods}
+    ways = {spec: Way(sampling, makers.get(spec)) for spec, sampling in sampled.items()}
+    said = {spec: f"{words.get(spec, 'no cache')}; {sampling}; {sampler}" for spec, sampling in sampled.items()}
+    return ways, said, rows
 
 
 def make_methods(model: Any, recipe: Recipe) -> tuple[dict[str, Callable[[int], Any]], dict[str, str], int]:
@@ -299,22 +366,31 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Results:
     """Run a recipe: check it, load the model, build all prompts, measure what the folder does not hold yet."""
-    from longwave.evals.runner import Batch, run
+    from longwave.evals.masked import Masked, is_masked
+    from longwave.evals.runner import Batch, Causal, Measure, run
     from longwave.shape import context_limit
 
-    named = check_names(recipe)
-    tasks = {label: task for label, (task, _) in named.items()}
-    own = {label: question for label, (_, question) in named.items() if question is not None}
-    losses = [label for label, task in tasks.items() if isinstance(task, LossTask)]
+    asked = check_names(recipe)
+    losses = [label for label, (task, _) in asked.items() if isinstance(task, LossTask)]
     if recipe.question != "after" and losses:
         raise ValueError(
             f"question={recipe.question} is for tasks that ask: {', '.join(losses)} has none. Run it in another folder"
         )
-    if recipe.question == "with" and own:
-        raise ValueError(f"question=with is for all tasks of a run: leave the option question out of {', '.join(own)}")
+    if recipe.question == "with" and (said := [label for label, (_, question) in asked.items() if question]):
+        raise ValueError(f"question=with is for all tasks of a run: leave the option question out of {', '.join(said)}")
     recipe = replace(recipe, data=data_folder(recipe.data))
     model, tokenizer = load(recipe.model, recipe.device, recipe.dtype)
-    makers, words, rows = make_methods(model, recipe)
+    recipe = suited(recipe, model)
+    named = {label: read_task(label) for label in recipe.tasks}
+    tasks = {label: task for label, (task, _) in named.items()}
+    own = {label: question for label, (_, question) in named.items() if question is not None}
+    measure: Measure
+    if is_masked(model):
+        ways, words, rows = make_ways(model, recipe)
+        measure = Masked(model, tokenizer, ways)
+    else:
+        makers, words, rows = make_methods(model, recipe)
+        measure = Causal(model, tokenizer, makers, recipe.question)
     window = recipe.window or context_limit(model)
     setting = Setting(tokenizer, window, recipe.seed, recipe.limit, recipe.data, recipe.max_tokens, recipe.chat)
     inside = [label for label in tasks if own.get(label, recipe.question) == "inside"]
@@ -325,5 +401,5 @@ def evaluate(
     header["samples"] = {label: _counts(task, samples) for label, (task, samples) in prepared.items()}
     prompts = {(label, s.id): s.prompt_sha256 for label, (_, samples) in prepared.items() for s in samples}
     results = Results.open(recipe.out, header, prompts)
-    run(model, tokenizer, prepared, makers, results, Batch(rows, recipe.batch_tokens), recipe.question, progress)
+    run(measure, prepared, results, Batch(rows, recipe.batch_tokens), progress)
     return results

@@ -18,7 +18,7 @@ from longwave.evals import plots
 from longwave.evals.page import Block, Cell, Section, Table, render
 from longwave.evals.results import Loaded, merge
 from longwave.evals.runner import BIN
-from longwave.evals.spec import parse_spec
+from longwave.evals.spec import dense_of, is_dense, parse_spec
 from longwave.evals.summary import (
     FEWEST,
     MEANS,
@@ -134,7 +134,7 @@ def by_budget(methods: Sequence[str]) -> list[tuple[str, list[str]]]:
     """(title, methods) for every budget, the largest first, and for methods without one; dense leads each of them."""
     found: dict[Any, list[str]] = {}
     for method in methods:
-        if method != "dense":
+        if not is_dense(method):
             try:
                 budget = parse_spec(method)[1].get("budget", "")
             except ValueError:  # of a damaged folder
@@ -142,7 +142,7 @@ def by_budget(methods: Sequence[str]) -> list[tuple[str, list[str]]]:
             found.setdefault(budget, []).append(method)
     shares: list[Any] = sorted((x for x in found if not isinstance(x, str)), reverse=True)
     sizes = [x for x in found if isinstance(x, str) and x]
-    dense = ["dense"] * ("dense" in methods)
+    dense = [method for method in methods if is_dense(method)]
     groups = [(f"budget {x}", dense + found[x]) for x in [*shares, *sizes]]
     return groups + ([("no budget", dense + found[""])] if "" in found else [])
 
@@ -162,7 +162,7 @@ class Report:
         measured = {line.task for line in self.lines}
         self.tasks: dict[str, Task] = {t: task_of(loaded, t) for t in self.header["tasks"] if t in measured}
         self.looks = plots.styles(self.methods)
-        self.has_dense = any(line.method == "dense" for line in self.lines)
+        self.has_dense = any(is_dense(line.method) for line in self.lines)
         self._notes()
 
     def _usable(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -323,7 +323,7 @@ class Report:
             notes.append(f"{signed(line.over, places)} ({interval}){mark}")
             if line.pairs < line.count:
                 notes.append(f"{line.pairs:,} pairs")
-        elif self.has_dense and line.method == "dense":
+        elif self.has_dense and is_dense(line.method):
             notes.append("reference")
         elif not brief:
             notes.append(f"95 %: {number(line.low, places)} to {number(line.high, places)}")
@@ -468,21 +468,22 @@ class Report:
         made: dict[tuple[str, str], Losses] = {}
         for column in columns:
             here = in_column(task, good, column)
-            dense = [row for row in here if row["method"] == "dense"]
             for method in self.methods:
                 mine = [row for row in here if row["method"] == method]
                 if mine:
-                    made[method, column] = losses(mine, dense, f"{label}/{column}/loss")
+                    exact = dense_of(method, self.methods)
+                    dense = [row for row in here if row["method"] == exact]
+                    made[method, column] = losses(mine, dense, f"{label}/{column}/loss", task.nats)
         tables = [self._loss_table(task, columns, lines, made, *group) for group in self.groups]
         counts = [line.count for line in lines.values() if line.column in columns]
         blocks = [Block(tables, counted(counts, "a row"), self.commands(label))]
-        metric = "kl" if task.compares else "loss"
-        what = {"kl": "KL from dense, nats", "loss": "loss, nats"}[metric]
+        metric = "kl" if task.compares else task.nats
+        what = "KL from dense, nats" if task.compares else f"{task.nats}, nats"
         drawn: list[str] = []
         for index, column in enumerate([] if self.many else columns):
             here = in_column(task, good, column)
             curves = {m: curve([row for row in here if row["method"] == m], metric) for m in self.methods}
-            curves = {m: c for m, c in curves.items() if c and not (metric == "kl" and m == "dense")}
+            curves = {m: c for m, c in curves.items() if c and not (metric == "kl" and is_dense(m))}
             if not curves:
                 continue
             drawn += [method for method in curves if method not in drawn]
@@ -524,7 +525,7 @@ class Report:
         ]
         head = [Cell("method")] + [Cell(task.columns or "set")] * several + [Cell("n")]
         head += [Cell(task.unit, "95 % interval below")] * shows_score
-        head += [Cell("loss", "nats"), Cell("over dense", "nats")]
+        head += [Cell(task.nats, "nats"), Cell("over dense", "nats")]
         head += [Cell(title, unit) for _, title, unit, _, _ in extras]
         rows = []
         for column in columns:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig
@@ -170,7 +170,7 @@ def answer(
         )
     cost = {"prefill_seconds": seconds, "decode_seconds": clock.look()}
     steps = out.shape[1] - ids.shape[1] - 1  # the last new token is never fed
-    shares = _bytes(memory.report(), [len(s.ids) + steps for s in samples])
+    shares = share_bytes(memory.report(), [len(s.ids) + steps for s in samples])
     for sample, row, share in zip(samples, out[:, ids.shape[1] :].tolist(), shares, strict=True):
         length = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
         text = str(tokenizer.decode(row[:length], skip_special_tokens=True))
@@ -198,7 +198,7 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
-def _bytes(report: Report, tokens: Sequence[int]) -> list[dict[str, Any]]:
+def share_bytes(report: Report, tokens: Sequence[int]) -> list[dict[str, Any]]:
     """Each row's share, by its tokens, of the bytes that its pass holds, and of those of a dense cache."""
     each = report.dense_nbytes / (report.batch * report.tokens)  # a token of a dense cache
     whole = report.nbytes / sum(tokens)
@@ -227,7 +227,7 @@ def run_text(
         rows = []
         for sample, output, cost in answer(model, tokenizer, samples, contexts, make):
             judged = task.judge(sample, output)
-            row = {"method": label, **_about(sample), "output": output, "parsed": judged.parsed}
+            row = {"method": label, **about(sample), "output": output, "parsed": judged.parsed}
             rows.append({**row, "score": judged.score, "metrics": dict(judged.metrics), **cost})
         yield rows
 
@@ -251,12 +251,12 @@ def run_loss(
         exact = score(model, memory, last, task.feed)
     for label, make in methods.items():
         memory, seconds = contexts.give(make)
-        shares = _bytes(memory.report(), [s.context for s in samples])  # what the scored pass reads
+        shares = share_bytes(memory.report(), [s.context for s in samples])  # what the scored pass reads
         clock = Clock(model.device)
         scored = score(model, memory, last, task.feed, keep=task.compares)
         decode = clock.look()
         if task.feed is not None:
-            shares = _bytes(memory.report(), [len(s.ids) - 1 for s in samples])
+            shares = share_bytes(memory.report(), [len(s.ids) - 1 for s in samples])
         values = {"loss": scored.losses}
         if task.recalls:
             values["hit"] = scored.hits.float()
@@ -271,7 +271,7 @@ def run_loss(
             if exact is not None:
                 metrics["dense_loss"] = float(exact.losses[number, counted].mean())
             curve = {name: [round(float(x.mean()), 5) for x in value.split(BIN)] for name, value in mine.items()}
-            row = {"method": label, **_about(sample), "scored": len(mine["loss"]), "score": metrics[task.metric]}
+            row = {"method": label, **about(sample), "scored": len(mine["loss"]), "score": metrics[task.metric]}
             rows.append({**row, "metrics": metrics, "curve": curve, **cost, **shares[number]})
         yield rows
 
@@ -286,8 +286,9 @@ def _counted(sample: Sample) -> Any:
     return index
 
 
-def _about(sample: Sample) -> dict[str, Any]:
-    about = {
+def about(sample: Sample) -> dict[str, Any]:
+    """What a result row says of its sample."""
+    told = {
         "id": sample.id,
         "prompt": sample.prompt_sha256,
         "tokens": len(sample.ids),
@@ -295,27 +296,55 @@ def _about(sample: Sample) -> dict[str, Any]:
         "meta": dict(sample.meta),
     }
     if sample.answers:
-        about["answers"] = list(sample.answers)
+        told["answers"] = list(sample.answers)
     if sample.cut_from is not None:
-        about["cut_from"] = sample.cut_from
-    return about
+        told["cut_from"] = sample.cut_from
+    return told
+
+
+class Measure(Protocol):
+    """Methods of a model. Called: result rows of samples that share a pass, a list for each method that is named.
+
+    equal: whether samples of a pass have to have equal lengths, as those of tasks that score tokens always have.
+    """
+
+    model: Any
+    methods: Mapping[str, Any]
+    equal: bool
+
+    def __call__(
+        self, task: Task, samples: Sequence[Sample], labels: Sequence[str]
+    ) -> Iterator[list[dict[str, Any]]]: ...
+
+
+class Causal:
+    """Methods of a causal model: contexts are read once for all of them."""
+
+    def __init__(self, model: Any, tokenizer: Any, methods: Mapping[str, Make], question: str = "after"):
+        self.model, self.tokenizer, self.methods, self.question = model, tokenizer, methods, question
+        self.empty = {label: make(1) for label, make in methods.items()}
+        self.equal = not all(map(takes_gaps, self.empty.values()))
+
+    def __call__(self, task: Task, samples: Sequence[Sample], labels: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+        wanted = {label: self.methods[label] for label in labels}
+        needs = needs_of([self.empty[label] for label in labels if can_fork(self.empty[label])])
+        if isinstance(task, TextTask):
+            return run_text(self.model, self.tokenizer, task, samples, wanted, self.question, needs)
+        assert isinstance(task, LossTask)
+        return run_loss(self.model, self.tokenizer, task, samples, wanted, needs)
 
 
 def run(
-    model: Any,
-    tokenizer: Any,
+    measure: Measure,
     tasks: Mapping[str, tuple[Task, Sequence[Sample]]],
-    methods: Mapping[str, Make],
     results: Results,
     batch: Batch = Batch(),
-    question: str = "after",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Measure what `results` does not hold yet. Samples and methods are done in a fixed order, written pass by pass."""
+    methods = list(measure.methods)
     total = sum(len(samples) for _, samples in tasks.values()) * len(methods)
     done = 0
-    empty = {label: make(1) for label, make in methods.items()}
-    equal = not all(map(takes_gaps, empty.values()))
     progress(0, total)
     for name, (task, samples) in tasks.items():
         missing = []
@@ -325,23 +354,16 @@ def run(
             if left:
                 missing.append(sample)
         progress(done, total)
-        for group in batches(missing, batch, equal or isinstance(task, LossTask)):
+        for group in batches(missing, batch, measure.equal or isinstance(task, LossTask)):
             results.refresh()
             left = [m for m in methods if any((name, m, s.id) not in results.done for s in group)]
-            wanted = {m: methods[m] for m in left}
-            needs = needs_of([empty[m] for m in left if can_fork(empty[m])])
-            if isinstance(task, TextTask):
-                made = run_text(model, tokenizer, task, group, wanted, question, needs)
-            else:
-                assert isinstance(task, LossTask)
-                made = run_loss(model, tokenizer, task, group, wanted, needs)
             try:
-                for rows in made:
+                for rows in measure(task, group, left):
                     done += results.append([{"task": name, **row} for row in rows])
                     progress(min(done, total), total)
             except torch.OutOfMemoryError as error:
                 longest = max(len(s.ids) for s in group)
                 raise ValueError(
-                    f"{model.device} has too little memory for {len(group)} prompts of up to {longest} tokens: lower "
-                    f"--batch or --batch-tokens and run again, what was measured is kept ({error})"
+                    f"{measure.model.device} has too little memory for {len(group)} prompts of up to {longest} tokens: "
+                    f"lower --batch or --batch-tokens and run again, what was measured is kept ({error})"
                 ) from None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterable
 from typing import Any
 
 OPTION = re.compile(r",\s*(?=[A-Za-z_]\w*\s*=)")
@@ -53,3 +54,30 @@ def as_spec(item: Any) -> str:
         )
         return item["name"] + (":" if len(item) > 1 else "") + ",".join(written)
     raise ValueError(f"a method or task in a recipe is a text or a mapping with a name, got {item!r}")
+
+
+SAMPLED = ("steps", "threshold", "block_length")  # what the answers of a masked-diffusion model are compared at
+
+
+def is_dense(method: str) -> bool:
+    """Whether a label is of the model as it is: "dense", and of a masked-diffusion model dense that holds nothing."""
+    return method == "dense" or (method.startswith("dense:") and "keep" not in _options(method))
+
+
+def dense_of(method: str, methods: Iterable[str]) -> str | None:
+    """Which of `methods` another one's scores are held against: dense, sampled alike. None for dense itself."""
+    if is_dense(method):
+        return None
+    wanted = _sampled(method)
+    return next((label for label in methods if is_dense(label) and _sampled(label) in ({}, wanted)), None)
+
+
+def _sampled(method: str) -> dict[str, Any]:
+    return {name: value for name, value in _options(method).items() if name in SAMPLED}
+
+
+def _options(method: str) -> dict[str, Any]:
+    try:
+        return parse_spec(method)[1]
+    except ValueError:  # of a damaged folder
+        return {}

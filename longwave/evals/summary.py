@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from longwave.evals.results import Loaded
+from longwave.evals.spec import dense_of, is_dense
 from longwave.evals.task import LossTask, Task
 from longwave.evals.tasks import TASKS
 
@@ -140,13 +141,14 @@ def summarise(loaded: Loaded) -> list[Line]:
         columns = sorted_columns(task, rows)
         for column in ["", *columns] if len(columns) != 1 else columns:
             here = in_column(task, rows, column)
-            dense = [row for row in here if row["method"] == "dense"]
             expected = len({row["id"] for row in in_column(task, given, column)})
             expected = max(expected, planned(loaded.header, label, column))
             for method in loaded.header["methods"]:
                 mine = [row for row in here if row["method"] == method]
                 if mine:
-                    made = line(task, label, method, column, mine, dense if method != "dense" else [])
+                    exact = dense_of(method, loaded.header["methods"])
+                    dense = [row for row in here if row["method"] == exact]
+                    made = line(task, label, method, column, mine, dense)
                     lines.append(replace(made, expected=expected))
     return lines
 
@@ -253,16 +255,17 @@ class Losses:
     bits_per_byte: float | None = None
 
 
-def losses(mine: Sequence[Row], dense: Sequence[Row], seed: str) -> Losses:
-    """dense: rows of the dense method, used where the rows do not carry the dense loss themselves."""
-    exact = {row["id"]: row["metrics"].get("loss") for row in dense}
+def losses(mine: Sequence[Row], dense: Sequence[Row], seed: str, metric: str = "loss") -> Losses:
+    """dense: rows of the dense method, used where the rows do not carry the dense loss themselves. metric: what a
+    token's nats are, a loss or a bound of it."""
+    exact = {row["id"]: row["metrics"].get(metric) for row in dense}
     over = []
     for row in mine:
-        loss, whole = row["metrics"].get("loss"), row["metrics"].get("dense_loss", exact.get(row["id"]))
+        loss, whole = row["metrics"].get(metric), row["metrics"].get("dense_loss", exact.get(row["id"]))
         if loss is not None and whole is not None:
             over.append(loss - whole)
-    made = Losses(mean(mine, "loss"), kl=mean(mine, "kl"), top1=mean(mine, "top1"), bits_per_byte=_bits_per_byte(mine))
-    if not over or all(row["method"] == "dense" for row in mine):
+    made = Losses(mean(mine, metric), kl=mean(mine, "kl"), top1=mean(mine, "top1"), bits_per_byte=_bits_per_byte(mine))
+    if not over or all(is_dense(row["method"]) for row in mine):
         return made
     low, high = bootstrap_mean(over, seed)
     verdict = judge(low, high, len(over), lower=True)

@@ -255,12 +255,13 @@ class TextTask(Task):
 
 @dataclass(frozen=True)
 class LossTask(Task):
-    """The tokens after a sample's context are fed and scored; nothing is generated. Rows carry metrics["loss"].
+    """The tokens after a sample's context are fed and scored; nothing is generated.
 
     feed: tokens fed at a time through the compressed cache; None feeds all scored tokens in one pass.
     compares: whether next-token distributions are compared with the dense model's (metrics "kl" and "top1").
     recalls: whether it counts where the most likely token is the text's own (metric "hit").
-    metric: which of the metrics is the score.
+    metric: which of the metrics is the score. nats: what a token's nats are called, in rows and tables: the loss, or a
+        bound of it, which is never named alike.
     """
 
     unit: ClassVar[str] = "nats"
@@ -268,6 +269,7 @@ class LossTask(Task):
     compares: ClassVar[bool] = False
     recalls: ClassVar[bool] = False
     metric: ClassVar[str] = "loss"
+    nats: ClassVar[str] = "loss"
 
     @property
     def feed(self) -> int | None:

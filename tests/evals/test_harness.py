@@ -8,6 +8,7 @@ import torch
 
 import longwave
 from tests.conftest import into, random_profile
+from tests.diffusion.conftest import build
 from tests.evals.hybrids import KINDS, hybrid
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
@@ -364,6 +365,13 @@ def test_an_end_token_ends_a_text(make, models, tokenizer):
 def test_wrong_arguments_are_refused_before_a_model_is_loaded(arguments, message):
     with pytest.raises(ValueError, match=message):
         LongwaveLM("/no/such/model", **arguments)
+
+
+def test_a_masked_diffusion_model_is_not_read_as_causal_text(tokenizer, tmp_path):
+    build("llada").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="looks in both directions"):
+        LongwaveLM(str(tmp_path), method="dense", device="cpu", dtype="float32")
 
 
 def test_arguments_that_need_the_model_are_checked(make, folder):

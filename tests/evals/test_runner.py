@@ -8,7 +8,7 @@ import torch
 import longwave
 from longwave.evals import runner
 from longwave.evals.results import Results
-from longwave.evals.runner import Batch, Contexts, answer, batches, run, run_loss, run_text
+from longwave.evals.runner import Batch, Causal, Contexts, answer, batches, run, run_loss, run_text
 from longwave.evals.task import Judged, LossTask, Sample, TextTask
 from tests.conftest import into, random_profile, tokens
 
@@ -213,7 +213,7 @@ def test_models_with_sliding_layers_get_equal_batches(models, tokenizer, header,
     monkeypatch.setattr(runner, "batches", lambda s, b, equal: asked.append(equal) or real(s, b, equal))
     makers = {"dense": lambda rows: longwave.cache(model, "dense")}
     results = Results.open(tmp_path / "out", header)
-    run(model, tokenizer, {"echo": (Echo(), [sample("a", 60, 50), sample("b", 55, 49)])}, makers, results)
+    run(Causal(model, tokenizer, makers), {"echo": (Echo(), [sample("a", 60, 50), sample("b", 55, 49)])}, results)
     assert asked == [True]
     assert len(results.done) == 2
 
@@ -270,7 +270,7 @@ def test_run_measures_what_is_missing(llama, tokenizer, makers, mixed, header, t
     tasks = {"echo": (Echo(), mixed), "loss": (Loss(), scored)}
     seen = []
     results = Results.open(tmp_path / "out", header)
-    run(llama, tokenizer, tasks, makers, results, Batch(2, 10**6), progress=lambda *counts: seen.append(counts))
+    run(Causal(llama, tokenizer, makers), tasks, results, Batch(2, 10**6), progress=lambda *counts: seen.append(counts))
     lines = (tmp_path / "out" / "samples.jsonl").read_text().splitlines()
     assert len(lines) == 2 * (6 + 2)
     assert seen[0] == (0, 16)
@@ -279,7 +279,7 @@ def test_run_measures_what_is_missing(llama, tokenizer, makers, mixed, header, t
     (tmp_path / "out" / "samples.jsonl").write_text("\n".join(kept) + "\n")
     again = Results.open(tmp_path / "out", header)
     assert len(again.done) == len(kept)
-    run(llama, tokenizer, tasks, makers, again, Batch(2, 10**6))
+    run(Causal(llama, tokenizer, makers), tasks, again, Batch(2, 10**6))
     assert len(again.done) == 16
     text = (tmp_path / "out" / "samples.jsonl").read_text()
     assert text.startswith("\n".join(kept))
@@ -288,10 +288,10 @@ def test_run_measures_what_is_missing(llama, tokenizer, makers, mixed, header, t
 
 def test_run_refuses_other_prompts(llama, tokenizer, makers, mixed, header, tmp_path):
     results = Results.open(tmp_path / "out", header)
-    run(llama, tokenizer, {"echo": (Echo(), mixed[:1])}, makers, results)
+    run(Causal(llama, tokenizer, makers), {"echo": (Echo(), mixed[:1])}, results)
     changed = [sample("alone150", 150, 143, seed=77)]
     with pytest.raises(ValueError, match="measured on another prompt"):
-        run(llama, tokenizer, {"echo": (Echo(), changed)}, makers, results)
+        run(Causal(llama, tokenizer, makers), {"echo": (Echo(), changed)}, results)
 
 
 def test_too_little_memory_keeps_what_was_measured(llama, tokenizer, makers, mixed, header, tmp_path):
@@ -304,8 +304,9 @@ def test_too_little_memory_keeps_what_was_measured(llama, tokenizer, makers, mix
         return makers["fourier"](rows)
 
     results = Results.open(tmp_path / "out", header)
+    measure = Causal(llama, tokenizer, {"dense": makers["dense"], "fourier": full})
     with pytest.raises(ValueError, match=r"too little memory for 1 prompts of up to 150 tokens: lower --batch"):
-        run(llama, tokenizer, {"echo": (Echo(), mixed[:1])}, {"dense": makers["dense"], "fourier": full}, results)
+        run(measure, {"echo": (Echo(), mixed[:1])}, results)
     assert list(results.done) == [("echo", "dense", "alone150")]
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from longwave.evals.spec import as_spec, parse_spec, parse_value
+from longwave.evals.spec import as_spec, dense_of, is_dense, parse_spec, parse_value
 
 
 @pytest.mark.parametrize(
@@ -101,3 +101,21 @@ def test_a_mapping_means_what_its_text_means():
 def test_bad_recipe_entries(item):
     with pytest.raises(ValueError, match="a text or a mapping with a name"):
         as_spec(item)
+
+
+def test_what_a_method_is_held_against():
+    """Dense; of a masked-diffusion model the one that holds nothing and samples alike."""
+    few, many = "dense:steps=8,block_length=32", "dense:steps=64,block_length=32"
+    labels = [
+        few,
+        many,
+        "dense:steps=8,block_length=32,keep=dual",
+        "kivi:budget=0.3,steps=64,block_length=32,keep=dual",
+    ]
+    assert [is_dense(label) for label in labels] == [True, True, False, False]
+    assert [dense_of(label, labels) for label in labels] == [None, None, few, many]
+    assert dense_of("kivi:steps=3", labels) is None
+    assert dense_of("kivi:budget=0.3", ["kivi:budget=0.3", "dense"]) == "dense"
+    assert dense_of("dense", ["dense"]) is None
+    assert not is_dense("dense_like:keep=1")
+    assert dense_of("damaged:", ["dense"]) == "dense"

@@ -23,6 +23,7 @@ from longwave.evals.tasks.needle import Needle
 from longwave.evals.tasks.needle_threading import NeedleThreading
 from longwave.evals.tasks.passkey import Passkey
 from longwave.evals.tasks.perplexity import Perplexity
+from longwave.evals.tasks.perplexity_bound import PerplexityBound
 from longwave.evals.tasks.ruler import Ruler
 from longwave.evals.tasks.streaming import Streaming
 
@@ -31,6 +32,7 @@ TASKS: dict[str, type[Task]] = {
     for task in (
         Needle,
         Perplexity,
+        PerplexityBound,
         Streaming,
         Divergence,
         LongBench,

@@ -14,19 +14,22 @@ counted row by row, a pass of few tokens chooses for each of them, and a long pr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from longwave.checks import whole
-from longwave.frame import Pass
+from longwave.frame import MemoryLayer, Pass
 from longwave.methods.base import Bound, CacheShape
 from longwave.methods.scoped import Scoped, ScopedBound, ScopedLayer, at_places
 from longwave.methods.scoped_pages import PagedScopedBound, PagedScopedLayer, bind_pages
 from longwave.methods.segmented import Segmented, pages_of
 from longwave.ops import mass, select
+from longwave.ops.ahead import Ahead
 from longwave.ops.attention.reference import causal_attention, dense_attention, step_attention
+from longwave.ops.pieces import Coming, Made, fetched, on_its_way
 from longwave.plan.profile import Profile
+from longwave.store.mapped import MappedTokens
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,35 @@ class ReAttentionBound(ScopedBound):
 
 
 class ReAttentionLayer(ScopedLayer):
-    """Every pass rotates what it reads to places without gaps."""
+    """Every pass rotates what it reads to places without gaps. All keys are scored, whatever is chosen: where they lie
+    elsewhere, those of the next layer are asked for while this one goes on."""
 
     method: ReAttention
+    _peers: list[Any]
+
+    def join(self, peers: list[MemoryLayer]) -> None:
+        super().join(peers)
+        # one list, or a copy of a cache would go from layer to layer, as deep as there are any
+        self._peers = peers if peers[0] is self else peers[0]._peers  # type: ignore[attr-defined]
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._coming: Ahead | None = None  # of the stored keys the first ones, between the layer before and this one
+
+    def expect(self) -> None:
+        """Stored keys are scored soon. Those of the pass that runs are not there yet, and no row may have one of them
+        among what is fetched."""
+        there = min(self.dense.lengths, default=0)
+        if not there or not isinstance(self.dense, MappedTokens):
+            return
+        self.dense.expect(there)
+        k = next(self.dense.tensors())
+        if self._coming is None and fetched(k, self.device):
+            self._coming = on_its_way(k[:, :, : min(there, select.PIECE)], self.device)
+
+    def stored_keys(self, tokens: int) -> torch.Tensor | Made | Coming:
+        keys, coming, self._coming = super().stored_keys(tokens), self._coming, None
+        return keys if coming is None else Coming(keys, coming)  # type: ignore[arg-type]
 
     def read(
         self,
@@ -152,6 +181,9 @@ class ReAttentionLayer(ScopedLayer):
             begin, end = torch.full_like(stop, m.sinks), stop - m.window
             options = dict(top=m.top, spans=m.spans, span=m.span, exact=m.exact)
             keep |= select.choose(q, self.stored_keys(longest), begin, end, asks, **options)  # type: ignore[arg-type]
+            if longest == max(self.rows):  # the last stretch of the pass
+                for layer in self._peers[self._peers.index(self) + 1 :][:1]:
+                    layer.expect()
         return keep & (number < last)
 
 

@@ -8,6 +8,9 @@ import torch
 
 import longwave
 from longwave import methods
+from longwave.methods import longcache
+from longwave.ops import select
+from longwave.ops.pieces import Coming
 from tests.conftest import left_padded, tokens
 from tests.reading import read_in
 
@@ -47,6 +50,42 @@ def test_the_same_is_read(llama, method, host):
     want = read_in(llama, near, ids, (5, 1, 1), mask)
     assert torch.equal(read_in(llama, far, ids, (5, 1, 1), mask), want)
     assert torch.equal(read_in(llama, kept, ids, (5, 1, 1), mask), want)
+
+
+@pytest.mark.parametrize("piece", [16, 1 << 16])
+def test_the_next_layers_keys_are_asked_for_before_it_is_reached(llama, host, monkeypatch, piece):
+    """As on a GPU: what is fetched while a layer computes is what the next one scores, without what comes with the
+    pass."""
+    monkeypatch.setattr(select, "PIECE", piece)
+    monkeypatch.setattr(longcache, "fetched", lambda x, device: True)
+    near, far = (longwave.cache(llama, replace(METHODS["longcache"], host=where)) for where in (False, host))
+    events, layer = [], longcache.ReAttentionLayer
+    expect, stored_keys = layer.expect, layer.stored_keys
+
+    def asked(self):
+        expect(self)
+        if self._coming is not None:
+            events.append(("asked", self.index, self._coming.key.shape[2]))
+
+    def scored(self, tokens):
+        found = stored_keys(self, tokens)
+        if self.bound is far.method:
+            events.append(("coming" if isinstance(found, Coming) else "stored", self.index, tokens))
+        return found
+
+    monkeypatch.setattr(layer, "expect", asked)
+    monkeypatch.setattr(layer, "stored_keys", scored)
+    ids, mask = left_padded(2, 130, [0, 60])
+    sizes = (70, 20, 1, 1, 9)
+    assert torch.equal(*(read_in(llama, memory, ids, sizes, mask) for memory in (near, far)))
+    last = far.method.shape.memory_layers[-1]
+    assert {index for what, index, _ in events if what == "coming"} == set(range(1, last + 1))
+    for n, (what, index, _) in enumerate(events):
+        if what == "asked":
+            assert events[n + 1][:2] == ("coming", index)
+    rest = (10, 30, 31, 32)  # what the shorter row had before each pass
+    assert {number for what, _, number in events if what == "asked"} == {min(piece, held) for held in rest}
+    assert torch.equal(*(read_in(llama, copy.deepcopy(memory), ids, (7,), mask) for memory in (near, far)))
 
 
 def test_bytes_are_told_apart(llama, method, host):

@@ -30,6 +30,7 @@ from longwave.ops.attention.reference import causal_attention, dense_attention, 
 from longwave.ops.pieces import Coming, Made, fetched, on_its_way
 from longwave.plan.profile import Profile
 from longwave.store.mapped import MappedTokens
+from longwave.store.tokens import capacity
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,11 @@ class ReAttentionBound(ScopedBound):
     def reading(self, index: int) -> ReAttentionLayer:
         return ReAttentionLayer(index, self)
 
+    def brings(self, tokens: int) -> int:
+        """What is read, and keys: a piece that is scored, the next one, and the next layer's first."""
+        keys = min(tokens, 2 * select.PIECE) + min(tokens, select.PIECE)
+        return (2 * capacity(min(tokens, self.method.scope)) + keys) * self.shape.token_bytes // 2
+
 
 class ReAttentionLayer(ScopedLayer):
     """Every pass rotates what it reads to places without gaps. All keys are scored, whatever is chosen: where they lie
@@ -180,10 +186,11 @@ class ReAttentionLayer(ScopedLayer):
             q = p.rotary.unrotate(p.module, p.q, p.known_positions())
             begin, end = torch.full_like(stop, m.sinks), stop - m.window
             options = dict(top=m.top, spans=m.spans, span=m.span, exact=m.exact)
-            keep |= select.choose(q, self.stored_keys(longest), begin, end, asks, **options)  # type: ignore[arg-type]
+            keys = self.stored_keys(longest)
             if longest == max(self.rows):  # the last stretch of the pass
                 for layer in self._peers[self._peers.index(self) + 1 :][:1]:
                     layer.expect()
+            keep |= select.choose(q, keys, begin, end, asks, **options)  # type: ignore[arg-type]
         return keep & (number < last)
 
 

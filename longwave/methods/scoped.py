@@ -74,6 +74,9 @@ class Scoped(Method):
             )
         return self
 
+    def near(self) -> Scoped:
+        return replace(self, host=False)
+
     def fits_budget(self) -> bool:
         return False  # whatever it is, all is held
 
@@ -93,7 +96,7 @@ class Scoped(Method):
 
 
 @dataclass(frozen=True, eq=False)
-class ScopedBound(Bound):
+class ScopedBound(host.HostBound):
     method: Scoped
 
     @property

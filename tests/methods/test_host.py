@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import longwave
-from longwave import methods
+from longwave import build, methods
 from longwave.methods import longcache
 from longwave.ops import select
 from longwave.ops.pieces import Coming
@@ -101,6 +101,31 @@ def test_bytes_are_told_apart(llama, method, host):
     assert far.device == far.nbytes - far.mapped
     assert (f"{far.mapped:,} of the bytes in mapped files" in str(far)) == isinstance(host, str)
     assert name in far.method
+
+
+def test_a_size_is_one_of_the_device(llama, method, tmp_path):
+    """What fits stays there; what does not lies elsewhere; and what cannot lie elsewhere is counted to the byte."""
+    far = replace(method, host=str(tmp_path))
+    shape = longwave.cache(llama, method).method.shape
+    whole, least = method.bind(shape, None, None).nbytes(400, 2), far.bind(shape, None, None).device_bytes(400, 2)
+    assert least < whole
+    for size, where in ((whole, False), (whole - 1, str(tmp_path)), (least, str(tmp_path))):
+        memory = longwave.cache(llama, far, f"{size}B", max_tokens=400, batch=2)
+        assert memory.method.method.host == where
+        read_in(llama, memory, tokens(2, 400), (300, 100))
+        brought = 2 * memory.method.brings(400) if where else 0
+        assert memory.report().device + brought == (least if where else whole)
+    with pytest.raises(ValueError, match=rf"takes .* \({least} bytes\), and its options leave nothing to save"):
+        longwave.cache(llama, far, f"{least - 1}B", max_tokens=400, batch=2)
+
+
+def test_what_is_coming_decides_where_it_lies(llama, tmp_path):
+    method = replace(METHODS["longcache"], host=str(tmp_path))
+    size = method.near().bind(longwave.cache(llama, method).method.shape, None, None).nbytes(250)
+    memory = longwave.cache(llama, method, f"{size}B")  # too little for the model's window
+    for coming, where in ((250, False), (400, str(tmp_path)), (100, False)):
+        build.expect(llama, memory, coming)
+        assert memory.method.method.host == where
 
 
 def test_steps_are_not_captured(llama, method, host):

@@ -13,6 +13,7 @@ counted row by row, a pass of few tokens chooses for each of them, and a long pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -130,7 +131,7 @@ class ReAttentionLayer(ScopedLayer):
     elsewhere, those of the next layer are asked for while this one goes on."""
 
     method: ReAttention
-    _peers: list[Any]
+    _peers: Sequence[Any] = ()
 
     def join(self, peers: list[MemoryLayer]) -> None:
         super().join(peers)
@@ -188,7 +189,7 @@ class ReAttentionLayer(ScopedLayer):
             options = dict(top=m.top, spans=m.spans, span=m.span, exact=m.exact)
             keys = self.stored_keys(longest)
             if longest == max(self.rows):  # the last stretch of the pass
-                for layer in self._peers[self._peers.index(self) + 1 :][:1]:
+                for layer in [layer for layer in self._peers if layer.index > self.index][:1]:
                     layer.expect()
             keep |= select.choose(q, keys, begin, end, asks, **options)  # type: ignore[arg-type]
         return keep & (number < last)

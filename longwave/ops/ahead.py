@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+
+
+@cache
+def side_stream(device: torch.device, of: str) -> torch.cuda.Stream:
+    """A GPU's stream for one purpose, always the same: what was freed in another one would not be used again in it."""
+    return torch.cuda.Stream(device)
 
 
 class Ahead(threading.Thread):
@@ -28,7 +35,7 @@ class Ahead(threading.Thread):
             if self._device.type != "cuda":
                 self._made = self._make(self.key)
                 return
-            with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            with torch.cuda.stream(side_stream(self._device, "ahead")):
                 self._made = self._make(self.key)
                 torch.cuda.current_stream(self._device).synchronize()
         except BaseException as error:

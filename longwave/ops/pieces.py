@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from longwave.ops.ahead import Ahead
+from longwave.ops.ahead import Ahead, side_stream
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def pieces(x: torch.Tensor | Made | Coming, size: int, device: torch.device) -> 
         for start in starts:
             yield start, x[:, :, start : start + size].to(device)
         return
-    beside = torch.cuda.Stream(device)
+    beside = side_stream(device, "pieces")
     for start in starts:  # what was yielded before is queued by now, and runs while this one is copied
         with torch.cuda.stream(beside):
             (there,) = _brought(x[:, :, start : start + size], device)

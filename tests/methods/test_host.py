@@ -88,6 +88,20 @@ def test_the_next_layers_keys_are_asked_for_before_it_is_reached(llama, host, mo
     assert torch.equal(*(read_in(llama, copy.deepcopy(memory), ids, (7,), mask) for memory in (near, far)))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="nothing is fetched to a CPU")
+@pytest.mark.parametrize("piece", [16, 1 << 16])
+@pytest.mark.parametrize("pads", [[0, 0], [0, 60]], ids=["even", "padded"])
+def test_a_gpu_reads_the_same_from_host_memory(llama, method, monkeypatch, piece, pads):
+    monkeypatch.setattr(select, "PIECE", piece)
+    model = copy.deepcopy(llama).cuda()
+    ids, mask = (x.cuda() for x in left_padded(2, 130, pads))
+    near, far = (longwave.cache(model, replace(method, host=host)) for host in (False, True))
+    want, got = (read_in(model, memory, ids, (70, 20, 1, 1, 9), mask) for memory in (near, far))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert far.report().host
+    assert not near.report().host
+
+
 def test_bytes_are_told_apart(llama, method, host):
     near, far = longwave.cache(llama, method), longwave.cache(llama, replace(method, host=host))
     for memory in (near, far):

@@ -86,14 +86,16 @@ def bind_to_size(method: Method, shape: CacheShape, profile: Profile | None, roo
         return candidate, candidate.peak_bytes(room.tokens, room.rows)
 
     if not method.fits_budget():
-        candidate, needed = bound(None)
-        if needed > room.size:
-            raise DoesNotFit(
-                f"{human(room.size)} cannot hold {room}: {candidate} takes {human(needed)} ({needed} bytes), and its "
-                "options leave nothing to save",
-                needed,
-            )
-        return candidate
+        for some in (method.near(), method):  # elsewhere lies what the device has no room for
+            candidate = some.bind(shape, profile, None)
+            needed = candidate.device_bytes(room.tokens, room.rows)
+            if needed <= room.size:
+                return candidate
+        raise DoesNotFit(
+            f"{human(room.size)} cannot hold {room}: {candidate} takes {human(needed)} ({needed} bytes), and its "
+            "options leave nothing to save",
+            needed,
+        )
     whole, needed = bound(1.0)  # first, since it needs no profile
     if needed <= room.size:
         return whole

@@ -37,8 +37,9 @@ def cache(
         a model is bound to (`cache.method`), which is taken as it is.
     budget: a fraction such as 0.25 of the dense bytes of the middle of the context, or a size such as "512MiB" for
         the whole cache of `batch` rows of `max_tokens`, prompt and new tokens; longer input is then refused. Without
-        `max_tokens` it is `longwave.generate` that says what is coming, and else the model's context length. None
-        leaves it to the method.
+        `max_tokens` it is `longwave.generate` that says what is coming, and else the model's context length. Of a
+        method with host= it is a size of the device: what it has no room for lies where host says. None leaves it to
+        the method.
     profile: a `Profile` or its path. None takes the one that ships with the package or was measured before; a model
         that has none is measured once, on text that ships too, in seconds on a GPU and a minute or so on a CPU, and the
         profile is kept under the user's cache folder ($LONGWAVE_HOME).
@@ -64,6 +65,7 @@ def cache(
     if profile is not None:
         profile.check(model, shape)
     why = ""  # the model was not measured
+    again: Sized | None = None
     if isinstance(method, Bound):
         bound = _again(method, shape, fraction, room, profile)
     else:
@@ -79,9 +81,10 @@ def cache(
                 profile, why = profile_for(model, shape, measured, measure, tokenizer)
             method = method.known(model, shape, tokenizer)
         bound = _bind(method, shape, profile, fraction, room)
+        again = None if room is None else Sized(method, profile, room, room.known)
     if bound.warning:
         warnings.warn(f"{bound.warning} ({why})" if why else bound.warning, stacklevel=2)
-    return _assemble(model, bound, None if room is None else Sized(bound.method, profile, room, room.known))
+    return _assemble(model, bound, again)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+
+from longwave.ops.ahead import Ahead
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -19,7 +20,7 @@ class Latest:
         self._make = make
         self._key: Hashable = None
         self._held: Pair | None = None
-        self._ahead: _Ahead | None = None
+        self._ahead: Ahead | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_make": self._make, "_key": None, "_held": None, "_ahead": None}
@@ -31,7 +32,7 @@ class Latest:
             self._held = ahead.result() if ahead is not None and ahead.key == key else self._make(key)
             self._key = key
             if then is not None and device is not None:
-                self._ahead = _Ahead(self._make, then, device)
+                self._ahead = Ahead(self._make, then, device)
         return self._held
 
     def let_go(self) -> None:
@@ -45,36 +46,3 @@ class Latest:
     def tensors(self) -> list[torch.Tensor]:
         """The latest part's."""
         return list(self._held or ())
-
-
-class _Ahead(threading.Thread):
-    """A part that is being made."""
-
-    def __init__(self, make: Callable[[Any], Pair], key: Hashable, device: torch.device):
-        super().__init__(name="longwave-ahead", daemon=True)
-        self.key, self._make, self._device = key, make, device
-        self._made: Pair | None = None
-        self._error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            if self._device.type != "cuda":
-                self._made = self._make(self.key)
-                return
-            with torch.cuda.stream(torch.cuda.Stream(self._device)):
-                self._made = self._make(self.key)
-                torch.cuda.current_stream(self._device).synchronize()
-        except BaseException as error:
-            self._error = error
-
-    def result(self) -> Pair:
-        """What was made, or the error that came instead."""
-        self.join()
-        if self._error is not None:
-            raise self._error
-        assert self._made is not None
-        if self._device.type == "cuda":
-            for x in self._made:
-                x.record_stream(torch.cuda.current_stream(self._device))
-        return self._made

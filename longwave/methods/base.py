@@ -57,6 +57,10 @@ class Method(ABC):
         """The smallest fraction that `bind` accepts."""
         return 0.0
 
+    def near(self) -> Method:
+        """The same options with all that is held on the device; itself where none of them says otherwise."""
+        return self
+
     def fits_budget(self) -> bool:
         """Whether a budget decides how many bytes are held: False where the options already say everything."""
         return True
@@ -132,3 +136,7 @@ class Bound(ABC):
     def peak_bytes(self, tokens: int, batch: int = 1) -> int:
         """The most that the cache holds on the way to `tokens`."""
         return self.nbytes(tokens, batch)
+
+    def device_bytes(self, tokens: int, batch: int = 1) -> int:
+        """Of `peak_bytes`, what counts against a budget given as a size: all, unless options put it elsewhere."""
+        return self.peak_bytes(tokens, batch)

@@ -1,14 +1,41 @@
-"""Where keys and values lie that are not on the device: host=True is host memory, a directory files there, mapped."""
+"""Where keys and values lie that are not on the device: host=True is host memory, a directory files there, mapped.
+
+A budget given as a size is one of the device then: what fits stays there, and what does not lies where host says.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from longwave.methods.base import Bound
 from longwave.store.mapped import MappedTokens
-from longwave.store.tokens import TokenBuffer
+from longwave.store.tokens import TokenBuffer, capacity
+
+
+@dataclass(frozen=True, eq=False)
+class HostBound(Bound):
+    """Of a method with the option `host`."""
+
+    method: Any
+
+    def stays(self, index: int, tokens: int) -> int:
+        """Of `layer_bytes`, what lies on the device wherever keys and values do."""
+        return self.layer_bytes(index, tokens) - capacity(tokens) * self.shape.token_bytes
+
+    def brings(self, tokens: int) -> int:
+        """Bytes of one row's keys and values that a layer has brought to the device at a time, at most."""
+        return capacity(tokens) * self.shape.token_bytes
+
+    def device_bytes(self, tokens: int, batch: int = 1) -> int:
+        if not self.method.host:
+            return super().device_bytes(tokens, batch)
+        held = sum(self.stays(index, tokens) for index in self.shape.memory_layers)
+        return batch * (held + self.shape.sliding_bytes(tokens) + self.brings(tokens))
 
 
 def check_option(host: object) -> None:

@@ -118,6 +118,12 @@ class InfLLMBound(ScopedBound):
         held, copied = capacity(tokens), m.slots * m.block * shape.token_bytes if m.host else 0
         return copied + shape.kv_heads * (4 * held + m.full(held) * shape.head_dim * shape.dtype.itemsize)
 
+    def stays(self, index: int, tokens: int) -> int:
+        return super().stays(index, tokens) - self.shape.kv_heads * 4 * capacity(tokens)  # the column is no summary
+
+    def brings(self, tokens: int) -> int:
+        return min(capacity(tokens), self.method.slots * self.method.block) * self.shape.token_bytes
+
 
 class InfLLMLayer(BlockLayer):
     """A column of what each key got while it was in the window, and a mean key of each block that has left it."""

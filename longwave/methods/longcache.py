@@ -13,20 +13,25 @@ counted row by row, a pass of few tokens chooses for each of them, and a long pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from longwave.checks import whole
-from longwave.frame import Pass
+from longwave.frame import MemoryLayer, Pass
 from longwave.methods.base import Bound, CacheShape
 from longwave.methods.scoped import Scoped, ScopedBound, ScopedLayer, at_places
 from longwave.methods.scoped_pages import PagedScopedBound, PagedScopedLayer, bind_pages
 from longwave.methods.segmented import Segmented, pages_of
 from longwave.ops import mass, select
+from longwave.ops.ahead import Ahead
 from longwave.ops.attention.reference import causal_attention, dense_attention, step_attention
+from longwave.ops.pieces import Coming, Made, fetched, on_its_way
 from longwave.plan.profile import Profile
+from longwave.store.mapped import MappedTokens
+from longwave.store.tokens import capacity
 
 
 @dataclass(frozen=True)
@@ -115,11 +120,42 @@ class ReAttentionBound(ScopedBound):
     def reading(self, index: int) -> ReAttentionLayer:
         return ReAttentionLayer(index, self)
 
+    def brings(self, tokens: int) -> int:
+        """What is read, and keys: a piece that is scored, the next one, and the next layer's first."""
+        keys = min(tokens, 2 * select.PIECE) + min(tokens, select.PIECE)
+        return (2 * capacity(min(tokens, self.method.scope)) + keys) * self.shape.token_bytes // 2
+
 
 class ReAttentionLayer(ScopedLayer):
-    """Every pass rotates what it reads to places without gaps."""
+    """Every pass rotates what it reads to places without gaps. All keys are scored, whatever is chosen: where they lie
+    elsewhere, those of the next layer are asked for while this one goes on."""
 
     method: ReAttention
+    _peers: Sequence[Any] = ()
+
+    def join(self, peers: list[MemoryLayer]) -> None:
+        super().join(peers)
+        # one list, or a copy of a cache would go from layer to layer, as deep as there are any
+        self._peers = peers if peers[0] is self else peers[0]._peers  # type: ignore[attr-defined]
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._coming: Ahead | None = None  # of the stored keys the first ones, between the layer before and this one
+
+    def expect(self) -> None:
+        """Stored keys are scored soon. Those of the pass that runs are not there yet, and no row may have one of them
+        among what is fetched."""
+        there = min(self.dense.lengths, default=0)
+        if not there or not isinstance(self.dense, MappedTokens):
+            return
+        self.dense.expect(there)
+        k = next(self.dense.tensors())
+        if self._coming is None and fetched(k, self.device):
+            self._coming = on_its_way(k[:, :, : min(there, select.PIECE)], self.device)
+
+    def stored_keys(self, tokens: int) -> torch.Tensor | Made | Coming:
+        keys, coming, self._coming = super().stored_keys(tokens), self._coming, None
+        return keys if coming is None else Coming(keys, coming)  # type: ignore[arg-type]
 
     def read(
         self,
@@ -151,7 +187,11 @@ class ReAttentionLayer(ScopedLayer):
             q = p.rotary.unrotate(p.module, p.q, p.known_positions())
             begin, end = torch.full_like(stop, m.sinks), stop - m.window
             options = dict(top=m.top, spans=m.spans, span=m.span, exact=m.exact)
-            keep |= select.choose(q, self.stored_keys(longest), begin, end, asks, **options)  # type: ignore[arg-type]
+            keys = self.stored_keys(longest)
+            if longest == max(self.rows):  # the last stretch of the pass
+                for layer in [layer for layer in self._peers if layer.index > self.index][:1]:
+                    layer.expect()
+            keep |= select.choose(q, keys, begin, end, asks, **options)  # type: ignore[arg-type]
         return keep & (number < last)
 
 

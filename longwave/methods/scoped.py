@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from longwave.frame import MemoryLayer, Needs, Pass, Step
 from longwave.methods import host
 from longwave.methods.base import Bound, CacheShape, Method
-from longwave.ops.pieces import Made
+from longwave.ops.pieces import Coming, Made
 from longwave.plan.profile import Profile
 from longwave.shape import context_limit
 from longwave.store.tokens import TokenBuffer, capacity
@@ -74,6 +74,9 @@ class Scoped(Method):
             )
         return self
 
+    def near(self) -> Scoped:
+        return replace(self, host=False)
+
     def fits_budget(self) -> bool:
         return False  # whatever it is, all is held
 
@@ -93,7 +96,7 @@ class Scoped(Method):
 
 
 @dataclass(frozen=True, eq=False)
-class ScopedBound(Bound):
+class ScopedBound(host.HostBound):
     method: Scoped
 
     @property
@@ -170,7 +173,7 @@ class ScopedLayer(MemoryLayer):
         k, v = (x[rows, :, there].transpose(1, 2) for x in self.dense.tensors())  # on a CPU half of what `gather` takes
         return k.to(index.device), v.to(index.device)
 
-    def stored_keys(self, tokens: int) -> torch.Tensor | Made:
+    def stored_keys(self, tokens: int) -> torch.Tensor | Made | Coming:
         """The first `tokens` keys of every row, un-rotated, [batch, kv_heads, tokens, head_dim], wherever they lie."""
         return next(self.dense.tensors())[:, :, :tokens]
 

@@ -16,7 +16,7 @@ from longwave.methods.base import CacheShape, Unmeasured
 from longwave.methods.evicting_pages import PagedBound
 from longwave.methods.scoped import Scoped, ScopedLayer
 from longwave.methods.segmented import Segmented, SegmentedBound, SegmentedLayer
-from longwave.ops.pieces import Made
+from longwave.ops.pieces import Coming, Made
 
 
 def bind_pages(method: Scoped, store: Segmented, shape: CacheShape, budget: float | None) -> SegmentedBound:
@@ -67,7 +67,7 @@ class PagedScopedLayer(ScopedLayer, SegmentedLayer):
         middle = self.store.tokens[row] if self.store is not None else 0
         return (self.sinks if middle else self.dense.lengths[row]), middle
 
-    def stored_keys(self, tokens: int) -> torch.Tensor | Made:
+    def stored_keys(self, tokens: int) -> torch.Tensor | Made | Coming:
         if self.store is None:
             return super().stored_keys(tokens)
         shape = self.bound.shape

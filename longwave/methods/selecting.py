@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from longwave.checks import whole
 from longwave.frame import MemoryLayer, Pass, Step
 from longwave.methods import host
-from longwave.methods.base import Bound, CacheShape, Method
+from longwave.methods.base import CacheShape, Method
 from longwave.ops.attention.reference import group_heads, subset_attention, subset_log_sum_exp
 from longwave.plan.profile import Profile
 from longwave.store.state import State, demand
@@ -63,6 +63,9 @@ class Selecting(Method):
     def check(self, device: torch.device) -> None:
         host.check_host(self.host, device)
 
+    def near(self) -> Selecting:
+        return replace(self, host=False)
+
     def fits_budget(self) -> bool:
         return False  # whatever it is, all is held
 
@@ -71,7 +74,7 @@ class Selecting(Method):
 
 
 @dataclass(frozen=True, eq=False)
-class SelectingBound(Bound):
+class SelectingBound(host.HostBound):
     """share: of the middle's tokens, what a step reads."""
 
     method: Selecting

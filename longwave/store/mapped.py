@@ -17,6 +17,8 @@ import torch
 
 from longwave.store.tokens import TokenBuffer, capacity
 
+STEP = 1 << 20  # bytes: a system reads little more of a file ahead, whatever it is asked for at once
+
 
 class Growing:
     """A tensor [batch, heads, tokens, ...] of a file below the directory `where`, or of host memory if that is None."""
@@ -35,7 +37,7 @@ class Growing:
     def fit(self, tokens: int) -> torch.Tensor:
         """It with so many tokens; new ones are 0. Where it had more, an earlier tensor's last ones must not be touched
         any more. OSError, and all is as it was, where there is no room."""
-        size = tokens * torch.Size(self.shape).numel() * self.dtype.itemsize
+        size = self._bytes(tokens)
         if size > self.size:
             self._reserve(size)
         else:
@@ -45,6 +47,15 @@ class Growing:
             return torch.empty(0, *self.shape, dtype=self.dtype).movedim(0, 2)
         shared = mmap.mmap(self.file, size)
         return torch.frombuffer(shared, dtype=self.dtype).view(tokens, *self.shape).movedim(0, 2)
+
+    def _bytes(self, tokens: int) -> int:
+        return tokens * torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def expect(self, tokens: int) -> None:
+        """Have the system read the first `tokens` from the disk by itself, where it knows how and has not done so."""
+        if self.where is not None and hasattr(os, "posix_fadvise"):
+            for start in range(0, self._bytes(tokens), STEP):
+                os.posix_fadvise(self.file, start, STEP, os.POSIX_FADV_WILLNEED)
 
     def _reserve(self, size: int) -> None:
         """Have the room before anything is written: a mapped page that finds none ends the process."""
@@ -81,6 +92,10 @@ class MappedTokens(TokenBuffer):
 
     def _copy(self, tokens: int) -> None:
         super()._set({name: file.fit(capacity(tokens)) for name, file in self.files.items()})
+
+    def expect(self, tokens: int) -> None:
+        """The first `tokens` keys of every row are read soon."""
+        self.files["k"].expect(tokens)
 
     def move(self, device: torch.device | str) -> None:
         """It stays where it is."""

@@ -7,7 +7,10 @@ import pytest
 import torch
 
 import longwave
-from longwave import methods
+from longwave import build, methods
+from longwave.methods import longcache
+from longwave.ops import select
+from longwave.ops.pieces import Coming
 from tests.conftest import left_padded, tokens
 from tests.reading import read_in
 
@@ -49,6 +52,56 @@ def test_the_same_is_read(llama, method, host):
     assert torch.equal(read_in(llama, kept, ids, (5, 1, 1), mask), want)
 
 
+@pytest.mark.parametrize("piece", [16, 1 << 16])
+def test_the_next_layers_keys_are_asked_for_before_it_is_reached(llama, host, monkeypatch, piece):
+    """As on a GPU: what is fetched while a layer computes is what the next one scores, without what comes with the
+    pass."""
+    monkeypatch.setattr(select, "PIECE", piece)
+    monkeypatch.setattr(longcache, "fetched", lambda x, device: True)
+    near, far = (longwave.cache(llama, replace(METHODS["longcache"], host=where)) for where in (False, host))
+    events, layer = [], longcache.ReAttentionLayer
+    expect, stored_keys = layer.expect, layer.stored_keys
+
+    def asked(self):
+        expect(self)
+        if self._coming is not None:
+            events.append(("asked", self.index, self._coming.key.shape[2]))
+
+    def scored(self, tokens):
+        found = stored_keys(self, tokens)
+        if self.bound is far.method:
+            events.append(("coming" if isinstance(found, Coming) else "stored", self.index, tokens))
+        return found
+
+    monkeypatch.setattr(layer, "expect", asked)
+    monkeypatch.setattr(layer, "stored_keys", scored)
+    ids, mask = left_padded(2, 130, [0, 60])
+    sizes = (70, 20, 1, 1, 9)
+    assert torch.equal(*(read_in(llama, memory, ids, sizes, mask) for memory in (near, far)))
+    last = far.method.shape.memory_layers[-1]
+    assert {index for what, index, _ in events if what == "coming"} == set(range(1, last + 1))
+    for n, (what, index, _) in enumerate(events):
+        if what == "asked":
+            assert events[n + 1][:2] == ("coming", index)
+    rest = (10, 30, 31, 32)  # what the shorter row had before each pass
+    assert {number for what, _, number in events if what == "asked"} == {min(piece, held) for held in rest}
+    assert torch.equal(*(read_in(llama, copy.deepcopy(memory), ids, (7,), mask) for memory in (near, far)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="nothing is fetched to a CPU")
+@pytest.mark.parametrize("piece", [16, 1 << 16])
+@pytest.mark.parametrize("pads", [[0, 0], [0, 60]], ids=["even", "padded"])
+def test_a_gpu_reads_the_same_from_host_memory(llama, method, monkeypatch, piece, pads):
+    monkeypatch.setattr(select, "PIECE", piece)
+    model = copy.deepcopy(llama).cuda()
+    ids, mask = (x.cuda() for x in left_padded(2, 130, pads))
+    near, far = (longwave.cache(model, replace(method, host=host)) for host in (False, True))
+    want, got = (read_in(model, memory, ids, (70, 20, 1, 1, 9), mask) for memory in (near, far))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert far.report().host
+    assert not near.report().host
+
+
 def test_bytes_are_told_apart(llama, method, host):
     near, far = longwave.cache(llama, method), longwave.cache(llama, replace(method, host=host))
     for memory in (near, far):
@@ -62,6 +115,31 @@ def test_bytes_are_told_apart(llama, method, host):
     assert far.device == far.nbytes - far.mapped
     assert (f"{far.mapped:,} of the bytes in mapped files" in str(far)) == isinstance(host, str)
     assert name in far.method
+
+
+def test_a_size_is_one_of_the_device(llama, method, tmp_path):
+    """What fits stays there; what does not lies elsewhere; and what cannot lie elsewhere is counted to the byte."""
+    far = replace(method, host=str(tmp_path))
+    shape = longwave.cache(llama, method).method.shape
+    whole, least = method.bind(shape, None, None).nbytes(400, 2), far.bind(shape, None, None).device_bytes(400, 2)
+    assert least < whole
+    for size, where in ((whole, False), (whole - 1, str(tmp_path)), (least, str(tmp_path))):
+        memory = longwave.cache(llama, far, f"{size}B", max_tokens=400, batch=2)
+        assert memory.method.method.host == where
+        read_in(llama, memory, tokens(2, 400), (300, 100))
+        brought = 2 * memory.method.brings(400) if where else 0
+        assert memory.report().device + brought == (least if where else whole)
+    with pytest.raises(ValueError, match=rf"takes .* \({least} bytes\), and its options leave nothing to save"):
+        longwave.cache(llama, far, f"{least - 1}B", max_tokens=400, batch=2)
+
+
+def test_what_is_coming_decides_where_it_lies(llama, tmp_path):
+    method = replace(METHODS["longcache"], host=str(tmp_path))
+    size = method.near().bind(longwave.cache(llama, method).method.shape, None, None).nbytes(250)
+    memory = longwave.cache(llama, method, f"{size}B")  # too little for the model's window
+    for coming, where in ((250, False), (400, str(tmp_path)), (100, False)):
+        build.expect(llama, memory, coming)
+        assert memory.method.method.host == where
 
 
 def test_steps_are_not_captured(llama, method, host):

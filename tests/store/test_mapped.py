@@ -118,3 +118,18 @@ def test_without_room_all_is_as_it_was(where, monkeypatch):
     with pytest.raises(OSError, match=rf"{where or 'host memory'} has no room for {more:,} bytes .*No space left"):
         mapped.append(*torch.zeros(2, 2, 3, 100, 8).bfloat16(), None)
     check(plain, mapped)
+
+
+def test_the_system_is_told_which_keys_are_read_soon(where, monkeypatch):
+    if not hasattr(os, "posix_fadvise"):
+        pytest.skip("this system reads nothing ahead when it is asked to")
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *given: asked.append(given))
+    monkeypatch.setattr("longwave.store.mapped.STEP", 1000)
+    plain, mapped = both(where)
+    add([plain, mapped], 90)
+    mapped.expect(70)
+    size = 70 * 2 * 3 * 8 * 2  # bytes: tokens, rows, heads, channels
+    keys = mapped.files["k"].file
+    expected = [(keys, start, 1000, os.POSIX_FADV_WILLNEED) for start in range(0, size, 1000)]
+    assert asked == (expected if where else [])  # host memory is there

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from longwave.ops.kernels import choice, wants_triton
-from longwave.ops.pieces import Made, pieces
+from longwave.ops.pieces import Coming, Made, pieces
 from longwave.ops.select import reference
 from longwave.ops.select.reference import TILE, places
 
@@ -17,7 +17,7 @@ PIECE = 1 << 16  # tokens, whole tiles
 
 def choose(
     q: torch.Tensor,
-    k: torch.Tensor | Made,
+    k: torch.Tensor | Made | Coming,
     begin: torch.Tensor,
     end: torch.Tensor,
     asks: torch.Tensor | None = None,
@@ -53,7 +53,7 @@ def choose(
 
 
 def _in_pieces(
-    q: torch.Tensor, k: torch.Tensor | Made, begin: torch.Tensor, end: torch.Tensor, top: int, exact: bool
+    q: torch.Tensor, k: torch.Tensor | Made | Coming, begin: torch.Tensor, end: torch.Tensor, top: int, exact: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`best` of reference.py, over keys that are brought to the device a piece at a time."""
     value = torch.full((*q.shape[:3], top), -reference.INF, device=q.device)

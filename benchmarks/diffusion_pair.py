@@ -7,12 +7,12 @@
 Two Llamas of 26 million parameters with SmolLM2's tokenizer: one looks in both directions, and its loss is over k of a
 row's tokens, masked, one to all as often (as in `diffusion.loss_bound`); one is causal. Every step gives both the same
 rows of 512 tokens: half of them text of books, all of whose tokens count, half text with facts in it ("The code of
-Amber is 402817.") that are asked for at its end, whose answers count. Two books are held out for all that is judged.
+Amber is Julia Harbor North Felix.") that are asked for at its end, whose answers count. Two books are held out for all that is judged.
 LongLLaDA (arXiv 2506.14429) measured 8B models so; what it found is asked of these: perplexity and retrieval by length
 and depth, with rotary bases multiplied by what the scaling law says and by more, and by the number of sampling steps.
 
 FILE gets a line of JSON for every figure as it is there: perplexity in nats a token over the same 64 tokens at every
-length, diffusion's an upper bound; retrieval as the share of answers with every digit right, and of digits.
+length, diffusion's an upper bound; retrieval as the share of answers with every word right, and of words.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from longwave.evals.data import data_folder
 from longwave.models import load_tokenizer, locate
 from longwave.rotary import ntk_factor, ntk_reach
 
-BASE, DIGITS, MOST = 10_000.0, 6, 8  # of the rotary tables; of an answer; facts in a row
+BASE, WORDS, MOST = 10_000.0, 4, 8  # of the rotary tables; of an answer, a token each; facts in a row
 HELD_OUT = ("10762_impressions_of_theophrastus_such.txt", "28444_turn_about_eleanor.txt")
 PARTS = ("perplexity", "needle", "factors", "steps")
 KINDS = ("diffusion", "autoregressive")
@@ -55,7 +55,7 @@ class Size:
     heads: int = 5
     context: int = 512
     rows: int = 64
-    at_once: int = 32
+    at_once: int = 64
     characters: int | None = None  # of a book, None: all
     lengths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     depths: int = 11
@@ -82,12 +82,11 @@ class Texts:
         self.held_out = [token for name in HELD_OUT for token in encoded.pop(name)]
         self.books = list(encoded.values())
         self.before, self.middle, self.end = (
-            tokenizer(part, verbose=False).input_ids for part in ("\nThe code of", " is ", ".\n")
+            tokenizer(part, verbose=False).input_ids for part in ("\nThe code of", " is", ".\n")
         )
-        self.digits = [tokenizer.convert_tokens_to_ids(str(digit)) for digit in range(10)]
         words = tokenizer.get_vocab()
         self.names = sorted(words[word] for word in words if re.fullmatch("Ġ[A-Z][a-z]{3,9}", word))
-        self.fact_tokens = len(self.fact(self.names[0], self.digits[:DIGITS]))
+        self.fact_tokens = len(self.fact(self.names[0], self.names[:WORDS]))
 
     def question(self, name):
         return [*self.before, name, *self.middle]
@@ -96,7 +95,10 @@ class Texts:
         return [*self.question(name), *value, *self.end]
 
     def _facts(self, draw, count):
-        return [(name, draw.choices(self.digits, k=DIGITS)) for name in draw.sample(self.names, count)]
+        """(name, words) of so many facts, all of them different: whoever copies any word of the row is already better
+        than one who guesses, which digits would not reward."""
+        drawn = draw.sample(self.names, count * (1 + WORDS))
+        return [(drawn[at], drawn[at + 1 : at + 1 + WORDS]) for at in range(0, len(drawn), 1 + WORDS)]
 
     def _stretch(self, draw, tokens):
         book = draw.choices(self.books, [float(len(book)) for book in self.books])[0]
@@ -136,7 +138,7 @@ class Texts:
         tokens behind the fact the answer begins. Prompt and answer are `tokens`."""
         ((name, value),) = self._facts(draw, 1)
         asked = self.question(name)
-        room = tokens - self.fact_tokens - len(asked) - DIGITS
+        room = tokens - self.fact_tokens - len(asked) - WORDS
         start = draw.randrange(len(self.held_out) - room)
         text = self.held_out[start : start + room]
         at = round(depth * room)
@@ -182,11 +184,11 @@ def masks(counts, generator):
 
 
 def loss_of(model, ids, asked, targets):
-    """Mean over rows of the mean loss of `asked` bool [rows, tokens] positions, whose logits speak of `targets`."""
+    """Each row's mean loss of its `asked` bool [rows, tokens] positions, whose logits speak of `targets`: [rows]."""
     hidden = model.model(ids, use_cache=False).last_hidden_state
     loss = cross_entropy(model.lm_head(hidden[asked]).float(), targets[asked], reduction="none")
     share = (asked / asked.sum(-1, keepdim=True))[asked]
-    return (loss * share).sum() / len(ids)
+    return loss.new_zeros(len(ids)).index_add(0, asked.nonzero()[:, 0], loss * share)
 
 
 def step_loss(kind, model, ids, counts, hidden):
@@ -214,16 +216,13 @@ def train(models, texts, seconds, seed):
         for kind, model in models.items():
             for group in optimizers[kind].param_groups:
                 group["lr"] = FASTEST * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
-            # text and questions by themselves: the rows alternate
-            losses[kind] = torch.zeros(2, device=device)
-            for which in (0, 1):
-                chosen = [x[which::2].split(size.at_once) for x in (ids, counts, hidden)]
-                for part in zip(*chosen, strict=True):
-                    with torch.autocast(device.type, torch.bfloat16):
-                        loss = step_loss(kind, model, *part)
-                    share = len(part[0]) / len(ids)
-                    (loss * share).backward()
-                    losses[kind][which] += loss.detach() * share * 2
+            found = []
+            for part in zip(*(x.split(size.at_once) for x in (ids, counts, hidden)), strict=True):
+                with torch.autocast(device.type, torch.bfloat16):
+                    loss = step_loss(kind, model, *part)
+                (loss.sum() / len(ids)).backward()
+                found.append(loss.detach())
+            losses[kind] = torch.cat(found).view(-1, 2).mean(0)  # text and questions take turns
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizers[kind].step()
             optimizers[kind].zero_grad(set_to_none=True)
@@ -311,15 +310,15 @@ def text_loss(kind, model, ids, scored):
 
 @torch.no_grad()
 def answers(kind, model, prompts, steps):
-    """What is written behind prompts of equal length: int64 [rows, DIGITS]."""
+    """What is written behind prompts of equal length: int64 [rows, WORDS]."""
     if kind == "diffusion":
-        made = diffusion.generate(model, prompts, max_new_tokens=DIGITS, steps=steps, stop_ids=())
+        made = diffusion.generate(model, prompts, max_new_tokens=WORDS, steps=steps, stop_ids=())
     else:
         made = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
-            max_new_tokens=DIGITS,
-            min_new_tokens=DIGITS,
+            max_new_tokens=WORDS,
+            min_new_tokens=WORDS,
             do_sample=False,
         )
     return made[:, prompts.shape[1] :]
@@ -348,7 +347,7 @@ class Judge:
                 perplexity=math.exp(statistics.mean(losses)),
             )
 
-    def needle(self, kind, model, factor=1, steps=DIGITS, part="needle", lengths=None):
+    def needle(self, kind, model, factor=1, steps=WORDS, part="needle", lengths=None):
         """A cell for every depth and length; the same questions for every model, factor and number of steps. Returns
         the share of answers that are right by length, in tokens."""
         size, means = self.size, {}
@@ -372,7 +371,7 @@ class Judge:
                     depth=depth,
                     distance=asked[0][2],
                     right=right[-1],
-                    digits=float(same.float().mean()),
+                    words=float(same.float().mean()),
                 )
             means[tokens] = statistics.mean(right)
         return means
@@ -398,7 +397,7 @@ class Judge:
 
     def steps(self, kind, model):
         if kind == "diffusion":
-            for steps in (1, 2, 3, DIGITS):
+            for steps in (1, 2, WORDS):
                 self.needle(kind, model, steps=steps, part="steps", lengths=[x for x in self.size.lengths if x <= 4])
 
     def __call__(self, parts):

@@ -82,17 +82,17 @@ def test_segments_decode_alone_in_any_order_and_by_layer(small):
 
 
 def test_what_is_opened_once_is_decoded_as_often_as_one_likes(small):
-    codec, starts = small.codec.at(0.1), [4, 132, 260]
-    parts = [small.part(start, start + 128) for start in starts]
+    codec, starts = small.codec.at(0.1), [4, 68, 132]
+    parts = [small.part(start, start + 64) for start in starts]
     made = [codec.encode(k, v, ids=ids, start=start) for (k, v, ids), start in zip(parts, starts, strict=True)]
-    k, v = (torch.full((1, 3 * 128, *parts[0][0].shape[2:]), float("nan")) for _ in "kv")
+    k, v = (torch.full((1, 3 * 64, *parts[0][0].shape[2:]), float("nan")) for _ in "kv")
     opened = codec.open(made)
     assert codec.open(opened) == opened
     for layer in (0, 2):
-        codec.decode_many(opened, k.split(128, 1), v.split(128, 1), layers=[layer])
+        codec.decode_many(opened, k.split(64, 1), v.split(64, 1), layers=[layer])
         for i, one in enumerate(made):
             for mine, alone in zip((k, v), decoded(codec, one, parts[0][0], layers=[layer]), strict=True):
-                assert torch.equal(mine[:, i * 128 : (i + 1) * 128], alone)
+                assert torch.equal(mine[:, i * 64 : (i + 1) * 64], alone)
     made[1] = made[1][:-1]
     with pytest.raises(CodecError, match="was the file cut"):
         codec.open(made)

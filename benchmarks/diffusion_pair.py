@@ -7,7 +7,8 @@
 Two Llamas of 26 million parameters with SmolLM2's tokenizer: one looks in both directions, and its loss is over k of a
 row's tokens, masked, one to all as often (as in `diffusion.loss_bound`); one is causal. Every step gives both the same
 rows of 512 tokens: half of them text of books, all of whose tokens count, half text with facts in it ("The code of
-Amber is Julia Harbor North Felix.") that are asked for at its end, whose answers count. Two books are held out for all that is judged.
+Amber is Julia Harbor North Felix.") that are asked for at its end, whose answers count. Two books are held out for all
+that is judged.
 LongLLaDA (arXiv 2506.14429) measured 8B models so; what it found is asked of these: perplexity and retrieval by length
 and depth, with rotary bases multiplied by what the scaling law says and by more, and by the number of sampling steps.
 

@@ -39,7 +39,10 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Any:
 
 
 def turn_ids(tokenizer: Any, prompt: str) -> Any:
-    """Of a prompt that follows an answer in a chat template, and of what ends the answer before it."""
+    """Of a prompt that follows an answer in a chat template, and of what ends the answer before it. Without a template
+    it begins a paragraph."""
+    if not tokenizer.chat_template:
+        return ids_of(tokenizer, f"\n\n{prompt}", first=False)
     _, place, after = filled_in(tokenizer, "?", _PLACE, prompt).partition(_PLACE)
     if not place:
         raise ValueError("this tokenizer's chat template does not leave an answer as it is: a talk cannot go on")

@@ -71,7 +71,7 @@ def test_help_comes_within_a_second():
         (["generate", "--help"], "fourier-paper"),
         (["methods"], "fourier-paper"),
         (["generate", "Hello", "--method", "furier"], "did you mean 'fourier'?"),
-        (["chat", "-o", "segmnt=3"], "dense has no option 'segmnt'"),
+        (["chat", "-o", "segmnt=3"], "fourier has no option 'segmnt'"),
         (["inspect", "--budget", "lots"], "'lots'"),
         (["calibrate", "smollm2", "--out", "x", "--dtype", "int8"], "dtype is one of"),
     ],

@@ -10,7 +10,7 @@ from typing import Any
 from longwave.cli.answer import loop_of, why_python
 from longwave.cli.common import encode
 from longwave.cli.console import waiting
-from longwave.cli.prefix import as_input, going_on, prompt_ids, read_prefix, turn_ids
+from longwave.cli.prefix import as_input, code_prefix, coder_for, going_on, prompt_ids, read_prefix, turn_ids
 from longwave.cli.reading import reading
 
 SIZE = "0.1"  # of what /save codes, unless it says
@@ -144,25 +144,49 @@ class Talk:
         return str(self.memory.report()) if self.memory.get_seq_length() else self.held()
 
     def save(self, path: str, how: str = SIZE) -> str:
-        """Keep the talk in a file; what to say of it. how: a size, as in `longwave.save`, or "exact"."""
+        """Keep the talk in a file; what to say of it. how: a size, as in `longwave.save`, or "exact".
+
+        What is coded are the K and V that the cache holds. Where it has dropped or merged some the model reads again.
+        """
         import longwave
         from longwave.budget import human
+        from longwave.saved.container import check_place
+        from longwave.saved.settling import can_settle
+
+        check_place(Path(path))
+        about, cost, began = {"chat": True, "answered": self.answered}, "", time.perf_counter()
+        if how == "exact":
+            if not self.memory.get_seq_length() and self.ids.shape[1]:
+                memory = self.fresh()
+                self._read(memory, self.ids)
+                self.memory = memory
+            written = longwave.save(self.memory, self.ids, path, exact=True, about=about)
+        elif not can_settle(self.memory, next(self.memory.memory_layers()).needs):
+            raise ValueError(f"{self.memory.method} needs more of a text than a coded file has: /save {path} exact")
+        elif self._whole():
+            with waiting(f"writing {path}"):
+                written = longwave.save(self.memory, self.ids, path, size=how, tokenizer=self.tokenizer, about=about)
+        else:
+            coder, chunk = (
+                coder_for(self.memory, self.model, self.tokenizer, how),
+                self.choice.get("prefill_chunk_size"),
+            )
+            with reading(self.model, self.ids.shape[1], chunk):
+                written = code_prefix(self.model, self.memory, self.ids, Path(path), how, coder, chunk, about)
+            cost = f"; {self.ids.shape[1]:,} tokens read again in {time.perf_counter() - began:.1f} s"
+        return f"{path}: {human(written)}{cost}"
+
+    def _whole(self) -> bool:
+        """Whether the cache can give K and V of every token; so it can where nothing is to be read again."""
         from longwave.saved.coded import whole
 
-        if not self.memory.get_seq_length() and self.ids.shape[1]:
-            memory = self.fresh()
-            self._read(memory, self.ids)
-            self.memory = memory
-        about = {"chat": True, "answered": self.answered}
-        if how != "exact":
-            try:
-                whole(self.memory)
-            except ValueError as error:
-                raise ValueError(f"{error}: /save {path} exact") from None
-        kept: dict[str, Any] = {"exact": True} if how == "exact" else {"size": how, "tokenizer": self.tokenizer}
-        with waiting(f"writing {path}"):
-            written = longwave.save(self.memory, self.ids, path, about=about, **kept)
-        return f"{path}: {human(written)}, dense {human(self.memory.report().dense_nbytes)}"
+        if not self.memory.get_seq_length():
+            return not self.ids.shape[1]
+        try:
+            whole(self.memory)
+        except ValueError:
+            return False
+        return True
 
     def load(self, path: str) -> str:
         """Go on with a talk that was kept, or with a text that `longwave generate --save-prefix` kept; what to say.

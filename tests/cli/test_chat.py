@@ -179,11 +179,22 @@ def test_what_goes_wrong_leaves_the_talk(talk, expected, tmp_path):
     assert not (tmp_path / "talk").exists()
 
 
-def test_what_has_dropped_tokens_is_saved_exactly(talk, tmp_path):
+def test_what_dropped_tokens_is_read_again_to_be_coded(talk, codecs, tmp_path):
+    """The file holds the K and V of the model, not what the method left of them."""
+    path = tmp_path / "talk"
+    streaming = ["--method", "streaming", "-o", "window=40"]
+    _, held, said = talk("y" * 300, f"/save {path} 0.15", "And?", more=streaming)
+    assert re.search(rf"{path}: [\d.]+ KiB; {int(held[1].split()[0]) + 1} tokens read again in \d+\.\d s\n", said)
+    more, there, _ = talk(f"/load {path}", "And?", more=DENSE)
+    assert there[1].startswith(f"{int(held[1].split()[0]) + 1} tokens in ")
+    assert len(more[1]) == NEW
+
+
+def test_what_needs_more_than_a_coded_file_has_is_saved_exactly(talk, tmp_path):
     path = tmp_path / "talk"
     h2o = ["--method", "h2o", "--budget", "0.2", "-o", "window=16"]
     _, _, said = talk("y" * 300, f"/save {path}", more=h2o)
-    assert f"has dropped tokens, whose K and V are not to be had: save with exact=True: /save {path} exact" in said
+    assert "needs more of a text than a coded file has: /save" in said
     assert not path.exists()
 
 

@@ -73,6 +73,7 @@ def test_help_comes_within_a_second():
         (["generate", "Hello", "--method", "furier"], "did you mean 'fourier'?"),
         (["chat", "-o", "segmnt=3"], "fourier has no option 'segmnt'"),
         (["inspect", "--budget", "lots"], "'lots'"),
+        (["demo", "--budget", "lots"], "'lots'"),
         (["calibrate", "smollm2", "--out", "x", "--dtype", "int8"], "dtype is one of"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -5,6 +5,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM, TextStreamer
 from typer.testing import CliRunner
 
@@ -240,6 +241,23 @@ def test_ctrl_c_twice_forgets_the_question(talk, expected, interrupted, tmp_path
     assert signal.getsignal(signal.SIGINT) == handler
 
 
+def test_an_error_in_an_answer_loses_the_question(talk, expected, monkeypatch):
+    """Half an answer is read by then: what was said before is read again."""
+    put, seen = TextStreamer.put, []
+
+    def failing(self, value):
+        put(self, value)
+        seen.append(value)
+        if len(seen) == NEW + 4:
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(TextStreamer, "put", failing)
+    answers, prompts, said = talk("What?", "And what is not?", "And?")
+    assert [answers[0], answers[2]] == expected("What?", "And?")
+    assert prompts[2] == f"{len('<user>What?</><assistant>') + NEW} tokens to read again"
+    assert "longwave: Tried to allocate 9 GiB." in said
+
+
 def test_ctrl_c_forgets_a_line(talk, expected, monkeypatch):
     typed = iter([KeyboardInterrupt, "What?", EOFError])
 
@@ -342,7 +360,9 @@ def test_an_exact_file_brings_its_method(talk, tmp_path):
 
 
 def test_orders_are_listed(talk):
-    _, _, said = talk("/help", "/bytes", "What?", "/bytes")
+    _, prompts, said = talk("/help", "/method kivi:group=8", "/bytes", "What?", "/bytes")
+    assert prompts[2] == "nothing read"
+    assert "\nkivi(K 4 V 4 bits, group=8, sinks=4, window=256)\n" in said
     assert all(f"\n{order}" in said for order in ORDERS)
     assert "\nnothing read\n" in said
     assert "bytes held" in said

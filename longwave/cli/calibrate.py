@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from longwave.cli.common import Device, Dtype, Json, MethodName, OptionList, load_model, read_document, read_method
+from longwave.cli.common import Device, Dtype, Json, MethodName, OptionList, Source, read_document, read_method
 from longwave.cli.console import progress, show_json, user_errors
 
 
@@ -35,7 +35,7 @@ def command(
         chosen = read_method(method, option, dtype=dtype)
         from longwave.methods import METHODS
         from longwave.plan.automatic import own_texts
-        from longwave.plan.calibrate import calibrate
+        from longwave.plan.calibrate import calibrate, check_asked
 
         if not chosen.uses_profile:
             users = [name for name, cls in METHODS.items() if cls.uses_profile]
@@ -45,11 +45,13 @@ def command(
         if out.is_dir():
             raise ValueError(f"{out} is a folder: name the file to write the profile to")
         texts = [read_document(path) for path in text] if text else own_texts()[:windows]
-        loaded, tokenizer = load_model(model, device, dtype)
+        source = Source(model, device, dtype)
+        check_asked(source.skeleton, texts, chosen, tokens, windows, scored, probes, batch)
+        loaded = source.load()
         with progress("measuring") as advance:
             profile = calibrate(
                 loaded,
-                tokenizer,
+                source.tokenizer,
                 texts,
                 chosen,
                 tokens,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,11 +26,14 @@ from longwave.cli.common import (
     read_method,
 )
 from longwave.cli.console import say, user_errors
+from longwave.cli.orders import QUIT, obey
 from longwave.cli.prefix import prefix_ids
 from longwave.cli.reading import reading
-from longwave.cli.talk import SIZE, Talk
+from longwave.cli.talk import Talk
+from longwave.cli.typed import history, lines
+from longwave.fetch import cache_folder
 
-ORDERS = f"/save PATH [SIZE or exact; else {SIZE} of 16-bit bytes], /load PATH, /quit; Ctrl-C ends an answer"
+HISTORY = "chat-history"  # in longwave's cache folder
 
 
 def command(
@@ -39,7 +41,7 @@ def command(
         str, typer.Argument(help='Hub id, local path, or "smollm2" (a small model, fetched once).')
     ] = "smollm2",
     file: Annotated[list[Path] | None, typer.Option("--file", "-f", help="A document to talk about; repeats.")] = None,
-    method: MethodName = "dense",  # of which the codec has K and V; what merges or drops tokens is saved exactly
+    method: MethodName = "fourier",
     budget: Budget = None,
     profile: ProfilePath = None,
     measure: Measure = True,
@@ -64,13 +66,12 @@ def command(
         chosen = read_method(method, option, budget, dtype)
         import torch
 
+        from longwave.methods import Bound
         from longwave.plan.profile import Profile
         from longwave.shape import context_limit
 
         measured = Profile.load(profile) if profile is not None else None
         source = Source(model, device, dtype, extend_to, extend_rule)
-        if not source.tokenizer.chat_template:
-            raise ValueError("this tokenizer has no chat template, so its model knows no turns: use longwave generate")
         documents = prefix_ids(source.tokenizer, text, True) if text else None
         if documents is not None:
             source.check_length(documents.shape[1], 1)
@@ -79,72 +80,49 @@ def command(
         loaded = source.load()
         torch.manual_seed(seed)
 
-        def fresh() -> Any:
-            return source.cache(loaded, chosen, budget, measured, limit, measure)
+        def build(method: Any, budget: Any) -> Any:
+            if isinstance(method, Bound):  # of a file: all is decided
+                return source.cache(loaded, method, None, None, None, measure)
+            source.check(method, budget, limit)
+            profile = measured if method is chosen or method.uses_profile else None
+            return source.cache(loaded, method, budget, profile, limit, measure)
 
-        talk = Talk(loaded, source.tokenizer, fresh, limit, max_new_tokens, choice)
+        talk = Talk(loaded, source.tokenizer, build, chosen, budget, limit, max_new_tokens, choice)
+        say(f"{model}: the talk is held by {talk.memory.method}; /method and /budget change that, /help says more")
+        if not source.tokenizer.chat_template:
+            say("its tokenizer has no chat template: it goes on with the text that you type")
         if documents is not None:
-            with reading(loaded, documents.shape[1], prefill_chunk):
-                talk.read(documents)
-        say(ORDERS)
-        for line in lines(talk.held):
-            before = talk.memory.get_seq_length()
-            try:
-                if line.startswith("/"):
-                    if line.split() == ["/quit"]:
-                        return
-                    say(order(talk, line))
-                else:
-                    answer(talk, line)
-            except (ValueError, NotImplementedError, OSError) as error:
-                if talk.memory.get_seq_length() != before:  # half an answer is read: this talk is over
+            talk.read(documents)
+        with history(cache_folder() / HISTORY):
+            for line in lines(talk.held):
+                if line == QUIT:
+                    return
+                try:
+                    say(obey(talk, line)) if line.startswith("/") else answer(talk, line)
+                except BrokenPipeError:
                     raise
-                say(f"longwave: {error}")
-
-
-def lines(held: Callable[[], str]) -> Iterator[str]:
-    """What is typed, until it ends. Ctrl-C forgets a line."""
-    while True:
-        try:
-            line = input(f"[{held()}] > ").strip()
-        except (EOFError, KeyboardInterrupt) as end:
-            print()
-            if isinstance(end, EOFError):
-                return
-            continue
-        if line:
-            yield line
-
-
-def order(talk: Talk, line: str) -> str:
-    """Do what a line with a slash says; what to answer. ValueError for what there is not."""
-    orders: dict[str, tuple[Callable[..., str], range]] = {
-        "/save": (talk.save, range(1, 3)),
-        "/load": (talk.load, range(1, 2)),
-    }
-    name, *given = shlex.split(line)
-    do, counts = orders.get(name, (None, range(0)))
-    if do is None or len(given) not in counts:
-        raise ValueError(f"there is {ORDERS}")
-    try:
-        return do(*given)
-    except KeyboardInterrupt:  # files and talks change whole or not at all
-        return "stopped"
+                except (ValueError, TypeError, NotImplementedError, OSError, torch.OutOfMemoryError) as error:
+                    say(f"longwave: {error}")
 
 
 def answer(talk: Talk, question: str) -> None:
-    """Print the answer as it comes."""
+    """Print the answer as it comes. Ctrl-C ends it behind the token under way; pressed again it ends at once, and then
+    the question was not asked."""
     from transformers import TextStreamer
 
     ids = talk.ask(question)
     new = ids.shape[1] - talk.memory.get_seq_length()
     streamer = TextStreamer(talk.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with interruptible() as stop, reading(talk.model, new, talk.choice.get("prefill_chunk_size")) as done:
-        talk.answer(ids, streamer, [Read(done)], [stop])
+    try:
+        with interruptible() as stop, reading(talk.model, new, talk.choice.get("prefill_chunk_size")) as done:
+            talk.answer(ids, streamer, [Read(done)], [stop])
+    except KeyboardInterrupt:
+        print()
+        say("stopped at once: this question and its answer are forgotten")
 
 
 class Stop:
-    """A stopping criterion: the first Ctrl-C ends an answer behind the token under way. A second one is Python's."""
+    """A stopping criterion: the first Ctrl-C ends an answer behind the token under way, a second one raises."""
 
     wanted = False
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from longwave.budget import parse_budget
 from longwave.checks import jsonable, read_text
 from longwave.cli.common import load_model
 from longwave.cli.console import progress, show_table, stderr, user_errors, waiting
@@ -46,7 +47,8 @@ def command(
 
 def run(out: Path, document: Path | None, budgets: list[str], seed: int) -> None:
     """Print one table and write report.html, samples.jsonl and demo.json to `out`."""
-    from longwave.budget import parse_budget
+    for given in budgets:
+        parse_budget(given)
     from longwave.evals.data import pydoc_haystack
     from longwave.evals.fork import needs_of, prefill
     from longwave.evals.recipe import Recipe, evaluate, make_methods
@@ -55,8 +57,6 @@ def run(out: Path, document: Path | None, budgets: list[str], seed: int) -> None
 
     began = time.perf_counter()
     text = read_text(document, blank=False) if document else pydoc_haystack()
-    for given in budgets:
-        parse_budget(given)
     source = repr(str(document)) if document else "pydoc"  # a path may hold a comma
     tasks = NEEDLES.format(source), LOSS.format(source)
     methods = ("dense", *(f"fourier:budget={budget}" for budget in dict.fromkeys(budgets)))

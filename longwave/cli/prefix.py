@@ -39,7 +39,10 @@ def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Any:
 
 
 def turn_ids(tokenizer: Any, prompt: str) -> Any:
-    """Of a prompt that follows an answer in a chat template, and of what ends the answer before it."""
+    """Of a prompt that follows an answer in a chat template, and of what ends the answer before it. Without a template
+    it begins a paragraph."""
+    if not tokenizer.chat_template:
+        return ids_of(tokenizer, f"\n\n{prompt}", first=False)
     _, place, after = filled_in(tokenizer, "?", _PLACE, prompt).partition(_PLACE)
     if not place:
         raise ValueError("this tokenizer's chat template does not leave an answer as it is: a talk cannot go on")
@@ -102,21 +105,30 @@ def keep_prefix(
     `coder`; the cache is then filled from the file, so that it holds what `--prefix` will find in it. chunk: read in
     passes of so many tokens; what is coded is coded behind each."""
     import longwave
-    from longwave.frame import Needs, observing
-    from longwave.saved import read_coded
 
     if size is None:
         read_prefix(model, memory, ids, chunk)
         longwave.save(memory, ids, path, exact=True, about=about)
         return
+    code_prefix(model, memory, ids, path, size, coder, chunk, about)
+    longwave.restore(model, path, memory, coder=coder)
+
+
+def code_prefix(
+    model: Any, memory: Any, ids: Any, path: Path, size: str, coder: Any, chunk: int | None, about: dict[str, Any]
+) -> int:
+    """Read ids, and write a file from which caches such as `memory` can be filled; its bytes. All as in
+    `keep_prefix`."""
+    import longwave
+    from longwave.frame import Needs, observing
+    from longwave.saved import read_coded
+
     asked = next(memory.memory_layers()).needs
     needs = Needs(queries=asked.queries, every=asked.every)
-    if chunk is None:
-        read_prefix(model, dense := observing(model, needs), ids, None)
-        longwave.save(dense, ids, path, size=size, coder=coder, about=about)
-    else:
-        read_coded(model, ids, path, size=size, chunk=chunk, coder=coder, needs=needs, about=about)
-    longwave.restore(model, path, memory, coder=coder)
+    if chunk is not None:
+        return read_coded(model, ids, path, size=size, chunk=chunk, coder=coder, needs=needs, about=about)
+    read_prefix(model, dense := observing(model, needs), ids, None)
+    return longwave.save(dense, ids, path, size=size, coder=coder, about=about)
 
 
 def is_chat(kept: Any) -> bool:

@@ -60,6 +60,31 @@ def channel_errors(layers: Sequence[MemoryLayer], method: Any) -> tuple[torch.Te
     return torch.stack(errors[0]), torch.stack(errors[1])
 
 
+def check_asked(
+    model: PreTrainedModel,
+    texts: Sequence[str],
+    method: Any,
+    tokens: int,
+    windows: int,
+    scored: int,
+    probes: int,
+    batch: int,
+) -> None:
+    """Raise what `calibrate` would raise of its arguments, as far as a model without weights can tell."""
+    check_supported(model)
+    if not texts or not any(text.strip() for text in texts):
+        raise ValueError("there is no text to measure on")
+    limit = context_limit(model)
+    if limit is not None and tokens > limit:
+        raise ValueError(f"windows of {tokens} tokens exceed the model's context of {limit}")
+    if windows < len(texts):
+        raise ValueError(f"{len(texts)} texts need at least as many windows, got {windows}")
+    for name, value in (("batch", batch), ("probes", probes), ("scored", scored)):
+        whole(name, value, 1)
+    if hasattr(method, "page") and tokens - scored < 2:
+        raise ValueError(f"of {tokens} tokens a window cannot have {scored} scored: some must be left to compress")
+
+
 def calibrate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -79,16 +104,7 @@ def calibrate(
     `scored` tokens of each are scored, by `probes` backward passes. fourier-paper: the error of every channel.
     batch: windows held at once. progress gets parts done and in all.
     """
-    check_supported(model)
-    if not texts or not any(text.strip() for text in texts):
-        raise ValueError("there is no text to measure on")
-    limit = context_limit(model)
-    if limit is not None and tokens > limit:
-        raise ValueError(f"windows of {tokens} tokens exceed the model's context of {limit}")
-    if windows < len(texts):
-        raise ValueError(f"{len(texts)} texts need at least as many windows, got {windows}")
-    for name, value in (("batch", batch), ("probes", probes), ("scored", scored)):
-        whole(name, value, 1)
+    check_asked(model, texts, method, tokens, windows, scored, probes, batch)
     shape = CacheShape.of(model.config.get_text_config(decoder=True), model.dtype)
     about = {
         "id": model_id or getattr(model.config, "_name_or_path", ""),
@@ -97,8 +113,6 @@ def calibrate(
     options = {"name": method.name, **{option.name: getattr(method, option.name) for option in fields(method)}}
     text: dict[str, Any] = {"sha256": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
     if hasattr(method, "page"):
-        if tokens - scored < 2:
-            raise ValueError(f"of {tokens} tokens a window cannot have {scored} scored: some must be left to compress")
         asked = windows // 3
         rows = recall.windows(tokenizer, texts, tokens - scored - 1, scored, windows - asked, asked)
         found = probe.measure(model, rows, method, probes, batch=batch, progress=progress)

@@ -18,12 +18,12 @@ from longwave.frame.observe import Queries
 from longwave.frame.parked import give_states
 from longwave.methods import Bound, Method
 from longwave.saved.binding import unpack
-from longwave.saved.coded import Coded, whole
+from longwave.saved.coded import Coded
 from longwave.saved.container import Reader, SavedCacheError
 from longwave.saved.identity import check_identity
 from longwave.saved.look import where
 from longwave.saved.saving import coder_at
-from longwave.saved.settling import Prompt, device_of, settle_into
+from longwave.saved.settling import Prompt, device_of, prompt_of, settle_into
 from longwave.shape import CacheShape, check_supported
 from longwave.store.state import State, within
 
@@ -70,7 +70,7 @@ def restore(
             cache = _exact(model, shape, facts, tensors, states, path)
             if method is not None:
                 cache = _settled(
-                    model, method, budget, tokenizer, options, _prompt_of(cache, tensors["ids"], states, path)
+                    model, method, budget, tokenizer, options, prompt_of(cache, tensors["ids"], states, path)
                 )
         else:
             if coder is None and (kept := kept_codec(model)) is not None:
@@ -139,18 +139,6 @@ def _filled(model: PreTrainedModel, empty: LongCache, prompt: Prompt) -> LongCac
         empty.reset()
         raise
     return empty
-
-
-def _prompt_of(cache: LongCache, ids: torch.Tensor, states: list[State], path: Path) -> Prompt:
-    """An exact cache as what another method settles."""
-    try:
-        whole(cache)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be settled into another method, restore it without one: {error}") from error
-    layers = list(cache.memory_layers())
-    return Prompt(
-        ids, cache.mask(), states, lambda i, device: layers[i].materialize(), [x.queries for x in layers], path
-    )
 
 
 def _coded_prompt(coded: Coded, facts: Mapping[str, Any], ids: torch.Tensor, states: list[State], path: Path) -> Prompt:

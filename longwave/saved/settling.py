@@ -14,6 +14,7 @@ from longwave.frame.attention import own_arithmetic
 from longwave.frame.beside import Beside
 from longwave.frame.observe import Queries
 from longwave.frame.others import load_own_state
+from longwave.saved.coded import whole
 from longwave.store.state import within
 
 
@@ -32,6 +33,18 @@ class Prompt:
     layer: Callable[[int, torch.device], tuple[torch.Tensor, torch.Tensor]]
     queries: list[Queries | None]
     path: Any
+
+
+def prompt_of(cache: LongCache, ids: torch.Tensor, states: list[Any], path: Any) -> Prompt:
+    """What a cache holds as what another method settles: see `Prompt`. ValueError where K and V are not to be had."""
+    try:
+        whole(cache)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be settled into another method, restore it without one: {error}") from error
+    layers = list(cache.memory_layers())
+    return Prompt(
+        ids, cache.mask(), states, lambda i, device: layers[i].materialize(), [x.queries for x in layers], path
+    )
 
 
 def device_of(model: PreTrainedModel, index: int) -> torch.device:
@@ -54,6 +67,16 @@ def check_needs(empty: LongCache, path: Any) -> Needs:
             "the text again, or restore into dense, fourier, kivi, snapkv, streaming or quest"
         )
     return needs
+
+
+def can_settle(cache: LongCache, needs: Needs) -> bool:
+    """Whether all that `needs` names of a text can be had from the K and V of a cache that has read it."""
+    return not needs.in_passing and (not needs.queries or _goes_back(cache))
+
+
+def _goes_back(cache: LongCache) -> bool:
+    """Whether no layer has moved on from where last tokens could be read once more."""
+    return all(isinstance(layer, MemoryLayer) and not isinstance(layer, Beside) for layer in cache.layers)
 
 
 def settle_into(model: PreTrainedModel, empty: LongCache, prompt: Prompt) -> None:
@@ -117,7 +140,7 @@ def _ask_again(model: PreTrainedModel, needs: Needs, prompt: Prompt) -> list[Que
     All layers are dense while it reads. ValueError where layers of other kinds have moved on by then.
     """
     dense = observing(model, Needs(queries=needs.queries, every=needs.every))
-    if any(not isinstance(layer, MemoryLayer) or isinstance(layer, Beside) for layer in dense.layers):
+    if not _goes_back(dense):
         raise ValueError(
             f"the method needs queries of the last tokens, {prompt.path} has none, and this model's sliding or "
             "recurrent layers do not go back to where they could be asked again: save from a cache of "

@@ -5,10 +5,12 @@ import shutil
 import signal
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM, TextStreamer
 from typer.testing import CliRunner
 
 from longwave.cli import app
+from longwave.cli.orders import ORDERS
 from longwave.saved import look
 from tests.cli.calls import SEGMENTS, TEXT, refused
 
@@ -17,7 +19,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 NEW = 12
-PROMPT = r"\[(nothing read|[\d,]+ tokens in [^\]]*)\] > "
+DENSE = ["--method", "dense"]
+PROMPT = r"\[(nothing read|[\d,]+ tokens [^\]]*)\] > "
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def talk(place):
     """What a talk prints: (answers, prompt lines, stderr) for what is typed."""
 
     def run(*typed, more=(), end=True):
-        given = ["chat", place, "--max-new-tokens", NEW, *more]
+        given = ["chat", place, "--max-new-tokens", NEW, "--no-measure", *more]
         lines = "".join(f"{line}\n" for line in typed)
         result = CliRunner().invoke(app, [str(part) for part in given], input=lines)
         assert (result.exit_code == 0) == end, (result.stderr, result.exception)
@@ -73,7 +76,8 @@ def test_turns_are_those_of_the_template(talk, expected):
     first = len("<user>What is blue?</><assistant>") + NEW - 1  # the last new token is not read
     assert held[:2] == [first, first + len("</><user>And what is not?</><assistant>") + NEW]
     assert prompts[1].startswith(f"{first} tokens in ")
-    assert "/save PATH" in said
+    assert "the talk is held by fourier(" in said
+    assert "plan for 0.25" in said
 
 
 def test_documents_come_first(talk, expected, tmp_path):
@@ -88,7 +92,7 @@ def test_documents_come_first(talk, expected, tmp_path):
 
 
 def test_a_method_holds_less(talk):
-    fourier = ["--method", "fourier", "--budget", "0.3", "--no-measure", *SEGMENTS]
+    fourier = ["--method", "fourier", "--budget", "0.3", *SEGMENTS]
     _, prompts, _ = talk("x" * 300, "/quit", more=fourier)
     found = re.fullmatch(r"\d+ tokens in ([\d.]+) KiB, dense ([\d.]+) KiB", prompts[1])
     assert float(found[1]) < 0.7 * float(found[2])
@@ -109,7 +113,7 @@ def test_an_end_of_turn_is_the_templates(place, talk, expected, tmp_path):
 
 def test_save_and_load_exactly(talk, tmp_path):
     path = tmp_path / "my talk"
-    fourier = ["--method", "fourier", "--budget", "0.3", "--no-measure", *SEGMENTS]
+    fourier = ["--method", "fourier", "--budget", "0.3", *SEGMENTS]
     question = "y" * 200
     whole, held, _ = talk(question, f"/save '{path}' exact", "And?", more=fourier)
     again, there, said = talk(f"/load '{path}'", "And?")  # its method comes with it
@@ -121,15 +125,13 @@ def test_save_and_load_exactly(talk, tmp_path):
 
 def test_save_and_load_coded(talk, codecs, tmp_path):
     path = tmp_path / "talk"
-    whole, held, said = talk("y" * 300, f"/save {path} 0.15", "And?")
+    whole, held, said = talk("y" * 300, f"/save {path} 0.15", "And?", more=DENSE)
     assert (look(path).kind, look(path).rows) == ("coded", [int(held[1].split()[0])])
     assert f"{path}: " in said
-    again, there, _ = talk(f"/load {path}", "And?")
+    again, there, _ = talk(f"/load {path}", "And?", more=DENSE)
     assert there[1:3] == held[2:4]
     assert len(again[1]) == len(whole[2])
-    _, there, _ = talk(
-        f"/load {path}", "And?", more=["--method", "fourier", "--budget", "0.3", "--no-measure", *SEGMENTS]
-    )
+    _, there, _ = talk(f"/load {path}", "And?", more=["--method", "fourier", "--budget", "0.3", *SEGMENTS])
     assert there[1] != held[2]  # the talk's own method took it
     assert "is a talk: /load it" in refused("generate", "What?", "--prefix", path, "--max-new-tokens", 2)
 
@@ -154,7 +156,8 @@ def test_what_goes_wrong_leaves_the_talk(talk, expected, tmp_path):
         f"/save {tmp_path / 'talk'} much",
         "/save",
         "/save 'a",
-        "/help",
+        "/talk",
+        "/quit now",
         "z" * 500,
         "",
         "And?",
@@ -165,8 +168,10 @@ def test_what_goes_wrong_leaves_the_talk(talk, expected, tmp_path):
         "is not a saved cache",
         "there is no folder",
         "a budget is a fraction",
-        "there is /save PATH",
+        "/save is followed by PATH [SIZE or exact]",
         "No closing quotation",
+        "there is no /talk: /help lists what there is",
+        "/quit is followed by nothing",
         "leave no room for an answer in the model's context of 512",
     ):
         assert words in said
@@ -175,11 +180,22 @@ def test_what_goes_wrong_leaves_the_talk(talk, expected, tmp_path):
     assert not (tmp_path / "talk").exists()
 
 
-def test_what_has_dropped_tokens_is_saved_exactly(talk, tmp_path):
+def test_what_dropped_tokens_is_read_again_to_be_coded(talk, codecs, tmp_path):
+    """The file holds the K and V of the model, not what the method left of them."""
+    path = tmp_path / "talk"
+    streaming = ["--method", "streaming", "-o", "window=40"]
+    _, held, said = talk("y" * 300, f"/save {path} 0.15", "And?", more=streaming)
+    assert re.search(rf"{path}: [\d.]+ KiB; {int(held[1].split()[0]) + 1} tokens read again in \d+\.\d s\n", said)
+    more, there, _ = talk(f"/load {path}", "And?", more=DENSE)
+    assert there[1].startswith(f"{int(held[1].split()[0]) + 1} tokens in ")
+    assert len(more[1]) == NEW
+
+
+def test_what_needs_more_than_a_coded_file_has_is_saved_exactly(talk, tmp_path):
     path = tmp_path / "talk"
     h2o = ["--method", "h2o", "--budget", "0.2", "-o", "window=16"]
     _, _, said = talk("y" * 300, f"/save {path}", more=h2o)
-    assert f"has dropped tokens, whose K and V are not to be had: save with exact=True: /save {path} exact" in said
+    assert "needs more of a text than a coded file has: /save" in said
     assert not path.exists()
 
 
@@ -213,12 +229,33 @@ def test_ctrl_c_ends_an_answer_and_not_the_talk(talk, expected, interrupted):
     assert int(prompts[2].split()[0]) == int(prompts[1].split()[0]) + 1 + len("</><user>And?</><assistant>") + NEW - 1
 
 
-def test_ctrl_c_twice_ends_the_talk(talk, interrupted):
+def test_ctrl_c_twice_forgets_the_question(talk, expected, interrupted, tmp_path):
+    """An answer that ends at once leaves layers that differ: what was said before is read again."""
     handler = signal.getsignal(signal.SIGINT)
-    interrupted(3, times=2)
-    answers, _, _ = talk("What?", "And?", end=False)
-    assert len(answers) == 1
+    interrupted(NEW + 4, times=2)  # within the second answer
+    answers, prompts, said = talk("What?", "And what is not?", f"/save {tmp_path / 'talk'} exact", "And?")
+    assert [answers[0], answers[-2]] == expected("What?", "And?")
+    assert prompts[2] == f"{len('<user>What?</><assistant>') + NEW} tokens to read again"
+    assert prompts[3].startswith(f"{len('<user>What?</><assistant>') + NEW} tokens in ")
+    assert "this question and its answer are forgotten" in said
     assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_an_error_in_an_answer_loses_the_question(talk, expected, monkeypatch):
+    """Half an answer is read by then: what was said before is read again."""
+    put, seen = TextStreamer.put, []
+
+    def failing(self, value):
+        put(self, value)
+        seen.append(value)
+        if len(seen) == NEW + 4:
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB.")
+
+    monkeypatch.setattr(TextStreamer, "put", failing)
+    answers, prompts, said = talk("What?", "And what is not?", "And?")
+    assert [answers[0], answers[2]] == expected("What?", "And?")
+    assert prompts[2] == f"{len('<user>What?</><assistant>') + NEW} tokens to read again"
+    assert "longwave: Tried to allocate 9 GiB." in said
 
 
 def test_ctrl_c_forgets_a_line(talk, expected, monkeypatch):
@@ -238,12 +275,97 @@ def test_ctrl_c_forgets_a_line(talk, expected, monkeypatch):
 
 def test_what_is_refused_before_the_talk(place, folder, tmp_path):
     (tmp_path / "long").write_text(TEXT)
-    assert "has no chat template" in refused("chat", folder)
     assert "exceed this model's context of 512" in refused("chat", place, "--file", tmp_path / "long")
     assert "absent" in refused("chat", place, "--file", tmp_path / "absent")
     assert "give a --temperature" in refused("chat", place, "--top-k", 3)
     assert "the command has one model, and speckv" in refused("chat", place, "--method", "speckv")
     assert "smallest that fourier can do" in refused("chat", place, "--method", "fourier", "--budget", "1KB", *SEGMENTS)
+
+
+def test_a_model_without_a_template_goes_on_with_the_text(folder, tokenizer, tmp_path):
+    (tmp_path / "text").write_text(TEXT[:60])
+    typed = ["chat", folder, "--file", tmp_path / "text", "--no-measure", "--max-new-tokens", 5]
+    kept = f"/save {tmp_path / 'talk'} exact\n/load {tmp_path / 'talk'}"
+    result = CliRunner().invoke(app, [str(part) for part in typed], input=f"Is it?\n{kept}\nSure?\n")
+    assert "no chat template: it goes on with the text that you type" in result.stderr
+    model, text, answers = LlamaForCausalLM.from_pretrained(folder), TEXT[:60], []
+    for question in ("Is it?", "Sure?"):
+        ids = tokenizer(f"{text}\n\n{question}", return_tensors="pt").input_ids
+        out = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+        answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        text = tokenizer.decode(out[0], skip_special_tokens=True)
+    shown = re.split(PROMPT, result.stdout)[2::2]
+    assert [shown[0].removesuffix("\n"), shown[3].removesuffix("\n")] == answers
+
+
+KIVI = ["--method", "kivi", "-o", "group=8", "-o", "window=16"]
+SNAPKV = ["--method", "snapkv", "--budget", "0.3", "-o", "window=16"]
+H2O = ["--method", "h2o", "--budget", "0.3", "-o", "window=16"]
+FOURIER = ["--method", "fourier", "--budget", "0.5", *SEGMENTS]
+
+
+@pytest.mark.parametrize(
+    ("before", "order", "how", "after"),
+    [
+        (DENSE, "/method kivi:group=8,window=16", "settled from the dense cache", KIVI),
+        (DENSE, "/method snapkv:budget=0.3,window=16", "settled from the dense cache", SNAPKV),
+        (DENSE, "/method h2o:budget=0.3,window=16", "read again", H2O),
+        (KIVI, "/method dense", "read again", DENSE),
+        (FOURIER, "/budget 0.3", "read again", [*FOURIER, "--budget", "0.3"]),
+    ],
+    ids=["kivi", "snapkv", "h2o", "dense", "fourier"],
+)
+def test_another_method_holds_what_was_said(talk, tmp_path, before, order, how, after):
+    """As if it had read the text itself; both are told in tokens and seconds."""
+    (tmp_path / "text").write_text(TEXT[:250])
+    file = ["--file", tmp_path / "text"]
+    shown, prompts, said = talk(order, "Is it?", more=[*file, *before])
+    there, held, _ = talk("Is it?", more=[*file, *after])
+    assert re.search(rf"; {prompts[0].split()[0]} tokens {how} in \d+\.\d s\n", said)
+    assert prompts[1:] == held
+    assert prompts[0] != prompts[1]
+    assert shown[1] == there[0]
+
+
+def test_a_method_that_cannot_be_loses_nothing(talk, expected):
+    orders = ["/method furier", "/method fourier:segmnt=3", "/method speckv", "/method kivi:segment=1", "/budget lots"]
+    orders += ["/budget 0.001", "/budget 1KB", "/method dense:budget=0.5", "/budget", "/method a:b"]
+    answers, prompts, said = talk("What?", *orders, "/method", "And?")
+    for words in (
+        "did you mean 'fourier'?",
+        "did you mean 'segment'?",
+        "the command has one model",
+        "segment",
+        "'lots'",
+        "less than fourier can do",
+        "the smallest that fourier can do is",
+        "dense keeps everything",
+        "/budget is followed by FRACTION or SIZE",
+        "an option is NAME=VALUE",
+    ):
+        assert words in said
+    assert len(set(prompts[1:-1])) == 1
+    assert [answers[0], answers[-2]] == expected("What?", "And?")
+
+
+def test_an_exact_file_brings_its_method(talk, tmp_path):
+    """And its budget can be changed as that of the talk's own."""
+    path = tmp_path / "talk"
+    talk("y" * 200, f"/save {path} exact", more=FOURIER)
+    _, prompts, said = talk(f"/load {path}", "/method", "/budget 0.2", more=DENSE)
+    assert said.count("plan for 0.5") == 2
+    assert "tokens read again in" in said
+    assert float(prompts[3].split()[3]) < float(prompts[2].split()[3])
+    assert float(prompts[1].split()[3]) == float(prompts[2].split()[3])
+
+
+def test_orders_are_listed(talk):
+    _, prompts, said = talk("/help", "/method kivi:group=8", "/bytes", "What?", "/bytes")
+    assert prompts[2] == "nothing read"
+    assert "\nkivi(K 4 V 4 bits, group=8, sinks=4, window=256)\n" in said
+    assert all(f"\n{order}" in said for order in ORDERS)
+    assert "\nnothing read\n" in said
+    assert "bytes held" in said
 
 
 def test_sampling_repeats_with_its_seed(talk):

@@ -71,8 +71,9 @@ def test_help_comes_within_a_second():
         (["generate", "--help"], "fourier-paper"),
         (["methods"], "fourier-paper"),
         (["generate", "Hello", "--method", "furier"], "did you mean 'fourier'?"),
-        (["chat", "-o", "segmnt=3"], "dense has no option 'segmnt'"),
+        (["chat", "-o", "segmnt=3"], "fourier has no option 'segmnt'"),
         (["inspect", "--budget", "lots"], "'lots'"),
+        (["demo", "--budget", "lots"], "'lots'"),
         (["calibrate", "smollm2", "--out", "x", "--dtype", "int8"], "dtype is one of"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -151,6 +152,10 @@ def test_what_is_wrong_is_said_before_weights_are_loaded(folder, text, no_weight
         (["eval", "run", "--method", "fourier:budget=0.001", "--task", "needle"], "less than fourier can do"),
         (["eval", "run", "--method", "dense:budget=0.5", "--task", "needle"], "dense keeps everything"),
         (["eval", "run", "--method", "fourier", "--profile", "absent.json", "--task", "needle"], "no profile at"),
+        (["calibrate", "--tokens", 900], "windows of 900 tokens exceed the model's context of 512"),
+        (["calibrate", "--tokens", 200], "a window cannot have 256 scored"),
+        (["calibrate", "--tokens", 400, "--windows", 1], "need at least as many windows"),
+        (["chat", "--budget", "0.001"], "less than fourier can do"),
         (["demo", "--budget", "lots"], "'lots'"),
     ],
     ids=lambda value: " ".join(map(str, value[:4])) if isinstance(value, list) else "",
@@ -158,9 +163,13 @@ def test_what_is_wrong_is_said_before_weights_are_loaded(folder, text, no_weight
 def test_what_is_wrong_with_one_command_is_said_before_weights_are_loaded(
     folder, text, tmp_path, no_weights, arguments, message
 ):
-    model = [] if arguments[0] == "demo" else ["--model", folder]
-    rest = {"eval": ["--out", tmp_path / "out"], "inspect": ["--file", text, "--tokens", 100]}.get(arguments[0], [])
-    assert message in refused(*arguments, *model, *rest)
+    model = {"demo": [], "chat": [folder], "calibrate": [folder]}.get(arguments[0], ["--model", folder])
+    rest = {
+        "eval": ["--out", tmp_path / "out"],
+        "inspect": ["--file", text, "--tokens", 100],
+        "calibrate": ["--text", text, "--text", text, "--out", tmp_path / "profile.json"],
+    }
+    assert message in refused(*arguments, *model, *rest.get(arguments[0], []))
 
 
 def test_a_model_that_no_cache_serves_is_refused_before_its_weights_are_loaded(folder, no_weights, monkeypatch):

@@ -120,8 +120,8 @@ class Decoder:
                 c = (time @ restore(q.view(count, -1, n), step_of(step), self.dtype).mT).flatten(0, 1)
                 for place, layers in asked:
                     cut = slice(layers.start * width, layers.stop * width)
-                    rows = x[cut.start - before : cut.stop - before]
-                    y = (c @ rows.mT).div_(side.weight[cut]).add_(side.predicted(tokens, cut))
+                    rows = x[cut.start - before : cut.stop - before] / side.weight[cut, None]
+                    y = torch.addmm(side.predicted(tokens, cut), c, rows.mT)
                     y = y.view(count * n, len(layers), self.kv_heads, -1).transpose(0, 1)
                     if side is self.sides[0]:
                         y = self.rotation.layers(slice(layers.start, layers.stop)).rotate(y, places)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from longwave.codec import blob as form
 from longwave.codec.blob import CodecError, Header
 
-THREADS = 8  # that checksums are made by
-MANY = 1 << 22  # bytes that are worth more than one
+THREADS = 8
+MANY = 8  # segments that are worth more than one
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Opener:
-    """Blobs of one codec. fingerprint: its. tokens: of a segment at most. channels: of K in all layers."""
+    """Opens blobs of one codec. fingerprint: its. tokens: of a segment at most. channels: of K in all layers."""
 
     fingerprint: bytes
     tokens: int
@@ -50,12 +50,8 @@ class Opener:
     groups: int
 
     def all(self, blobs: Sequence[Any]) -> list[Opened]:
-        """Those that are not open yet are opened; large ones side by side."""
-        closed = [blob for blob in blobs if not isinstance(blob, Opened)]
-        if len(closed) > 1 and sum(memoryview(blob).nbytes for blob in closed) > MANY:
-            with ThreadPoolExecutor(THREADS) as threads:
-                return list(threads.map(self.one, blobs))
-        return [self.one(blob) for blob in blobs]
+        """Those that are not open yet are opened."""
+        return side_by_side(self.one, blobs)
 
     def one(self, blob: Any) -> Opened:
         """CodecError for whatever is wrong with it that can be known without decoding its parts."""
@@ -72,3 +68,11 @@ class Opener:
             raise CodecError(f"this segment's header is wrong: {header.tokens} tokens, or ids that the model has not")
         raw = 2 * self.channels * header.raw * header.dtype.itemsize
         return Opened(header, ids, *form.split(rest, raw, 0 if header.step is None else self.groups))
+
+
+def side_by_side(work: Callable[..., Any], *given: Sequence[Any]) -> list[Any]:
+    """work(...) of each of many, in threads: checksums of large bytes are made in all of them at once."""
+    if len(given[0]) < MANY:
+        return [work(*one) for one in zip(*given, strict=True)]
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(work, *given))

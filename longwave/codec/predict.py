@@ -70,7 +70,7 @@ class Tokens:
     def times(self, w: Tensor) -> Tensor:
         """[s n, c]: every f_t times w [2r + 1, c]."""
         r = self.own.shape[1]
-        made = (self.own @ w[:r])[self.now] + w[-1]
+        made = torch.addmm(w[-1], self.own, w[:r])[self.now]
         made[:, self.now.shape[1] - self.before.shape[1] :] += (self.own @ w[r:-1])[self.before]
         return made.flatten(0, 1)
 

@@ -75,8 +75,9 @@ class Rotation:
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Keys [L, n, H, D] as cached at int positions [n]; float32, float64 of float64."""
-        cos, sin = self._angles(positions, x.dtype)
-        return (x * cos + x[..., self.partner] * sin) * self.scale[:, None, None].to(x.dtype)
+        scale = self.scale[:, None, None].to(x.dtype)
+        cos, sin = (turn.mul_(scale) for turn in self._angles(positions, x.dtype))
+        return torch.addcmul(x * cos, x[..., self.partner], sin)
 
     def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """The inverse of `rotate`."""

@@ -18,7 +18,7 @@ from longwave.codec.contexts import contexts
 from longwave.codec.decoding import Decoder, Target
 from longwave.codec.fitted import Fitted
 from longwave.codec.given import Given
-from longwave.codec.opened import Opened, Opener
+from longwave.codec.opened import Opened, Opener, side_by_side
 from longwave.codec.placed import Placed
 from longwave.codec.predict import Tokens
 from longwave.codec.quantise import OCTAVE, quantise, step_of
@@ -274,7 +274,9 @@ class SegmentCodec:
             for i, own in zip(left, parts, strict=True):
                 if own is None and step == self.step:
                     _check_finite(given[i])
-                made[i] = self._packed(given[i], step, own)
+            packed = side_by_side(lambda i, own, step=step: self._packed(given[i], step, own), left, parts)
+            for i, blob in zip(left, packed, strict=True):
+                made[i] = blob
             again = [place for place, i in enumerate(left) if not made[i]]
             if not again:
                 return

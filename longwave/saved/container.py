@@ -158,15 +158,14 @@ class Reader:
         """Tensors lie one behind the other, and fill the file."""
         end, held = 0, self.nbytes - self._start
         for name, entry in self.index.items():
-            wrong = SavedCacheError(f"{self.path} is damaged: its header says odd things of {self.what(name)}")
             try:
                 dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
                 fits = all(type(n) is int and n >= 0 for n in (*shape, first, last))
                 size = math.prod(shape) * TYPES[dtype].itemsize
             except (TypeError, KeyError, ValueError):
-                raise wrong from None
+                raise self._odd(name) from None
             if not fits or first != end or last - first != size or len(entry) != 3:
-                raise wrong
+                raise self._odd(name)
             end = last
             if end > held:
                 raise SavedCacheError(
@@ -174,6 +173,9 @@ class Reader:
                 )
         if end != held:
             raise SavedCacheError(f"{self.path} is damaged: {held - end:,} bytes more than it says follow its end")
+
+    def _odd(self, name: str) -> SavedCacheError:
+        return SavedCacheError(f"{self.path} is damaged: its header says odd things of {self.what(name)}")
 
     def what(self, name: str) -> str:
         try:
@@ -187,15 +189,24 @@ class Reader:
         first, last = entry["data_offsets"]
         raw = torch.empty(last - first, dtype=torch.uint8)
         data = raw.numpy().data
-        with self._place:
-            self._file.seek(self._start + first)
-            read = self._file.readinto(data) if last > first else 0  # type: ignore[attr-defined]
+        read = self._read(data, self._start + first) if last > first else 0
         if read != last - first or _digest(name, entry["dtype"], entry["shape"], data) != self.digests[name]:
             raise SavedCacheError(
                 f"{self.path} is damaged in {self.what(name)}: its checksum does not fit. Read the text again"
             )
         dtype = TYPES[entry["dtype"]]
         return raw.view(dtype).reshape(entry["shape"]) if last > first else torch.empty(entry["shape"], dtype=dtype)
+
+    def _read(self, data: memoryview, start: int) -> int:
+        """Fill `data` from byte `start` on, as far as the file goes; how many bytes these are. For several threads."""
+        if not hasattr(os, "preadv"):  # Windows
+            with self._place:
+                self._file.seek(start)
+                return int(self._file.readinto(data))  # type: ignore[attr-defined]
+        done = 0
+        while done < len(data) and (found := os.preadv(self._file.fileno(), [data[done:]], start + done)):
+            done += found
+        return done
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of them, their checksums side by side."""

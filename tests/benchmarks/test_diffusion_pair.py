@@ -93,9 +93,9 @@ def test_a_needle_is_as_deep_as_said(texts):
     for depth in (0, 0.5, 1):
         prompt, value, distance = texts.needle(random.Random(1), 100, depth)
         assert len(prompt) + len(value) == 100
-        end = len(prompt) - distance
-        assert prompt[end - texts.fact_tokens : end] == texts.fact(prompt[-3], value)
-        assert prompt[-len(texts.question(0)) :] == texts.question(prompt[-3])
+        end, name = len(prompt) - distance, prompt[-1 - len(texts.middle)]
+        assert prompt[end - texts.fact_tokens : end] == texts.fact(name, value)
+        assert prompt[-len(texts.question(0)) :] == texts.question(name)
     assert distance == len(texts.question(0))
 
 

@@ -48,7 +48,7 @@ class Terminal:
 
     def type(self, command: str, stdin: str | None = None) -> tuple[str, float]:
         """What a command says, and the seconds it took."""
-        print(f"$ {stdin and 'python' or command}", flush=True)
+        print(f"$ {(stdin and 'python') or command}", flush=True)
         began = time.perf_counter()
         done = subprocess.run(
             ["bash", "-ec", command], cwd=self.folder, env=self.env, input=stdin, capture_output=True, text=True

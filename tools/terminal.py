@@ -1,4 +1,4 @@
-"""docs/terminal.svg: README's first two commands, run, as a terminal shows them. `python tools/terminal.py`, longwave installed."""
+"""docs/terminal.svg: the first two commands of README, run, as a terminal shows them: `python tools/terminal.py`."""
 
 import os
 import shlex

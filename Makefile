@@ -10,7 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all lint quality speed bench endtoend profiles frontier methods clean
+.PHONY: demo test test-all readme site lint quality speed bench endtoend profiles frontier methods clean
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "longwave needs Python 3.11 or newer; try make PYTHON=python3.12"; exit 1; }
@@ -30,8 +30,16 @@ lint: $(VENV)/ready
 test: lint
 	$(PYTEST) -m "not slow"
 
-test-all: lint
+test-all: lint readme site
 	$(PYTEST)
+
+# README as a stranger would type it, of what is committed: a clone, an empty home, its install, code and commands
+readme:
+	$(PYTHON) tools/play_readme.py
+
+# docs/ as pages, in out/site; a link that leads nowhere fails
+site: $(VENV)/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # the regression gate: fails when a method's divergence or needles leave their recorded band; needs evaluation data
 quality: $(VENV)/ready

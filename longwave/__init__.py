@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from longwave.prefill.specpc import specpc
     from longwave.prefill.xl3m import xl3m
     from longwave.rotary import extend
+    from longwave.samples import sample
     from longwave.saved import SavedCacheError, restore, save
 
 __version__ = "0.1.0"
@@ -72,6 +73,7 @@ _HOMES = {
     "specpc": "longwave.prefill.specpc",
     "xl3m": "longwave.prefill.xl3m",
     "extend": "longwave.rotary",
+    "sample": "longwave.samples",
     "SavedCacheError": "longwave.saved",
     "restore": "longwave.saved",
     "save": "longwave.saved",
@@ -137,6 +139,7 @@ __all__ = [
     "look_ahead",
     "register",
     "restore",
+    "sample",
     "save",
     "specpc",
     "xl3m",

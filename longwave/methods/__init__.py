@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 from longwave.checks import check_options
 from longwave.methods.actqkv import ActQKV
@@ -66,6 +69,32 @@ def register(method: type[Method]) -> type[Method]:
     return method
 
 
+def register_file(path: Path) -> list[str]:
+    """Run a Python file that registers methods of its own; their names.
+
+    Raises OSError for a file that is not there, ValueError for one that registers none or whose name a module has.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file of methods at {path}")
+    if path.suffix != ".py":
+        raise ValueError(f"a file of methods is Python, its name ends in .py; got {path}")
+    if path.stem in sys.modules or path.stem in sys.stdlib_module_names:
+        raise ValueError(f"there is a module {path.stem!r} already: give {path} another name")
+    before = set(METHODS)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None  # its suffix is Python's
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not (new := [name for name in METHODS if name not in before]):
+            raise ValueError(f"{path} registers no method: put @longwave.register above its class")
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return new
+
+
 def get_method(name: str, /, **options: object) -> Method:
     """A method by name with its options, or an error that suggests the nearest name or option."""
     known = {each: [f.name for f in fields(cls) if not f.name.startswith("_")] for each, cls in METHODS.items()}
@@ -112,4 +141,5 @@ __all__ = [
     "WeightedKV",
     "get_method",
     "register",
+    "register_file",
 ]

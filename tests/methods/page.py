@@ -81,6 +81,10 @@ ABOUT = {
     "dual_chunk": ("2402.17463", "distances beyond the chunk before; bytes: it holds all: [extension](extension.md)"),
     "self_extend": ("2401.01325", "order within a far group; bytes: it holds all: [extension](extension.md)"),
 }
+# pages that several methods share; else a method's page has its name, or is its base's
+PAGES = {"dense": "design", "fourier-paper": "fourier", "speckv": "draft", "sparse_dllm": "diffusion"}
+PAGES |= dict.fromkeys(("infllm", "actqkv", "longheads"), "longcache")
+BASES = {longwave.Evicting: "evicting", longwave.Remapped: "extension"}
 HEAD = ("method", "paper", "idea", "holds `tokens`", "slots", "pages", "device steps", "4D masks", "where it loses")
 
 
@@ -95,6 +99,12 @@ def accepts(cls, **options):
 
 def watches(bound):
     return bound.needs.watches or bool(bound.needs.again) or (bool(bound.needs.queries) and not bound.layer(0).hints)
+
+
+def page_of(name, cls):
+    """Where docs/ tells of a method."""
+    known = PAGES.get(name) or (name if (PAGE.parent / f"{name}.md").exists() else None)
+    return f"{known or next(page for base, page in BASES.items() if issubclass(cls, base))}.md"
 
 
 def table():
@@ -112,7 +122,7 @@ def table():
         )
         home = "https://arxiv.org/abs/" if "." in paper else "https://openreview.net/forum?id="
         cells = (
-            f"`{name}`",
+            f"[`{name}`]({page_of(name, cls)})",
             f"[{paper}]({home}{paper})" if paper else "",
             first_line(cls),
             *("yes" if flag else "" for flag in flags),

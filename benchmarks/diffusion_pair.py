@@ -2,7 +2,8 @@
 
     python -m benchmarks.diffusion_pair --device cuda --train 480 --save FOLDER --out FILE     # make and judge them
     python -m benchmarks.diffusion_pair --device cuda --load FOLDER --only steps --out FILE    # judge them again
-    python -m benchmarks.diffusion_pair --plot FILE --out PNG
+    python -m benchmarks.diffusion_pair --device cuda --kind diffusion --train 240 ...      # one of them alone
+    python -m benchmarks.diffusion_pair --plot FILE [--plot FILE] --out PNG
 
 Two Llamas of 26 million parameters with SmolLM2's tokenizer: one looks in both directions, and its loss is over k of a
 row's tokens, masked, one to all as often (as in `diffusion.loss_bound`); one is causal. Every step gives both the same
@@ -428,15 +429,18 @@ def main(argv=None):
     parser.add_argument(
         "--only", choices=PARTS, action="append", metavar="PART", help=f"of {', '.join(PARTS)}; repeats"
     )
+    parser.add_argument(
+        "--kind", choices=KINDS, action="append", help="not both: rows of a step are the same all the same"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="models that learn nothing, to see that all of it runs")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw what was measured into --out, and do nothing else"
+        "--plot", type=Path, action="append", metavar="FILE", help="draw what was measured into --out, and do no more"
     )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     if args.plot:
-        rows = [json.loads(line) for line in args.plot.read_text().splitlines()]
+        rows = [json.loads(line) for file in args.plot for line in file.read_text().splitlines()]
         return plot_diffusion_pair.plot(rows, args.out)
     if bool(args.train) == bool(args.load):
         parser.error("give one of --train SECONDS and --load FOLDER")
@@ -462,7 +466,7 @@ def main(argv=None):
     about["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     about["texts"] = {"books": sum(map(len, texts.books)), "held_out": len(texts.held_out)}
     models = {}
-    for kind in KINDS:
+    for kind in args.kind or KINDS:
         torch.manual_seed(args.seed)  # both start from the same weights
         models[kind] = untrained(kind, tokenizer, size).to(device)
         if args.load:

@@ -58,7 +58,7 @@ def run(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure methods on tasks, same prompts for all; resumes, and two processes may share a folder."""
+    """Measure methods on tasks, same prompts for all; resumes, and processes that share a folder share the work."""
     with user_errors("what was measured is kept: run the command again, and it goes on"):
         from longwave.evals.recipe import evaluate, make_recipe, read_method, suited
         from longwave.evals.stock import Quantized

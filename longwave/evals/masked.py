@@ -14,7 +14,7 @@ import torch
 from longwave.diffusion import blocks, loss_bound
 from longwave.diffusion.generate import mask_of
 from longwave.evals.fork import pad_left, padding
-from longwave.evals.runner import Clock, about, end_tokens, share_bytes
+from longwave.evals.runner import Clock, Take, about, end_tokens, share_bytes
 from longwave.evals.sampling import Sampling
 from longwave.evals.task import Sample, Task, TextTask
 from longwave.evals.tasks.perplexity_bound import PerplexityBound
@@ -57,8 +57,12 @@ class Masked:
     def __init__(self, model: Any, tokenizer: Any, ways: Mapping[str, Way]):
         self.model, self.tokenizer, self.methods = model, tokenizer, ways
 
-    def __call__(self, task: Task, samples: Sequence[Sample], labels: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    def __call__(
+        self, task: Task, samples: Sequence[Sample], labels: Sequence[str], take: Take
+    ) -> Iterator[list[dict[str, Any]]]:
         for label in labels:
+            if not take(label):
+                continue
             if isinstance(task, TextTask):
                 found = answer(self.model, self.tokenizer, samples, self.methods[label])
                 yield [

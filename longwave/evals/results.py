@@ -1,11 +1,13 @@
 """A folder of results: run.json says what was measured and how, samples.jsonl has one line a sample and method.
 
-Lines are only ever appended, whole, under a lock, so a killed run loses at most what it was computing and two processes
-can share a folder. A line that cannot be read is reported and its sample measured again.
+Lines are only ever appended, whole, under a lock, so a killed run loses at most what it was computing. Processes that
+share a folder share its work: each takes what no other has taken. A line that cannot be read is reported and its sample
+measured again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from longwave.checks import jsonable, parse_json, read_text
 
@@ -161,6 +163,7 @@ class Results:
         self.problems: list[str] = []
         self._read_to = self._lines = 0
         self._lock = FileLock(str(folder / ".lock"))
+        self._claim: FileLock | None = None
 
     @classmethod
     def open(
@@ -173,7 +176,11 @@ class Results:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file: name a folder for the results")
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-        if "run.json" not in names and names - {".lock", "run.tmp"}:  # those two: another process begins, or was killed
+        if "run.json" not in names and names - {
+            ".lock",
+            ".claims",
+            "run.tmp",
+        }:  # those two: another process begins, or was killed
             raise ValueError(f"{folder} is not empty and holds no results of longwave eval: name another folder")
         new = json.loads(json.dumps(header))  # tuples become lists, as they will be read
         if "run.json" in names:
@@ -203,6 +210,31 @@ class Results:
                 file.seek(self._read_to)
                 self._lines += file.read().count(b"\n")
             self._read_to = self.path.stat().st_size
+
+    def take(self, task: str, samples: Sequence[str], wait: bool, method: str) -> bool:
+        """Whether this process is to measure some samples that share a pass: not where another one does, unless it ends
+        without them while this one waits, and not where they are measured. It holds one such claim at a time."""
+        self.let_go()
+        claims = self.folder / ".claims"
+        claims.mkdir(exist_ok=True)
+        name = hashlib.blake2b(json.dumps([task, method, list(samples)]).encode(), digest_size=12).hexdigest()
+        claim = FileLock(str(claims / name), timeout=-1 if wait else 0)
+        try:
+            claim.acquire()
+        except Timeout:
+            return False
+        self._claim = claim
+        self.refresh()
+        if all((task, method, sample) in self.done for sample in samples):
+            self.let_go()
+            return False
+        return True
+
+    def let_go(self) -> None:
+        """Leave what was taken to others: a process that dies does so, too."""
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> int:
         """Write rows that are not there yet; returns how many. One write, flushed to disk before the lock is freed."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ from longwave.evals.task import LossTask, Sample, Task, TextTask
 from longwave.frame import LongCache, Needs, Report, cache_argument
 
 Make = Callable[[int], LongCache]  # rows -> an empty cache
+Take = Callable[[str], bool]  # a method's label -> whether it is to be measured here
 EVEN = 0.9  # rows of a pass are at least this share of the longest: little padding, and bytes can be shared out
 BIN = 64  # scored positions averaged to one point of a curve
 
@@ -220,10 +222,13 @@ def run_text(
     methods: Mapping[str, Make],
     question: str,
     needs: Needs | None = None,
+    take: Take = lambda label: True,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Result rows of samples that share a pass, one list a method. needs: see `Contexts`."""
+    """Result rows of samples that share a pass, one list a method that may be taken. needs: see `Contexts`."""
     contexts = Contexts(model, samples, padding(tokenizer), question, needs or _needs(methods))
     for label, make in methods.items():
+        if not take(label):
+            continue
         rows = []
         for sample, output, cost in answer(model, tokenizer, samples, contexts, make):
             judged = task.judge(sample, output)
@@ -239,6 +244,7 @@ def run_loss(
     samples: Sequence[Sample],
     methods: Mapping[str, Make],
     needs: Needs | None = None,
+    take: Take = lambda label: True,
 ) -> Iterator[list[dict[str, Any]]]:
     """The same for tokens that are scored, not written. Samples of a pass have equal lengths."""
     from longwave.build import cache
@@ -246,10 +252,12 @@ def run_loss(
     contexts = Contexts(model, samples, padding(tokenizer), needs=needs or _needs(methods))
     last = torch.tensor([list(s.ids[s.context :]) for s in samples])
     exact: Scored | None = None
-    if task.compares:
-        memory, _ = contexts.give(lambda rows: cache(model, "dense"))
-        exact = score(model, memory, last, task.feed)
     for label, make in methods.items():
+        if not take(label):
+            continue
+        if task.compares and exact is None:
+            memory, _ = contexts.give(lambda rows: cache(model, "dense"))
+            exact = score(model, memory, last, task.feed)
         memory, seconds = contexts.give(make)
         shares = share_bytes(memory.report(), [s.context for s in samples])  # what the scored pass reads
         clock = Clock(model.device)
@@ -303,7 +311,8 @@ def about(sample: Sample) -> dict[str, Any]:
 
 
 class Measure(Protocol):
-    """Methods of a model. Called: result rows of samples that share a pass, a list for each method that is named.
+    """Methods of a model. Called: result rows of samples that share a pass, a list for each method that is named and
+    may be taken, which is asked before it is begun.
 
     equal: whether samples of a pass have to have equal lengths, as those of tasks that score tokens always have.
     """
@@ -313,7 +322,7 @@ class Measure(Protocol):
     equal: bool
 
     def __call__(
-        self, task: Task, samples: Sequence[Sample], labels: Sequence[str]
+        self, task: Task, samples: Sequence[Sample], labels: Sequence[str], take: Take
     ) -> Iterator[list[dict[str, Any]]]: ...
 
 
@@ -325,13 +334,15 @@ class Causal:
         self.empty = {label: make(1) for label, make in methods.items()}
         self.equal = not all(map(takes_gaps, self.empty.values()))
 
-    def __call__(self, task: Task, samples: Sequence[Sample], labels: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    def __call__(
+        self, task: Task, samples: Sequence[Sample], labels: Sequence[str], take: Take
+    ) -> Iterator[list[dict[str, Any]]]:
         wanted = {label: self.methods[label] for label in labels}
         needs = needs_of([self.empty[label] for label in labels if can_fork(self.empty[label])])
         if isinstance(task, TextTask):
-            return run_text(self.model, self.tokenizer, task, samples, wanted, self.question, needs)
+            return run_text(self.model, self.tokenizer, task, samples, wanted, self.question, needs, take)
         assert isinstance(task, LossTask)
-        return run_loss(self.model, self.tokenizer, task, samples, wanted, needs)
+        return run_loss(self.model, self.tokenizer, task, samples, wanted, needs, take)
 
 
 def run(
@@ -341,29 +352,38 @@ def run(
     batch: Batch = Batch(),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Measure what `results` does not hold yet. Samples and methods are done in a fixed order, written pass by pass."""
+    """Measure what `results` does not hold yet. Samples and methods are done in a fixed order, written pass by pass.
+
+    What another process measures meanwhile is left to it, and waited for at the end: that is taken over where it dies.
+    """
     methods = list(measure.methods)
-    total = sum(len(samples) for _, samples in tasks.values()) * len(methods)
-    done = 0
-    progress(0, total)
-    for name, (task, samples) in tasks.items():
-        missing = []
+    keys = [(name, m, s.id) for name, (_, samples) in tasks.items() for s in samples for m in methods]
+
+    def tell() -> None:
+        progress(sum(key in results.done for key in keys), len(keys))
+
+    tell()
+    for name, (_, samples) in tasks.items():
         for sample in samples:
-            left = [m for m in methods if not results.check_prompt((name, m, sample.id), sample.prompt_sha256)]
-            done += len(methods) - len(left)
-            if left:
-                missing.append(sample)
-        progress(done, total)
-        for group in batches(missing, batch, measure.equal or isinstance(task, LossTask)):
-            results.refresh()
-            left = [m for m in methods if any((name, m, s.id) not in results.done for s in group)]
-            try:
-                for rows in measure(task, group, left):
-                    done += results.append([{"task": name, **row} for row in rows])
-                    progress(min(done, total), total)
-            except torch.OutOfMemoryError as error:
-                longest = max(len(s.ids) for s in group)
-                raise ValueError(
-                    f"{measure.model.device} has too little memory for {len(group)} prompts of up to {longest} tokens: "
-                    f"lower --batch or --batch-tokens and run again, what was measured is kept ({error})"
-                ) from None
+            results.check_prompt((name, methods[0], sample.id), sample.prompt_sha256)
+    for wait in (False, True):
+        for name, (task, samples) in tasks.items():
+            missing = [s for s in samples if any((name, m, s.id) not in results.done for m in methods)]
+            if not missing:
+                continue
+            for group in batches(missing, batch, measure.equal or isinstance(task, LossTask)):
+                results.refresh()
+                ids = [s.id for s in group]
+                left = [m for m in methods if any((name, m, i) not in results.done for i in ids)]
+                try:
+                    for rows in measure(task, group, left, partial(results.take, name, ids, wait)):
+                        results.append([{"task": name, **row} for row in rows])
+                        tell()
+                except torch.OutOfMemoryError as error:
+                    longest = max(len(s.ids) for s in group)
+                    raise ValueError(
+                        f"{measure.model.device} has too little memory for {len(group)} prompts of up to {longest} "
+                        f"tokens: lower --batch or --batch-tokens and run again, what was measured is kept ({error})"
+                    ) from None
+                finally:
+                    results.let_go()

@@ -1,4 +1,6 @@
 import copy
+import threading
+import time
 from array import array
 from dataclasses import dataclass
 
@@ -284,6 +286,26 @@ def test_run_measures_what_is_missing(llama, tokenizer, makers, mixed, header, t
     text = (tmp_path / "out" / "samples.jsonl").read_text()
     assert text.startswith("\n".join(kept))
     assert text.count("\n") == 16
+
+
+def test_processes_that_share_a_folder_share_its_work(llama, tokenizer, makers, mixed, header, tmp_path):
+    """What the first has taken is left to it, and taken over when it goes without having done it."""
+    tasks = {"echo": (Echo(), mixed[:1])}
+    first, second = (Results.open(tmp_path / "out", header) for _ in range(2))
+    ids = [mixed[0].id]
+    assert first.take("echo", ids, False, "dense")
+    assert not second.take("echo", ids, False, "dense")
+    other = threading.Thread(target=run, args=(Causal(llama, tokenizer, makers), tasks, second))
+    other.start()
+    while ("echo", "fourier", ids[0]) not in second.done:
+        assert other.is_alive()
+        time.sleep(0.01)
+    assert ("echo", "dense", ids[0]) not in second.done
+    first.let_go()
+    other.join(60)
+    assert second.done.keys() == {("echo", method, ids[0]) for method in ("dense", "fourier")}
+    assert not first.take("echo", ids, True, "dense")
+    assert (tmp_path / "out" / "samples.jsonl").read_text().count("\n") == 2
 
 
 def test_run_refuses_other_prompts(llama, tokenizer, makers, mixed, header, tmp_path):

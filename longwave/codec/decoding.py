@@ -12,15 +12,16 @@ from torch import Tensor
 from longwave.codec import entropy
 from longwave.codec.blob import CodecError
 from longwave.codec.contexts import contexts
+from longwave.codec.expand import Turn, expand
 from longwave.codec.opened import Opened
 from longwave.codec.placed import Placed
-from longwave.codec.predict import Tokens
+from longwave.codec.predict import Said, Tokens
 from longwave.codec.quantise import restore, step_of
 from longwave.codec.rotation import Rotation
 from longwave.codec.streams import Numbers, Streams
 from longwave.codec.transform import along
 
-ROWS = 8192  # tokens whose numbers are made at once: more would take memory and no less time
+NUMBERS = 2**25  # of K or V of a group of layers that are made at once, in some float32 each
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,8 @@ class Decoder:
             if one.opened.header.raw:
                 self._write_raw(one, wanted)
         for same, numbers_of in made:
-            count = max(1, ROWS // max(1, same[0].opened.coded))
+            widest = max(len(group) for group in self.groups) * self.kv_heads * same[0].k.shape[3]
+            count = max(1, NUMBERS // max(1, same[0].opened.coded * widest))
             for first in range(0, len(same) if same[0].opened.coded else 0, count):
                 self._write(same[first : first + count], first, todo, numbers_of)
 
@@ -121,12 +123,21 @@ class Decoder:
                 for place, layers in asked:
                     cut = slice(layers.start * width, layers.stop * width)
                     rows = x[cut.start - before : cut.stop - before] / side.weight[cut, None]
-                    y = torch.addmm(side.predicted(tokens, cut), c, rows.mT)
-                    y = y.view(count * n, len(layers), self.kv_heads, -1).transpose(0, 1)
+                    turn = None
                     if side is self.sides[0]:
-                        y = self.rotation.layers(slice(layers.start, layers.stop)).rotate(y, places)
-                    for target, own in zip(targets, y.split([t.shape[1] for t in targets], 1), strict=True):
-                        target[place : place + len(layers)] = own.to(target.device, target.dtype)
+                        turn = Turn(self.rotation.layers(slice(layers.start, layers.stop)), places)
+                    into = [target[place : place + len(layers)] for target in targets]
+                    self._expand(c, rows, side.said(tokens, cut), turn, into)
+
+    def _expand(self, c: Tensor, axes: Tensor, said: Said, turn: Turn | None, into: list[Tensor]) -> None:
+        """Into tensors that lie apart, or elsewhere, through one here."""
+        own = into[0]
+        if len(into) > 1 or own.device != self.device:
+            own = own.new_empty((own.shape[0], len(c), *own.shape[2:]), device=self.device)
+        expand(c, axes, said, turn, own)
+        if own is not into[0]:
+            for target, part in zip(into, own.split([x.shape[1] for x in into], 1), strict=True):
+                target.copy_(part)
 
 
 def behind(xs: Sequence[Tensor]) -> list[Tensor]:

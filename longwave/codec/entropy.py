@@ -12,6 +12,7 @@ one number at a time, compiled, and entropy_triton.py on a GPU, many strings sid
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,18 +129,19 @@ class Stream:
     @classmethod
     def of(cls, data: bytes | memoryview, count: int) -> Stream:
         """Of so many numbers, at least one. Broken where the bytes are too few or too many."""
-        head = 8 + 4 * lanes(count)
+        side = lanes(count)
+        head = 8 + 4 * side
         if len(data) < head:
             raise Broken(f"{len(data)} bytes, at least {head} are needed")
-        words, escapes, *states = np.frombuffer(data[:head], "<u4").tolist()
+        words, escapes = struct.unpack_from("<2I", data)
         last = head + 2 * words
         width = (len(data) - last) // escapes if escapes else 0
         if last + width * escapes != len(data) or (escapes and width not in (2, 4)):
             raise Broken(f"{len(data)} bytes for {words} words and {escapes} escapes")
         return cls(
-            np.frombuffer(data[head:last], "<u2").astype(np.uint16),
-            np.array(states, dtype=np.uint32),
-            np.frombuffer(data[last:], "<i2" if width == 2 else "<i4").astype(np.int32),
+            np.frombuffer(data, "<u2", words, head),
+            np.frombuffer(data, "<u4", side, 8),
+            np.frombuffer(data, "<i2" if width == 2 else "<i4", escapes, last).astype(np.int32),
         )
 
 

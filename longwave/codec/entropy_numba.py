@@ -64,5 +64,5 @@ def decode_words(
 ) -> tuple[NDArray[np.uint8], int, NDArray[np.uint32]]:
     """As entropy.decode_words."""
     out, held = np.empty(len(contexts), np.uint8), states.astype(np.uint64)
-    taken = _decode_2(words, held, contexts, tables.frequency, tables.start, tables.symbol, out)
+    taken = _decode_2(words.astype(np.uint16), held, contexts, tables.frequency, tables.start, tables.symbol, out)
     return out, int(taken), held.astype(np.uint32)

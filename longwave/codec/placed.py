@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longwave.codec.fitted import Scales, Side
-from longwave.codec.predict import Tokens
+from longwave.codec.predict import Said, Tokens
 
 
 class Placed:
@@ -36,11 +36,11 @@ class Placed:
         made._held = [self._held[group]]
         return made
 
-    def predicted(self, tokens: Tokens | None, columns: slice) -> Tensor:
-        """[n, channels], the mean alone without ids."""
+    def said(self, tokens: Tokens | None, columns: slice) -> Said:
+        """What is predicted of some channels, the mean alone without ids."""
         if tokens is None or not len(self.predictor):
-            return self.mean[columns]
-        return tokens.times(self.predictor[:, columns])
+            return Said(self.mean[None, columns])
+        return tokens.said(self.predictor[:, columns])
 
     def coefficients(self, group: int, x: Tensor, tokens: Tokens | None) -> Tensor:
         """What prediction leaves of x [n, channels of a group], weighed, along the axes that are coded at `step`:

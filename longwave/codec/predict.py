@@ -67,11 +67,32 @@ class Tokens:
         rows, now, before = (torch.from_numpy(x).to(table.device, non_blocking=True) for x in parts)
         return cls(table[rows].to(dtype), now, before)
 
-    def times(self, w: Tensor) -> Tensor:
-        """[s n, c]: every f_t times w [2r + 1, c]."""
+    def said(self, w: Tensor) -> Said:
+        """Every f_t times w [2r + 1, c]."""
         r = self.own.shape[1]
-        made = torch.addmm(w[-1], self.own, w[:r])[self.now]
-        made[:, self.now.shape[1] - self.before.shape[1] :] += (self.own @ w[r:-1])[self.before]
+        return Said(torch.addmm(w[-1], self.own, w[:r]), self.own @ w[r:-1], self.now, self.before)
+
+    def times(self, w: Tensor) -> Tensor:
+        """[s n, c] of it."""
+        return self.said(w).numbers()
+
+
+@dataclass(frozen=True, eq=False)
+class Said:
+    """Numbers of tokens by which they are: own [u, c] of each, after [u, c] of what follows each. now, before int64
+    [s, n] as `Tokens` has them; None: own [1, c] is said of all."""
+
+    own: Tensor
+    after: Tensor | None = None
+    now: Tensor | None = None
+    before: Tensor | None = None
+
+    def numbers(self) -> Tensor:
+        """[s n, c], or [1, c] where that is said of all."""
+        if self.now is None or self.before is None or self.after is None:
+            return self.own
+        made = self.own[self.now]
+        made[:, self.now.shape[1] - self.before.shape[1] :] += self.after[self.before]
         return made.flatten(0, 1)
 
 

@@ -75,9 +75,14 @@ class Rotation:
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Keys [L, n, H, D] as cached at int positions [n]; float32, float64 of float64."""
-        scale = self.scale[:, None, None].to(x.dtype)
-        cos, sin = (turn.mul_(scale) for turn in self._angles(positions, x.dtype))
+        cos, sin = (turn[:, :, None] for turn in self.turns(positions, x.dtype))
         return torch.addcmul(x * cos, x[..., self.partner], sin)
+
+    def turns(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What a rotated key has of a channel and of its partner, at int positions [n]: [L, n, D] each."""
+        scale = self.scale[:, None].to(dtype)
+        cos, sin = (turn[:, :, 0] for turn in self._angles(positions, dtype))
+        return cos * scale, sin * scale
 
     def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """The inverse of `rotate`."""

@@ -336,12 +336,12 @@ class MemoryLayer(Keeping):
                 out = self._share_with_sinks(p, out)
             self.observe(p)
             self._fresh = False
-            if self.needs.surprise:
-                self.progress.unheard = True  # `hear` settles
-            elif self.needs.again and q.shape[2] > 1 and not self._to_be_cropped(q.shape[2]):
+            if self.needs.again and q.shape[2] > 1 and not self._to_be_cropped(q.shape[2]):
                 self.waiting = [q.shape[2]] * self.batch_size if p.valid is None else p.valid.sum(-1).tolist()
                 self.dense.fit()
-            else:
+            if self.needs.surprise:
+                self.progress.unheard = True
+            elif not self.waiting:
                 self._settle_pass(q.shape[2])
         except BaseException:  # whatever it was, memory included: layers now hold different tokens
             self.progress.broken = True
@@ -364,14 +364,16 @@ class MemoryLayer(Keeping):
             self.settle()
 
     def hear(self, surprise: list[torch.Tensor]) -> None:
-        """Take how little each real token of the pass was expected, float [their number] of each row, and settle."""
+        """Take how little each real token of the pass was expected, float [their number] of each row, and settle unless
+        it is read again."""
         column = self.dense.columns["surprise"]
         for row, own in enumerate(surprise):
             end = self.dense.lengths[row]
             column[row, :, end - len(own) : end] = own
         tokens = max(map(len, surprise)) if self._valid is None else self._valid.shape[1]
-        with own_arithmetic(self.device.type):
-            self._settle_pass(tokens)
+        if not self.waiting:
+            with own_arithmetic(self.device.type):
+                self._settle_pass(tokens)
 
     def remember(self, hidden: torch.Tensor) -> None:
         """Of what goes into the model's head, [batch, tokens, hidden_size], what `needs` says."""

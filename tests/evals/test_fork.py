@@ -8,6 +8,7 @@ import longwave
 from longwave.evals.fork import can_fork, fork, needs_of, pad_left, prefill, read, takes_gaps
 from tests.conftest import into, random_profile, tokens
 from tests.evals.hybrids import KINDS, hybrid
+from tests.matrix import LOSSY
 
 METHODS = {
     "dense": (longwave.Dense(), None),
@@ -176,3 +177,17 @@ def test_a_ragged_row_is_what_it_is_alone(llama, make):
             assert (ours.rows[number], ours.held()[number]) == (len(row), theirs.held()[0])
             for x, y in zip(ours.materialize(), theirs.materialize(), strict=True):
                 torch.testing.assert_close(x[number, :, : y.shape[2]], y[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_prompt_that_is_read_for_all_methods_is_what_each_would_have_read(llama):
+    """What one needs to see of it changes nothing of what another sees."""
+    ids, last = tokens(1, 150, seed=3), tokens(1, 12, seed=4)
+    makers = {name: make for name, make in LOSSY.items() if can_fork(make(llama))}
+    assert len(makers) > 15
+    dense = prefill(llama, ids, None, needs_of([make(llama) for make in makers.values()]))
+    for name, make in makers.items():
+        own, memory = make(llama), make(llama)
+        read(llama, own, ids)
+        fork(dense, memory)
+        one, other = feed(llama, last, own), feed(llama, last, memory)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")

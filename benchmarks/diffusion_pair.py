@@ -42,6 +42,7 @@ from longwave.models import load_tokenizer, locate
 from longwave.rotary import ntk_factor, ntk_reach
 
 BASE, WORDS, MOST = 10_000.0, 4, 8  # of the rotary tables; of an answer, a token each; facts in a row
+NAMES = 1024  # that facts are made of
 HELD_OUT = ("10762_impressions_of_theophrastus_such.txt", "28444_turn_about_eleanor.txt")
 PARTS = ("perplexity", "needle", "factors", "steps")
 KINDS = ("diffusion", "autoregressive")
@@ -87,7 +88,8 @@ class Texts:
             tokenizer(part, verbose=False).input_ids for part in ("\nThe code of", " is", ".\n")
         )
         words = tokenizer.get_vocab()
-        self.names = sorted(words[word] for word in words if re.fullmatch("Ġ[A-Z][a-z]{3,9}", word))
+        names = sorted(words[word] for word in words if re.fullmatch("Ġ[A-Z][a-z]{3,9}", word))
+        self.names = names[:NAMES]  # the commonest: pairs of a tokenizer were joined in the order of their number
         self.fact_tokens = len(self.fact(self.names[0], self.names[:WORDS]))
 
     def question(self, name):
@@ -185,26 +187,29 @@ def masks(counts, generator):
     return rank < k[:, None]
 
 
-def loss_of(model, ids, asked, targets):
+def loss_of(hidden, head, asked, targets):
     """Each row's mean loss of its `asked` bool [rows, tokens] positions, whose logits speak of `targets`: [rows]."""
-    hidden = model.model(ids, use_cache=False).last_hidden_state
-    loss = cross_entropy(model.lm_head(hidden[asked]).float(), targets[asked], reduction="none")
+    loss = cross_entropy(head(hidden[asked]).float(), targets[asked], reduction="none")
     share = (asked / asked.sum(-1, keepdim=True))[asked]
-    return loss.new_zeros(len(ids)).index_add(0, asked.nonzero()[:, 0], loss * share)
+    return loss.new_zeros(len(hidden)).index_add(0, asked.nonzero()[:, 0], loss * share)
 
 
-def step_loss(kind, model, ids, counts, hidden):
+def step_loss(kind, model, ids, counts, hidden, body=None):
+    """Each row's loss: [rows]. body: what stands for the model's layers, compiled."""
+    given = ids.masked_fill(hidden, model.config.mask_token_id) if kind == "diffusion" else ids
+    last = (model.model if body is None else body)(given, use_cache=False).last_hidden_state
     if kind == "diffusion":
-        return loss_of(model, ids.masked_fill(hidden, model.config.mask_token_id), hidden, ids)
-    return loss_of(model, ids[:, :-1], counts[:, 1:], ids[:, 1:])
+        return loss_of(last, model.lm_head, hidden, ids)
+    return loss_of(last[:, :-1], model.lm_head, counts[:, 1:], ids[:, 1:])
 
 
 def train(models, texts, seconds, seed):
     """Both models on the same rows in the same steps, until the time is over."""
     draw, generator, size = random.Random(seed), torch.Generator().manual_seed(seed), texts.size
     device = next(iter(models.values())).device
-    optimizers = {}
+    optimizers, bodies = {}, {}
     for kind, model in models.items():
+        bodies[kind] = torch.compile(model.model, dynamic=False) if device.type == "cuda" else model.model
         groups = [
             {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
             {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
@@ -221,7 +226,7 @@ def train(models, texts, seconds, seed):
             found = []
             for part in zip(*(x.split(size.at_once) for x in (ids, counts, hidden)), strict=True):
                 with torch.autocast(device.type, torch.bfloat16):
-                    loss = step_loss(kind, model, *part)
+                    loss = step_loss(kind, model, *part, bodies[kind])
                 (loss.sum() / len(ids)).backward()
                 found.append(loss.detach())
             losses[kind] = torch.cat(found).view(-1, 2).mean(0)  # text and questions take turns

@@ -89,9 +89,9 @@ def pack(
 ) -> bytes:
     """The bytes of a segment. head: raw K and V. parts: of each group of layers; none where all is raw."""
     flags = (IDS if ids is not None else 0) | (WHOLE if step is None else 0)
-    tail = b"" if ids is None else packed_ids(ids, bits)
-    tail += head + np.array([len(part) for part in parts], "<u4").tobytes() + b"".join(parts)
-    length = SIZE + len(tail)
+    sizes = np.array([len(part) for part in parts], "<u4").tobytes()
+    tail = [b"" if ids is None else packed_ids(ids, bits), head, sizes, *parts]
+    length = SIZE + sum(map(len, tail))
     if length > LONGEST:
         raise ValueError(
             f"a segment of {length} bytes is too long for its format, at most {LONGEST}: code fewer layers"
@@ -99,7 +99,10 @@ def pack(
     fixed = FIXED.pack(
         MAGIC, VERSION, flags, code_of(dtype), bits, tokens, raw, len(parts), step or 0, 0, start, fingerprint, length
     )
-    return b"".join((fixed, hashlib.blake2b(fixed + tail, digest_size=CHECK).digest(), tail))
+    checksum = hashlib.blake2b(fixed, digest_size=CHECK)
+    for piece in tail:
+        checksum.update(piece)
+    return b"".join((fixed, checksum.digest(), *tail))
 
 
 def peek(blob: bytes | memoryview) -> Header:

@@ -115,7 +115,7 @@ def joined(words: NDArray[np.uint16], states: NDArray[np.uint32], escapes: NDArr
     head = np.array([len(words), len(escapes), *states], dtype="<u4").tobytes()
     narrow = escapes.astype("<i2")
     tail = narrow if (narrow == escapes).all() else escapes.astype("<i4")
-    return b"".join((head, words.astype("<u2").tobytes(), tail.tobytes()))
+    return b"".join((head, np.ascontiguousarray(words, "<u2").data, np.ascontiguousarray(tail).data))
 
 
 @dataclass(frozen=True, eq=False)

@@ -260,10 +260,11 @@ def run_loss(
             exact = score(model, memory, last, task.feed)
         memory, seconds = contexts.give(make)
         shares = share_bytes(memory.report(), [s.context for s in samples])  # what the scored pass reads
+        feed = 1 if task.feed is None and _steps_alone(memory) else task.feed
         clock = Clock(model.device)
-        scored = score(model, memory, last, task.feed, keep=task.compares)
+        scored = score(model, memory, last, feed, keep=task.compares)
         decode = clock.look()
-        if task.feed is not None:
+        if feed is not None:
             shares = share_bytes(memory.report(), [len(s.ids) - 1 for s in samples])
         values = {"loss": scored.losses}
         if task.recalls:
@@ -282,6 +283,12 @@ def run_loss(
             row = {"method": label, **about(sample), "scored": len(mine["loss"]), "score": metrics[task.metric]}
             rows.append({**row, "metrics": metrics, "curve": curve, **cost, **shares[number]})
         yield rows
+
+
+def _steps_alone(memory: Any) -> bool:
+    """Whether one pass over all scored tokens would not show what the method does."""
+    bound = getattr(memory, "method", None)
+    return bool(getattr(getattr(bound, "method", None), "steps_alone", False))
 
 
 def _counted(sample: Sample) -> Any:

@@ -257,7 +257,8 @@ class TextTask(Task):
 class LossTask(Task):
     """The tokens after a sample's context are fed and scored; nothing is generated.
 
-    feed: tokens fed at a time through the compressed cache; None feeds all scored tokens in one pass.
+    feed: tokens fed at a time through the compressed cache; None feeds all scored tokens in one pass, or one by one to
+        a method that is itself in steps alone.
     compares: whether next-token distributions are compared with the dense model's (metrics "kl" and "top1").
     recalls: whether it counts where the most likely token is the text's own (metric "hit").
     metric: which of the metrics is the score. nats: what a token's nats are called, in rows and tables: the loss, or a

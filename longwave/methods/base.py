@@ -29,6 +29,7 @@ class Method(ABC):
     name: ClassVar[str]
     uses_profile: ClassVar[bool] = False  # whether a measurement of the model decides anything
     learns: ClassVar[bool] = False  # whether `known` looks at the model
+    steps_alone: ClassVar[bool] = False  # whether it is itself in steps of one token only, and else reads all
 
     @abstractmethod
     def bind(self, shape: CacheShape, profile: Profile | None, budget: float | None) -> Bound:

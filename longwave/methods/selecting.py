@@ -35,6 +35,7 @@ class Selecting(Method):
     Its budget is the share of the middle that a step reads; all of it is held.
     """
 
+    steps_alone: ClassVar[bool] = True
     summaries: ClassVar[int] = 0  # numbers a channel and chunk that the method keeps
 
     chunk: int = 16

@@ -250,6 +250,19 @@ def test_loss_rows(llama, models, tokenizer, makers, stream):
         assert row["bytes"] < row["dense_bytes"]
 
 
+def test_a_method_that_chooses_in_steps_is_fed_token_by_token(llama, tokenizer):
+    """In one pass quest reads all: that it loses nothing then says nothing."""
+    method = longwave.Quest(sinks=1, window=4, chunk=4)
+    makers = {"quest": lambda rows: longwave.cache(llama, method, 0.05)}
+    samples = [sample("a", 151, 120)]
+    rows = {
+        name: next(run_loss(llama, tokenizer, task, samples, makers))[0]
+        for name, task in (("all", Loss()), ("stream", Loss(True)))
+    }
+    assert rows["all"]["metrics"]["kl"] > 1e-4
+    assert rows["all"]["metrics"] == pytest.approx(rows["stream"]["metrics"], abs=1e-4)
+
+
 def test_curves_are_means_of_64_positions(llama, tokenizer, makers):
     samples = [sample("a", 221, 50)]
     (row,) = next(run_loss(llama, tokenizer, Loss(), samples, {"dense": makers["dense"]}))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import one_hot
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longwave.codec import blob, entropy
@@ -184,18 +185,18 @@ def _scaled(fitted: Fitted, segments: list[Apart], device: torch.device) -> Fitt
     """With the sizes of coefficients on `segments`, with ids and without."""
     codec = _everything(fitted, device)
     band = bands(TOKENS) if fitted.cosines else torch.zeros(TOKENS, dtype=torch.long)
+    within = one_hot(band, BANDS).double().to(device)
     share = torch.bincount(band, minlength=BANDS).double()
     found: list[list[dict[str, Scales]]] = [[{} for _ in fitted.groups] for _ in range(2)]
     for kind in ("known", "blind"):
         sums: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for one in segments:
-            c = codec._coefficients([_given(one, kind == "known")])[0][0].cpu().double()
+            c = codec._coefficients([_given(one, kind == "known")])[0][0]
             sizes = [len(side.bases[g].axes[0]) for g in range(len(fitted.groups)) for side in (fitted.k, fitted.v)]
-            for place, own in enumerate(c.split(sizes)):
-                by_band = torch.zeros(len(own), BANDS, dtype=torch.float64).index_add_(1, band, own.abs())
-                new, old = (by_band, own.square().mean(1)), sums.get((place % 2, place // 2))
+            for place, own in enumerate(part.double() for part in c.split(sizes)):
+                new, old = (own.abs() @ within, own.square().mean(1)), sums.get((place % 2, place // 2))
                 sums[place % 2, place // 2] = new if old is None else (old[0] + new[0], old[1] + new[1])
-        for (number, g), (absolute, square) in sums.items():
+        for (number, g), (absolute, square) in ((at, (a.cpu(), b.cpu())) for at, (a, b) in sums.items()):
             found[number][g][kind] = Scales.of(_smoothed(absolute, share * len(segments)), square / len(segments))
     sides = []
     for side, each in zip((fitted.k, fitted.v), found, strict=True):
@@ -217,16 +218,16 @@ def _smoothed(absolute: Tensor, counts: Tensor) -> Tensor:
 def _tables(fitted: Fitted, segments: list[Apart], least: int, device: torch.device) -> NDArray[np.uint16]:
     """Frequencies by what the contexts met on `segments`, at steps all over the sizes."""
     codec = SegmentCodec(fitted, least, device=device)
-    counts = np.zeros(entropy.CONTEXTS * 256, np.int64)
+    counts = torch.zeros(entropy.CONTEXTS * 256, dtype=torch.long, device=device)
     for one in segments:
         coefficients, _ = codec._coefficients([_given(one)])
         for step in range(least, least + 6 * OCTAVE, OCTAVE):
-            q = codec._numbers(coefficients, step, True)[0].flatten().cpu().numpy()
-            symbols = np.where(np.abs(q) <= entropy.REACH, q + entropy.REACH, entropy.ESCAPE)
+            q = codec._numbers(coefficients, step, True)[0].flatten()
+            symbols = torch.where(q.abs() <= entropy.REACH, q + entropy.REACH, entropy.ESCAPE)
             parts = [codec._contexts(g, step, TOKENS, True) for g in range(len(fitted.groups))]
-            contexts = torch.cat(parts).cpu().numpy().astype(np.int64)
-            counts += np.bincount(contexts * 256 + symbols, minlength=len(counts))
-    return entropy.learned(counts.reshape(entropy.CONTEXTS, 256))
+            contexts = torch.cat(parts).to(device).long()
+            counts += torch.bincount(contexts * 256 + symbols, minlength=len(counts))
+    return entropy.learned(counts.cpu().numpy().reshape(entropy.CONTEXTS, 256))
 
 
 def _given(one: Apart, known: bool = True) -> Given:

@@ -16,10 +16,8 @@ from html import escape
 from typing import Any
 
 from longwave.evals.spec import is_dense, parse_spec
+from longwave.evals.style import COLOURS, DASHES, GREY, SHARED
 
-GREY = "#808080"
-COLOURS = ("#2f7fd1", "#d2691e", "#1f9a6d", "#b05fc4", "#d4507f", "#8a7d1f", "#1c93a5")
-DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2))
 SIZE = (4.6, 3.1)  # inches; 331 units of the drawing, about the pixels it gets on a phone and in a column of the page
 WIDE = 4  # largest bytes ratio over the smallest, from which on the axis goes by halves
 STEEP = 30  # largest loss over the smallest, from which on the axis goes by decades
@@ -210,21 +208,21 @@ def _fit_scores(axes: Any, values: Sequence[float], ends: tuple[float, float] | 
 
 
 def _axes() -> tuple[Any, Any]:
+    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=SIZE, layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(color=GREY, labelsize=FONT)
+    with rc_context(
+        SHARED | {"text.parse_math": False, "font.size": FONT, "xtick.labelsize": FONT, "ytick.labelsize": FONT}
+    ):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
     axes.xaxis.label.set_fontsize(FONT)
     axes.yaxis.label.set_fontsize(FONT)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.grid(color=GREY, alpha=0.25, linewidth=0.8)
     axes.patch.set_visible(False)
     return figure, axes
 
@@ -233,7 +231,7 @@ def _svg(figure: Any, name: str, alt: str) -> str:
     """An <svg> element as wide as its place, with ids that start with `name`: no two charts of a page share one."""
     from matplotlib import rc_context
 
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "longwave", "text.parse_math": False}):
+    with rc_context(SHARED | {"svg.fonttype": "none", "text.parse_math": False}):
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()

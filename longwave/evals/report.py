@@ -390,7 +390,7 @@ class Report:
             alt = f"{label}: {unit} against bytes ratio"
             ends = (0.0, 100.0) if percent(task, [x.value for x in lines]) else None
             count = counted((x.count for x in shown), "a point")
-            numbers = Table(POINT_HEAD, [point_cells(x, decimals(task)) for x in lines])
+            numbers = Table(point_head(task), [point_cells(x, decimals(task)) for x in lines])
             if not points:
                 continue
             chart = plots.quality_chart(points, self.looks, unit, alt, f"quality{index}", ends, self.lit)
@@ -420,7 +420,7 @@ class Report:
                 note = f"{len(lines)} of {plural(len(compared(self._of(label))), 'method')} that have all samples"
                 count = counted((line.count for line in lines), "a row")
                 blocks.append(
-                    Block([Table(POINT_HEAD, rows)], count, self.commands(label), self.titles[label], note=note)
+                    Block([Table(point_head(task), rows)], count, self.commands(label), self.titles[label], note=note)
                 )
         text = [
             "Each scores better than every method that held as many bytes or fewer; of many methods on few samples, "
@@ -687,7 +687,9 @@ def ends_of(line: Line, places: int) -> str:
     return " to ".join(number(end, places) for end in line.interval or ())
 
 
-POINT_HEAD = [Cell("method"), Cell("bytes ratio"), Cell("score"), Cell("95 % interval"), Cell("n")]
+def point_head(task: Task) -> list[Cell]:
+    score = Cell("score", task.unit.removeprefix("score, ") + ", lower is better" * task.lower)
+    return [Cell("method"), Cell("bytes ratio"), score, Cell("95 % interval"), Cell("n")]
 
 
 def point_cells(line: Line, places: int) -> list[Cell]:

@@ -10,7 +10,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all readme site lint quality speed bench endtoend profiles frontier methods clean
+.PHONY: demo test test-all readme site lint quality speed bench endtoend profiles frontier plots methods clean
 
 $(VENV)/ready: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "longwave needs Python 3.11 or newer; try make PYTHON=python3.12"; exit 1; }
@@ -61,6 +61,10 @@ endtoend: $(VENV)/ready
 # tables and plot of docs/results/frontier from its committed samples
 frontier: $(VENV)/ready
 	$(BIN)/python -m benchmarks.frontier
+
+# every picture of docs/results from the rows committed beside it
+plots: $(VENV)/ready
+	$(BIN)/python -m benchmarks.plots
 
 # the table of docs/methods.md, asked of the code
 methods: $(VENV)/ready

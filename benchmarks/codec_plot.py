@@ -1,6 +1,6 @@
 """Plot of real bytes against KL: what lies coded, KVTC's form, and what is read in pages, from the committed rows.
 
-    python -m benchmarks.codec_plot [--out docs/results/codec/bytes.png]
+    python -m benchmarks.codec_plot [--out docs/results/codec/bytes.svg]
 
 Bytes are of the middle, over those of the same K and V in 16 bits; 24 unseen windows of 3,000 tokens of text.
 """
@@ -10,18 +10,16 @@ import json
 import statistics
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from benchmarks.frontier import middle_ratio
+from longwave.evals import style
 
 HERE = Path(__file__).parents[1] / "docs" / "results"
 STYLES = {
-    "coded": "C2o-",
-    "coded: answers for hidden facts": "C2^:",
-    "KVTC's form, built by us": "C4s-",
-    "fourier": "C0o-",
-    "kivi": "C3D-",
+    "coded": style.line(3),
+    "coded: answers for hidden facts": style.line(3, dash=2) | {"markerfacecolor": "white"},
+    "KVTC's form, built by us": style.line(2),
+    "fourier": style.line(0),
+    "kivi": style.line(1),
 }
 
 
@@ -51,25 +49,29 @@ def lines():
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "codec" / "bytes.png")
-    args = parser.parse_args()
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+@style.paper()
+def plot(drawn, path):
+    figure = style.blank(3.6, width=5.6)
     axes = figure.add_subplot()
-    for name, points in lines().items():
-        axes.plot(*zip(*points, strict=True), STYLES[name], label=name, markersize=5, linewidth=1.3)
+    for name, points in drawn.items():
+        axes.plot(*zip(*points, strict=True), label=name, **STYLES[name])
     axes.set_xscale("log")
     axes.set_yscale("log")
     ticks = [0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.25, 0.5]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     axes.minorticks_off()
+    sizes = [0.0001, 0.001, 0.01, 0.1]
+    axes.set_yticks(sizes, [f"{size:g}" for size in sizes], minor=False)
     axes.set_xlabel("bytes of the middle, of K and V in 16 bits")
     axes.set_ylabel("KL from dense, nats a token")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(args.out, dpi=150)
+    axes.legend(loc="lower left")
+    style.save(figure, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE / "codec" / "bytes.svg")
+    plot(lines(), parser.parse_args().out)
 
 
 if __name__ == "__main__":

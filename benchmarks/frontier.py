@@ -1,7 +1,7 @@
 """The frontier of quality against bytes: tables and a plot from measured samples.
 
     longwave eval run --recipe benchmarks/frontier.yaml --device cuda --batch 24 --batch-tokens 210000
-    python -m benchmarks.frontier [out/frontier/samples.jsonl ...] [--plot frontier.png]
+    python -m benchmarks.frontier [out/frontier/samples.jsonl ...] [--plot frontier.svg]
 
 Ratios of the middle, metadata included, follow from the methods and the profile; those of the whole cache, losses and
 agreement are read from the samples (default: the committed ones of docs/results/frontier). Where a later file has as
@@ -14,10 +14,9 @@ import statistics
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 import longwave
+from longwave.evals import style
 from longwave.evals.spec import parse_spec
 from longwave.methods import get_method
 from longwave.methods.base import CacheShape
@@ -27,11 +26,17 @@ BEFORE = "before "
 HERE = Path(__file__).parents[1] / "docs" / "results" / "frontier"
 SHAPE = CacheShape(tuple(range(30)), (), 3, 64, torch.float16)  # SmolLM2-135M
 FAMILIES = {  # name -> (style, which methods)
-    "fourier": ("C0o-", lambda name, o: name == "fourier" and set(o) == {"budget"}),
-    "uniform plan": ("C1s-", lambda name, o: o.get("plan") == "uniform"),
-    "fourier before merged segments": ("C0o--", lambda name, o: False),  # before.jsonl: plain means, commit 1999030
-    "kivi": ("C3D-", lambda name, o: name == "kivi"),
-    "fourier-paper": ("k*", lambda name, o: name == "fourier-paper"),
+    "fourier": (style.line(0), lambda name, o: name == "fourier" and set(o) == {"budget"}),
+    "uniform plan": (style.line(2, dash=2), lambda name, o: o.get("plan") == "uniform"),
+    "fourier before merged segments": (
+        style.line(0, dash=1) | {"mfc": "white"},
+        lambda name, o: False,
+    ),  # before.jsonl: plain means, commit 1999030
+    "kivi": (style.line(1), lambda name, o: name == "kivi"),
+    "fourier-paper": (
+        {"color": "black", "marker": "*", "ms": 8, "ls": "none"},
+        lambda name, o: name == "fourier-paper",
+    ),
 }
 
 
@@ -97,24 +102,27 @@ def summary(rows):
     return sorted(found, key=lambda row: (row["context"], order.index(row["family"]), -row["middle"]))
 
 
+def committed(paths=(HERE / "divergence.jsonl",)):
+    """The rows of the table and the plot: of samples, and of what was before."""
+    earlier = read([HERE / "before.jsonl"]).items()
+    return summary(read(paths) | {(BEFORE + spec, context): rows for (spec, context), rows in earlier})
+
+
+@style.paper()
 def plot(found, path):
     contexts = sorted({row["context"] for row in found})
-    figure = Figure(figsize=(11, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.blank(3.6)
     panels = figure.subplots(1, len(contexts), sharey=True, squeeze=False)[0]
     for panel, context in zip(panels, contexts, strict=True):
-        for label, (style, _) in FAMILIES.items():
+        for label, (look, _) in FAMILIES.items():
             rows = [row for row in found if row["family"] == label and row["context"] == context]
             panel.errorbar(
                 [row["middle"] for row in rows],
                 [row["over"] for row in rows],
                 [row["error"] for row in rows],
-                fmt=style,
-                ms=5,
-                lw=2 if label == "fourier" else 1.2,
-                capsize=2,
                 label=label,
                 zorder=3 if label == "fourier" else 2,
+                **look,
             )
         panel.set_xscale("log")
         panel.set_yscale("symlog", linthresh=0.002)
@@ -126,23 +134,21 @@ def plot(found, path):
         ticks = [0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5]
         panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.set_ylim(-0.0015, 0.8)
-        panel.grid(alpha=0.25)
         panel.set_xlabel("bytes of the middle, of a 16-bit cache")
         panel.set_title(f"{context:,} tokens of context")
     panels[0].set_ylabel("loss over dense, nats (bars: standard error)")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(FAMILIES), fontsize=9, frameon=False)
-    figure.suptitle("SmolLM2-135M, 24 windows of text that calibrated nothing: what the bytes cost", fontsize=12)
-    figure.savefig(path, dpi=130)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(FAMILIES))
+    figure.suptitle("SmolLM2-135M, 24 windows of text that calibrated nothing: what the bytes cost")
+    style.save(figure, path)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("samples", nargs="*", type=Path, default=[HERE / "divergence.jsonl"])
-    parser.add_argument("--plot", type=Path, default=HERE / "frontier.png")
+    parser.add_argument("--plot", type=Path, default=HERE / "frontier.svg")
     args = parser.parse_args()
-    earlier = read([HERE / "before.jsonl"]).items()
-    found = summary(read(args.samples) | {(BEFORE + spec, context): rows for (spec, context), rows in earlier})
+    found = committed(args.samples)
     print("| context | method | middle | whole | loss over dense | KL | top-1 | windows |")
     print("|---|---|---|---|---|---|---|---|")
     for row in found:

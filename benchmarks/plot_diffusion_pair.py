@@ -2,12 +2,11 @@
 
 import statistics
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from longwave.evals import style
+from longwave.evals.plots import heat_colours
+from longwave.evals.style import INKS
 
-from longwave.evals.plots import COLOURS, heat_colours
-
-MODELS = {"diffusion": COLOURS[0], "autoregressive": COLOURS[1]}
+MODELS = {"diffusion": 0, "autoregressive": 1}  # number of its line
 
 
 def cells(rows, part="needle"):
@@ -42,45 +41,44 @@ def perplexities(rows):
     return made
 
 
-def line(axes, points, label, colour):
-    axes.plot(list(points), list(points.values()), "o-", color=colour, ms=3.5, lw=1.5, label=label)
+def line(axes, points, label, number):
+    axes.plot(list(points), list(points.values()), label=label, **style.line(number % len(INKS)))
 
 
 def finish(axes, title, ylabel):
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title)
     axes.set_xlabel("length, of the trained one")
     axes.set_ylabel(ylabel)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(frameon=False, fontsize=7.5)
+        axes.legend()
 
 
 def draw_lines(axes, rows, context):
     """Perplexity above, retrieval below: without a factor, then for each model by factor."""
     texts, needles = perplexities(rows), cells(rows)
     reaches = {(row["model"], row["factor"]): row for row in rows if row["part"] == "reach"}
-    for model, colour in MODELS.items():
+    for model, number in MODELS.items():
         if (model, 1) in texts:
-            line(axes[0][0], texts[model, 1], model, colour)
+            line(axes[0][0], texts[model, 1], model, number)
     for steps, found in sorted((key[2], found) for key, found in cells(rows, "steps").items()):
         for number, (times, mean) in enumerate(means(found).items()):
-            axes[1][0].plot(steps, mean, "o", color=COLOURS[number], label=f"{times}x" if steps == 1 else None)
+            look = style.line(number % len(INKS)) | {"linestyle": "none"}
+            axes[1][0].plot(steps, mean, label=f"{times}x" if steps == 1 else None, **look)
     finish(axes[0][0], "perplexity, the bases as trained", "perplexity (diffusion: bound)")
     finish(axes[1][0], "diffusion: retrieval by sampling steps", "answers right, all depths")
     axes[1][0].set_xlabel("steps of the answer")
     for column, model in enumerate(MODELS, 1):
         factors = sorted({key[1] for key in (*texts, *needles) if key[0] == model})
         for number, factor in enumerate(factors):
-            colour = COLOURS[number % len(COLOURS)]
             if (model, factor) in texts:
-                line(axes[0][column], texts[model, factor], f"base x {factor}", colour)
+                line(axes[0][column], texts[model, factor], f"base x {factor}", number)
             for key, found in needles.items():
                 if key[:2] == (model, factor):
-                    line(axes[1][column], means(found), f"base x {factor}", colour)
+                    line(axes[1][column], means(found), f"base x {factor}", number)
             if (model, factor) in reaches:
                 for law, dash in (("ntk", ":"), ("ntk_both_signs", "--")):
-                    axes[1][column].axvline(reaches[model, factor][law] / context, color=colour, ls=dash, lw=0.9)
+                    at, ink = reaches[model, factor][law] / context, INKS[number % len(INKS)]
+                    axes[1][column].axvline(at, color=ink, ls=dash, lw=0.9)
         finish(axes[0][column], f"{model}: perplexity", "perplexity")
         finish(axes[1][column], f"{model}: retrieval; upright, what the laws predict", "answers right, all depths")
         last = max((times for found in needles.values() for times in found), default=1)
@@ -103,20 +101,21 @@ def draw_grid(axes, found, title):
     axes.set_xlim(-0.5, len(lengths) - 0.5)
     axes.set_ylim(len(depths) - 0.5, -0.5)
     axes.set_xticks(range(len(lengths)), [f"{times}x" for times in lengths], fontsize=7)
+    axes.grid(False)
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths], fontsize=7)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title)
 
 
+@style.paper()
 def plot(rows, path):
     about = next((row for row in rows if row["part"] == "about"), None)
     if about is None or len(rows) == 1:
         raise SystemExit("nothing was measured, so there is nothing to draw")
     needles = cells(rows)
     factors = sorted({key[1] for key in needles}) or [1]
-    figure = Figure(figsize=(15, 14), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.blank(10, width=2 * style.WIDTH)  # a sheet of its own
     above, below = figure.subfigures(2, 1)
     draw_lines(above.subplots(2, 3), rows, about["context"])
     panels = below.subplots(2, len(factors), squeeze=False)
@@ -127,13 +126,12 @@ def plot(rows, path):
         panel.set_axis_on()
         draw_grid(panel, found, f"{model}, base x {factor}")
     below.suptitle(
-        "answers right of 100, by length and depth of the fact (100%: just before the question)", fontsize=10
+        "answers right of 100, by length and depth of the fact (100%: just before the question)", fontsize=style.FONT
     )
     trained = about.get("training", {})
     figure.suptitle(
         f"Trained on {about['context']} tokens: {about['parameters']['diffusion'] / 1e6:.1f} M parameters each, "
         + (f"{trained['steps']:,} steps, {trained['tokens'] / 1e6:.1f} M tokens, " if trained else "")
-        + about["device"],
-        fontsize=12,
+        + about["device"]
     )
-    figure.savefig(path, dpi=110)
+    style.save(figure, path)

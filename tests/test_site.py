@@ -21,6 +21,25 @@ def test_the_navigation_names_every_page_once():
     assert sorted(found) == sorted(str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md"))
 
 
+def test_all_rows_have_a_question_a_command_and_a_commit():
+    results = ROOT / "docs" / "results"
+    table = [line for line in (results / "rows.md").read_text().splitlines() if line.startswith("| ")][1:]
+    for line in table:
+        question, rows, command, commit, told = (cell.strip() for cell in line.strip("|").split(" | "))
+        assert question, line
+        assert rows, line
+        assert "`" in command or "script" in command or "in its report" in command or command.startswith("the same"), (
+            line
+        )
+        assert re.search(r"\b[0-9a-f]{7}\b", commit), line
+        assert "](../" in told, line
+    named = {name for line in table for name in re.split(r", ", line.split(" | ")[1])}
+    found = {str(path.relative_to(results)) for path in results.rglob("*") if path.is_file()}
+    assert {name for name in found if not name.startswith(("rows.md", "smollm2/"))} == {
+        n for n in named if "(" not in n
+    }
+
+
 def test_links_to_sources_become_their_paths():
     assert on_page_markdown("[blocks](../longwave/a.py#L3)") == "blocks (`longwave/a.py#L3`)"
     assert on_page_markdown("[longwave/a.py](../longwave/a.py)") == "longwave/a.py"

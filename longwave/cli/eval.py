@@ -169,9 +169,10 @@ def _show(folder: Path, as_json: bool) -> None:
     if as_json:
         show_json([line.as_dict() for line in lines])
         return
-    rows = [
-        [x.task, x.column, x.method, f"{x.value:.3f}", f"{x.low:.3f}..{x.high:.3f}", x.count, f"{x.ratio:.3f}"]
-        for x in lines
-    ]
+    rows = [[x.task, x.column, x.method, f"{x.value:.3f}", _ends(x.interval), x.count, f"{x.ratio:.3f}"] for x in lines]
     show_table("results", ["task", "set", "method", "score", "95 %", "samples", "bytes ratio"], rows)
     print(folder / "samples.jsonl")
+
+
+def _ends(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else "{:.3f}..{:.3f}".format(*interval)

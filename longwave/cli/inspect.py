@@ -1,4 +1,5 @@
-"""longwave inspect: what a cache holds, in bytes, kept channels and pictures; or what a saved file holds."""
+"""longwave inspect: what a cache holds, in bytes, bits, kept channels and pictures, and what it costs on the text that
+follows; or what a saved file holds."""
 
 from __future__ import annotations
 
@@ -26,6 +27,8 @@ from longwave.cli.common import (
 )
 from longwave.cli.console import show_json, show_table, user_errors
 from longwave.cli.reading import reading
+
+SCORED = 256  # tokens of the text after those that were read
 
 
 def command(
@@ -56,7 +59,8 @@ def command(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """What a cache holds: bytes by part, kept channels by layer and rotary pair, one channel and its spectrum.
+    """What a cache holds: bytes by part, bits of every head, merged segments, kept channels by layer and rotary pair,
+    one channel and its spectrum; and what it costs, as planned and on the text that follows.
 
     Given a saved cache, what that file holds."""
     with user_errors():
@@ -67,19 +71,23 @@ def command(
             raise ValueError(f'side is "k" or "v", got {side!r}')
         text = read_document(file) if file else None
         chosen = read_method(method, option, budget, dtype)
+        from longwave.cli.heads import head_bits, head_rows, measured, merged_segments
         from longwave.cli.pictures import kept_by_pair, plot_channel, plot_kept
         from longwave.evals.data import pydoc_haystack
         from longwave.evals.fork import can_fork, fork, needs_of, prefill, read
         from longwave.methods.segmented import SegmentedBound
         from longwave.plan.profile import Profile
-        from longwave.shape import CacheShape
+        from longwave.shape import CacheShape, context_limit
 
-        measured = Profile.load(profile) if profile is not None else None
+        known = Profile.load(profile) if profile is not None else None
         source = Source(model, device, dtype, extend_to, extend_rule)
-        ids = source.tokenizer(text or pydoc_haystack(), return_tensors="pt", verbose=False).input_ids[:, :tokens]
+        whole = source.tokenizer(text or pydoc_haystack(), return_tensors="pt", verbose=False).input_ids
+        ids = whole[:, :tokens]
         count = ids.shape[1]
         source.check_length(count, 0)
-        source.check(chosen, budget, count)
+        following = whole[:, count : min(count + SCORED + 1, context_limit(source.skeleton) or whole.shape[1])]
+        coming = count + max(0, following.shape[1] - 1)
+        source.check(chosen, budget, coming)
         shape = CacheShape.of(source.skeleton.config.get_text_config(decoder=True), source.skeleton.dtype)
         layer = shape.memory_layers[0] if layer is None else layer
         if layer not in shape.memory_layers:
@@ -87,7 +95,7 @@ def command(
         if not 0 <= head < shape.kv_heads:
             raise ValueError(f"layer {layer} has heads 0 to {shape.kv_heads - 1}")
         loaded = source.load()
-        empty = source.cache(loaded, chosen, budget, measured, count, measure)
+        empty = source.cache(loaded, chosen, budget, known, coming, measure)
         with reading(loaded, count):
             exact = prefill(loaded, ids, needs=needs_of([empty]))
             if can_fork(empty):
@@ -119,6 +127,11 @@ def command(
                 }
                 for index, k, v in zip(shape.memory_layers, *kept_by_pair(kept), strict=True)
             ]
+        bits = head_bits(held.method) if pages and held.method.plan else []
+        if bits:
+            result |= {"bits": bits, "merged": merged_segments(held.method, held)}
+        if following.shape[1] > 1:  # last, since both caches read it
+            result["measured"] = measured(loaded, exact, held, following)
         if as_json:
             show_json(result)
             return
@@ -129,6 +142,23 @@ def command(
         )
         print(report.method)
         print(f"ratio {report.ratio:.3f} in {result['dtype']} after {report.tokens:,} tokens")
+        if expected is not None:
+            print(f"expected {expected} nats a token of text, as the plan was measured")
+        if cost := result.get("measured"):
+            print(
+                f"measured KL {cost['kl']:.2g} nats, loss {cost['over_dense']:+.2g} nats over dense, "
+                f"{cost['same_top1']:.1%} the same top-1: next {cost['tokens']:,} tokens of this text"
+            )
+        else:
+            print("measured nothing: no text follows what was read, or the model's context ends there")
+        if bits:
+            merged = result["merged"]
+            print(
+                f"merged {merged['segments']:,} of {merged['of_segments']:,} segments: those of {merged['heads']:,} "
+                f"heads of {merged['of_heads']:,}"
+            )
+            heads = [f"head {head}" for head in range(shape.kv_heads)]
+            show_table("bits a number, K and V", ["layer", *heads], head_rows(bits))
         if kept:
             rows = []
             for entry in result["kept"]:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from longwave.evals import style
 from longwave.frame import LongCache
 
 Kept = Sequence[tuple[torch.Tensor, torch.Tensor]]  # of every memory layer: K and V, bool [kv_heads, head_dim]
@@ -29,21 +28,23 @@ def kept_by_pair(kept: Kept) -> tuple[torch.Tensor, torch.Tensor]:
     return sides[0], sides[1]
 
 
+@style.paper()
 def plot_kept(kept: Kept, path: Path, title: str) -> None:
     """Heat map, layers down and rotary pairs across: what share of the channels is kept as values."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.blank(3.2)
     panels = figure.subplots(1, 2, sharey=True)
     for panel, name, shares in zip(panels, ("keys", "values"), kept_by_pair(kept), strict=True):
         image = panel.imshow(shares.numpy(), vmin=0, vmax=1, cmap="viridis", aspect="auto", interpolation="nearest")
+        panel.grid(False)
         panel.set_title(f"{name}: {shares.mean():.1%} kept")
         panel.set_xlabel("rotary pair (fast to slow)" if name == "keys" else "channel pair (not rotated)")
     panels[0].set_ylabel("layer")
     figure.colorbar(image, ax=list(panels), label="share kept, mean over heads")
-    figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    figure.suptitle(title)
+    style.save(figure, path)
 
 
+@style.paper()
 def plot_channel(exact: LongCache, held: LongCache, layer: int, side: str, head: int, channel: int, path: Path) -> dict:
     """One channel of the middle: its values with what the store makes of them, and its spectrum with the band kept.
 
@@ -65,12 +66,13 @@ def plot_channel(exact: LongCache, held: LongCache, layer: int, side: str, head:
     period, states = segment or count, states_of(bound, memory.position, which, head)
     missed = float((true - made).square().mean() / (true - true.mean()).square().mean())
 
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = style.blank(4.4)
     above, below = figure.subplots(2, 1)
     tokens = range(start, start + count)
-    above.plot(tokens, true.numpy(), lw=0.6, color="0.6", label="exact")
-    above.plot(tokens, made.numpy(), lw=1.2, color="C3", label="as it is stored" if kept else "from its coefficients")
+    above.plot(tokens, true.numpy(), lw=0.6, color=style.GREY, label="exact")
+    above.plot(
+        tokens, made.numpy(), lw=1.2, color=style.INKS[0], label="as it is stored" if kept else "from its coefficients"
+    )
     above.set_xlabel("token")
     above.set_ylabel("value")
     above.legend(loc="upper right")
@@ -78,14 +80,14 @@ def plot_channel(exact: LongCache, held: LongCache, layer: int, side: str, head:
         f"layer {layer}, {'key' if side == 'k' else 'value'} head {head}, channel {channel}: "
         + ("kept" if kept else f"{states} states per {period} tokens, {missed:.0%} of the variance missed")
     )
-    below.loglog(frequency[1:].numpy(), power[1:].numpy() + 1e-12, lw=0.6, color="C0")
+    below.loglog(frequency[1:].numpy(), power[1:].numpy() + 1e-12, lw=0.6, color=style.GREY)
     if states:
         band = f"band kept: periods above {2 * period / states:.0f} tokens"
-        below.axvspan(float(frequency[1]), states / 2 / period, color="C3", alpha=0.12, label=band)
+        below.axvspan(float(frequency[1]), states / 2 / period, color=style.INKS[0], alpha=0.15, label=band)
         below.legend(loc="lower left")
     below.set_xlabel("frequency (periods per token)")
     below.set_ylabel("power")
-    figure.savefig(path, dpi=150)
+    style.save(figure, path)
     return {"layer": layer, "side": side, "head": head, "channel": channel, "kept": kept, "variance_missed": missed}
 
 

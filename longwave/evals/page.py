@@ -11,7 +11,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cell:
-    """under: a second, smaller line. tone: "worse", "better" or "missing". back, ink: colours of a heat map."""
+    """under: a second, smaller line. tone: "worse", "better" or "missing", and "best" where nothing in its column is.
+    back, ink: colours of a heat map."""
 
     text: str
     under: str = ""

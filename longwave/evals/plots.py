@@ -10,17 +10,19 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 from longwave.evals.spec import is_dense, parse_spec
+from longwave.evals.style import COLOURS, DASHES, GREY, SHARED
 
-GREY = "#808080"
-COLOURS = ("#2f7fd1", "#d2691e", "#1f9a6d", "#b05fc4", "#d4507f", "#8a7d1f", "#1c93a5")
-DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (7, 2, 1.5, 2))
 SIZE = (4.6, 3.1)  # inches; 331 units of the drawing, about the pixels it gets on a phone and in a column of the page
+WIDE = 4  # largest bytes ratio over the smallest, from which on the axis goes by halves
+STEEP = 30  # largest loss over the smallest, from which on the axis goes by decades
+DECADES = 3  # of such an axis, above which it goes on to 0
+LEAST = 5  # of 100, what an axis of scores shows at least
 FONT = 12  # in the same units, so that it is never below 11 pixels there
 
 
@@ -90,42 +92,58 @@ def swatch(style: Style, line: bool = False) -> str:
     return f'<svg class="swatch" width="14" height="14" viewBox="0 0 14 14" aria-hidden="true">{inside}</svg>'
 
 
+FADED = (
+    '<svg class="swatch" width="28" height="14" viewBox="0 0 28 14" aria-hidden="true"><path d="M1 7H27" '
+    f'stroke="{GREY}" stroke-opacity="0.45"/><circle cx="14" cy="7" r="2.5" fill="{GREY}"/></svg>'
+)
+
+
 @dataclass(frozen=True)
 class Point:
-    """Bytes ratio, score and its interval of one method."""
+    """Bytes ratio, score and its interval, if it has one, of one method."""
 
     method: str
     ratio: float
     value: float
-    low: float
-    high: float
+    interval: tuple[float, float] | None = None
 
 
-def quality_chart(points: Sequence[Point], looks: Mapping[str, Style], unit: str, alt: str, name: str) -> str:
-    """Score against bytes ratio: a point a method, those of one family joined, dense as a line across."""
+def quality_chart(
+    points: Sequence[Point],
+    looks: Mapping[str, Style],
+    unit: str,
+    alt: str,
+    name: str,
+    ends: tuple[float, float] | None = None,
+    lit: Collection[str] | None = None,
+) -> str:
+    """Score against bytes ratio: a point a method, those of one family joined, dense as a line across.
+
+    ends: what a score can be at least and at most, where it cannot be more. lit: the families to show in colour, the
+    others stay in the background; all of them unless said.
+    """
     figure, axes = _axes()
     families: dict[str, list[Point]] = {}
     for point in points:
         families.setdefault(family(point.method), []).append(point)
         if is_dense(point.method):
             axes.axhline(point.value, color=GREY, linewidth=1, dashes=(4, 3), zorder=1)
-    for members in families.values():
+    for label, members in families.items():
         style = looks[members[0].method]
         along = sorted(members, key=lambda point: point.ratio)
         x, y = [p.ratio for p in along], [p.value for p in along]
-        spread = [[max(0.0, p.value - p.low) for p in along], [max(0.0, p.high - p.value) for p in along]]
-        axes.errorbar(
-            x,
-            y,
-            yerr=spread,
-            color=style.colour,
-            marker=list(style.shape),
-            markersize=9,
-            linewidth=1.5,
-            elinewidth=1.2,
-            capsize=3,
-        )
-    axes.set_xlim(0, 1.08 * max([1.0, *(p.ratio for p in points if math.isfinite(p.ratio))]))
+        if not (lit is None or label in lit or is_dense(members[0].method)):
+            axes.plot(x, y, color=GREY, alpha=0.45, linewidth=0.8, marker="o", markersize=2.5, zorder=1)
+            continue
+        axes.plot(x, y, color=style.colour, marker=list(style.shape), markersize=9, linewidth=1.5, zorder=3)
+        for p in along:
+            if p.interval is not None:
+                low, high = (abs(end - p.value) for end in p.interval)
+                axes.errorbar(
+                    p.ratio, p.value, [[low], [high]], color=style.colour, elinewidth=1.2, capsize=3, zorder=2
+                )
+    _fit_ratios(axes, [p.ratio for p in points if math.isfinite(p.ratio)])
+    _fit_scores(axes, [p.value for p in points], ends)
     axes.set_xlabel("bytes held / bytes of a dense cache")
     axes.set_ylabel(textwrap.fill(unit, 32))
     return _svg(figure, name, alt)
@@ -154,22 +172,57 @@ def curve_chart(
     return _svg(figure, name, alt)
 
 
+def _fit_ratios(axes: Any, ratios: Sequence[float]) -> None:
+    """From 0 to the dense cache; in halves where budgets are halved."""
+    least, most = min(ratios, default=1.0), max([1.0, *ratios])
+    if least <= 0 or most / least < WIDE:
+        axes.set_xlim(0, 1.08 * most)
+        return
+    axes.set_xscale("log", base=2)
+    ticks = [2.0**power for power in range(math.floor(math.log2(least)), math.ceil(math.log2(most)) + 1)]
+    axes.set_xticks(ticks[-6:], [f"{tick:.4g}" for tick in ticks[-6:]])
+    axes.minorticks_off()
+    axes.set_xlim(least / 1.25, most * 1.2)
+
+
+def _fit_scores(axes: Any, values: Sequence[float], ends: tuple[float, float] | None) -> None:
+    """What is drawn fills the axis, with no number on it that a score cannot be. Losses of many sizes are shown by
+    their size."""
+    from matplotlib.ticker import MaxNLocator
+
+    positive = [value for value in values if value > 0]
+    if ends is None and min(values) >= 0 and positive and max(positive) / min(positive) > STEEP:
+        top = math.ceil(math.log10(max(positive)))
+        axes.set_yscale("symlog", linthresh=10.0 ** (top - DECADES), linscale=0.4)
+        ticks = [0.0, *(10.0**power for power in range(top - DECADES, top + 1))]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(-(10.0 ** (top - DECADES)) / 3, 1.6 * max(positive))
+    elif ends is not None:
+        low, high = axes.get_ylim()
+        low, high = max(ends[0], low), min(ends[1], high)
+        low, high = max(ends[0], min(low, high - LEAST)), min(ends[1], max(high, low + LEAST))
+        axes.set_yticks([tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high])
+        room = 0.04 * (high - low)  # for the marks that stand at an end
+        axes.set_ylim(low - room, high + room)
+
+
 def _axes() -> tuple[Any, Any]:
+    from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=SIZE, layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(GREY)
-    axes.tick_params(color=GREY, labelsize=FONT)
+    with rc_context(
+        SHARED | {"text.parse_math": False, "font.size": FONT, "xtick.labelsize": FONT, "ytick.labelsize": FONT}
+    ):
+        figure = Figure(figsize=SIZE, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
     axes.xaxis.label.set_fontsize(FONT)
     axes.yaxis.label.set_fontsize(FONT)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.grid(color=GREY, alpha=0.25, linewidth=0.8)
     axes.patch.set_visible(False)
     return figure, axes
 
@@ -178,7 +231,7 @@ def _svg(figure: Any, name: str, alt: str) -> str:
     """An <svg> element as wide as its place, with ids that start with `name`: no two charts of a page share one."""
     from matplotlib import rc_context
 
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "longwave", "text.parse_math": False}):
+    with rc_context(SHARED | {"svg.fonttype": "none", "text.parse_math": False}):
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()

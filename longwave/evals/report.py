@@ -1,20 +1,23 @@
 """Result folders as one page: report.html, a single file that needs no network, and report.md with the same facts.
 
-Both are made from the same sections of tables and charts. Under each of them stand the samples counted and the commands
-that measured them. Whatever comes out of a results folder is escaped.
+Both are made from the same sections of tables and charts, behind a headline. Under each of them stand the samples
+counted and the commands that measured them. Whatever comes out of a results folder is escaped.
 """
 
 from __future__ import annotations
 
 import math
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from longwave.evals import plots
+from longwave.evals.best import best, compared, headline, unbeaten
 from longwave.evals.page import Block, Cell, Section, Table, render
 from longwave.evals.results import Loaded, merge
 from longwave.evals.runner import BIN
@@ -25,6 +28,7 @@ from longwave.evals.summary import (
     Cost,
     Line,
     Losses,
+    Row,
     cost,
     curve,
     finite,
@@ -38,12 +42,12 @@ from longwave.evals.summary import (
     task_of,
 )
 from longwave.evals.task import LossTask, Task
+from longwave.evals.words import NOTHING, SIGNS, decimals, is_distance, number, plural, signed
 
 NEEDED = ("context", "rows", "prefill_seconds", "decode_seconds")
-SIGNS = {"worse": "✗", "better": "✓", "": ""}
-NOTHING = "–"
 POSITIONS = 16  # rows of a table of losses by position, at most
 MANY = 16  # methods that one chart or one table can hold
+NOTED = 3  # methods of a task whose missing samples are told one by one
 
 
 def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
@@ -69,19 +73,6 @@ def write_report(folders: Sequence[Path], out: Path) -> list[Path]:
     for path, text in zip(paths, (html, markdown), strict=True):
         path.write_text(text, encoding="utf-8")
     return paths
-
-
-def decimals(task: Task) -> int:
-    return 3 if task.lower else 1
-
-
-def number(value: float | None, places: int) -> str:
-    return NOTHING if value is None else f"{value:,.{places}f}".replace("-", "−")
-
-
-def signed(value: float, places: int) -> str:
-    text = f"{value:+,.{places}f}"
-    return (text[1:] if float(text.replace(",", "")) == 0 else text).replace("-", "−")
 
 
 def heading(column: str) -> str:
@@ -148,20 +139,25 @@ def by_budget(methods: Sequence[str]) -> list[tuple[str, list[str]]]:
 
 
 class Report:
-    """The sections of a page, from the rows of a folder. Of more than MANY methods, tables alone, one a budget."""
+    """The sections of a page, from the rows of a folder.
+
+    Of more than MANY methods, those that nothing beats at their bytes come first and are what charts show in colour;
+    tables are one a budget, the best of the first task at their top.
+    """
 
     def __init__(self, loaded: Loaded):
         self.header = loaded.header
         self.methods: list[str] = list(self.header["methods"])
         self.many = len(self.methods) > MANY
-        self.groups = by_budget(self.methods) if self.many else [("", self.methods)]
         self.titles = titles(self.header)
         self.notes = list(loaded.problems)
         self.rows = self._usable(loaded.rows)
         self.lines = summarise(Loaded(self.header, self.rows))
         measured = {line.task for line in self.lines}
         self.tasks: dict[str, Task] = {t: task_of(loaded, t) for t in self.header["tasks"] if t in measured}
-        self.looks = plots.styles(self.methods)
+        self.groups = self._groups() if self.many else [("", self.methods)]
+        self.lit = self._lit()
+        self.looks = plots.styles(sorted(self.methods, key=lambda method: plots.family(method) not in self.lit))
         self.has_dense = any(is_dense(line.method) for line in self.lines)
         self._notes()
 
@@ -181,16 +177,51 @@ class Report:
             self.notes.append(f"{plural(short, 'result')} left out: without {', '.join(NEEDED)}.")
         return good
 
+    def _groups(self) -> list[tuple[str, list[str]]]:
+        """The methods of every budget, the best of the first task first; what it lacks samples of stands below."""
+        label, task = next(iter(self.tasks.items())) if self.tasks else ("", None)
+
+        def place(method: str) -> tuple[float, ...]:
+            line = self.overall.get((label, method))
+            if is_dense(method) or line is None or task is None:
+                return (0,) if is_dense(method) else (3,)
+            return (1 if line.complete else 2, line.value if task.lower else -line.value)
+
+        return [(budget, sorted(methods, key=place)) for budget, methods in by_budget(self.methods)]
+
+    def _lit(self) -> set[str]:
+        """The families that charts show in colour: all, or of many methods those most often among the unbeaten."""
+        if not self.many:
+            return set(map(plots.family, self.methods))
+        found = Counter(plots.family(x.method) for label in self.tasks for x in self._unbeaten(label))
+        return {name for name, _ in found.most_common(len(plots.COLOURS))}
+
+    def _of(self, label: str) -> list[Line]:
+        """A task's lines over all of its samples."""
+        return [self.overall[label, method] for method in self.methods if (label, method) in self.overall]
+
+    def _unbeaten(self, label: str) -> list[Line]:
+        return unbeaten(self._of(label), self.tasks[label].lower)
+
     def _notes(self) -> None:
         for label in self.header["tasks"]:
             rows = [row for row in self.rows if row["task"] == label]
             if label not in self.tasks:
                 self.notes.append(f"{self.titles[label]}: no scores yet, it is not shown.")
             expected = max(len({row["id"] for row in rows}), planned(self.header, label, ""))
+            counts = Counter(row["method"] for row in rows)
+            short = [method for method in self.methods if counts[method] < expected]
+            if len(short) > NOTED:
+                none = sum(not counts[method] for method in short)
+                self.notes.append(
+                    f"† {self.titles[label]}: of {plural(len(self.methods), 'method')}, "
+                    f"{len(self.methods) - len(short):,} have all {expected:,} samples, "
+                    f"{len(short) - none:,} a part of them, {none:,} none; what is marked here is not yet measured."
+                )
             for method in self.methods:
                 mine = [row for row in rows if row["method"] == method]
                 bad = [row["id"] for row in mine if not finite(row)]
-                if len(mine) < expected:
+                if method in short and len(short) <= NOTED:
                     have = f"{len(mine):,} of {expected:,} samples" if mine else f"none of {expected:,} samples"
                     self.notes.append(f"† {self.titles[label]}: {method} has {have}.")
                 if bad:
@@ -240,7 +271,9 @@ class Report:
             for name in ("longwave", "torch", "transformers", "python")
             if distinct(runs, name)
         ]
-        sections = [self.summary()] if self.many else [self.summary(), self.quality()]
+        sections = [self.summary(), self.quality()]
+        if self.many and (first := self.unbeaten()).blocks:
+            sections = [first, self.quality(), self.summary()]
         for label, task in self.tasks.items():
             if isinstance(task, LossTask):
                 sections.append(self.loss(label, task))
@@ -249,6 +282,9 @@ class Report:
         when = " to ".join(dict.fromkeys([days[0], days[-1]])) if days else "at an unknown date"
         return {
             "title": f"Long-context evaluation of {header['model']}",
+            "headline": headline(
+                header["model"], samples, {x: self._of(x) for x in self.tasks}, self.tasks, self.titles
+            ),
             "lead": lead,
             "facts": f"Measured {when} with {', '.join(versions)}.",
             "notes": self.notes,
@@ -265,17 +301,22 @@ class Report:
             tables = [self._overview(labels, methods, budget) for budget, methods in self.groups]
             blocks.append(Block(tables, counted(counts, "a cell"), self.commands(*labels), title))
         text = []
+        if self.many:
+            text.append(
+                "Methods stand by their budget, the best of the first task first; in bold the best of a column, of "
+                "those that have all samples."
+            )
         if self.has_dense:
             text.append(
                 "Below each score: its difference to dense on the samples both have"
                 + (", from the paired bootstrap. " if self.many else ", with the paired bootstrap 95 % interval. ")
                 + f"{SIGNS['worse']} worse and {SIGNS['better']} better mark intervals that leave out 0, from "
-                f"{FEWEST} pairs on; each is judged by itself, not corrected for their number."
+                f"{FEWEST} pairs on, as intervals are given; each is judged by itself, not corrected for their number."
             )
         else:
             text.append(
                 "Dense was not measured, so no differences to it are shown; below each score stands its bootstrap 95 % "
-                "interval."
+                f"interval, from {FEWEST} samples on."
             )
         text.append(
             "Bytes ratio: live bytes of the whole cache, metadata included, over those a dense cache of the same "
@@ -289,44 +330,51 @@ class Report:
 
     def _overview(self, labels: list[str], methods: list[str], title: str) -> Table:
         """A score of each task for each method."""
-        head = [Cell("method")]
+        head = [Cell("method"), Cell("bytes ratio", "whole cache" + (", and by task" if len(labels) > 1 else ""))]
+        table = [[Cell(method), self._ratio(method, labels)] for method in methods]
         for label in labels:
             task = self.tasks[label]
             head.append(Cell(self.titles[label], task.unit + (", lower is better" if task.lower else "")))
-        head.append(Cell("bytes ratio", "whole cache" + (", and by task" if len(labels) > 1 else "")))
-        table = []
-        for method in methods:
-            row = [
-                Cell(method),
-                *(self._score(self.overall.get((x, method)), self.tasks[x], self.many) for x in labels),
-            ]
-            rows = [self.overall[label, method].ratio for label in labels if (label, method) in self.overall]
-            mine = [row for row in self.rows if row["method"] == method and row["task"] in labels]
-            spread = f"{min(rows):.3f} to {max(rows):.3f}" if len(rows) > 1 else ""
-            row.append(Cell(f"{cost(mine).ratio:.3f}", spread) if mine else Cell(NOTHING, "not measured †", "missing"))
-            table.append(row)
+            lines = [self.overall.get((label, method)) for method in methods]
+            known = compared([line for line in lines if line is not None]) if self.many else []
+            top = best(known, task.lower).value if len(known) > 1 else None
+            for row, line in zip(table, lines, strict=True):
+                cell = self._score(line, task, self.many)
+                leads = line in known and line is not None and line.value == top
+                row.append(replace(cell, tone=f"{cell.tone} best".strip()) if leads else cell)
         return Table(head, table, title)
 
+    def _ratio(self, method: str, labels: Sequence[str], column: str = "") -> Cell:
+        """The bytes ratio of all samples of some tasks, with the tasks' own below; or of a set of one task."""
+        mine = [row for row in self.rows if row["method"] == method and row["task"] in labels]
+        rows = in_column(self.tasks[labels[0]], mine, column) if column else list[Row](mine)
+        if not rows:
+            return Cell(NOTHING, "not measured †", "missing")
+        own = [self.overall[label, method].ratio for label in labels if (label, method) in self.overall]
+        low, high = (f"{end(own, default=0):.3f}" for end in (min, max))
+        return Cell(f"{cost(rows).ratio:.3f}", f"{low} to {high}" if low != high else "")
+
     def _score(self, line: Line | None, task: Task, brief: bool = False) -> Cell:
-        """A score with its difference to dense below; brief: without the interval."""
+        """A score with its difference to dense below; brief: without the interval, and without a difference that the
+        score itself is."""
         if line is None:
             return Cell(NOTHING, "not measured †", "missing")
         places = decimals(task)
         notes = []
         if line.over is not None and brief:
-            notes.append(f"{signed(line.over, places)} {SIGNS[line.verdict]}".strip())
+            said = "" if is_distance(task) else signed(line.over, places)
+            notes += [words] if (words := f"{said} {SIGNS[line.verdict]}".strip()) else []
         elif line.over is not None:
-            assert line.over_low is not None
-            assert line.over_high is not None
-            interval = f"{signed(line.over_low, places)} to {signed(line.over_high, places)}"
+            ends = line.over_interval
+            interval = f" ({signed(ends[0], places)} to {signed(ends[1], places)})" if ends else ""
             mark = f" {SIGNS[line.verdict]} {line.verdict}" if line.verdict else ""
-            notes.append(f"{signed(line.over, places)} ({interval}){mark}")
+            notes.append(f"{signed(line.over, places)}{interval}{mark}")
             if line.pairs < line.count:
                 notes.append(f"{line.pairs:,} pairs")
         elif self.has_dense and is_dense(line.method):
             notes.append("reference")
-        elif not brief:
-            notes.append(f"95 %: {number(line.low, places)} to {number(line.high, places)}")
+        elif not brief and line.interval:
+            notes.append(f"95 %: {ends_of(line, places)}")
         if not line.complete:
             notes.append(f"n {line.count:,}/{line.expected:,}")
         tone = line.verdict or ("" if line.complete else "missing")
@@ -335,36 +383,50 @@ class Report:
     def quality(self) -> Section:
         blocks = []
         for index, (label, task) in enumerate(self.tasks.items()):
-            lines = [self.overall[label, m] for m in self.methods if (label, m) in self.overall]
-            points = [plots.Point(x.method, x.ratio, x.value, x.low, x.high) for x in lines]
+            lines = self._of(label)
+            shown = [x for x in lines if not self.many or x.complete or is_dense(x.method)]
+            points = [plots.Point(x.method, x.ratio, x.value, x.interval) for x in shown]
             unit = task.unit + (" (lower is better)" if task.lower else "")
             alt = f"{label}: {unit} against bytes ratio"
-            chart = plots.quality_chart(points, self.looks, unit, alt, f"quality{index}")
-            places = decimals(task)
-            table = Table(
-                [Cell("method"), Cell("bytes ratio"), Cell(task.unit), Cell("95 % interval"), Cell("n")],
-                [
-                    [
-                        Cell(x.method),
-                        Cell(f"{x.ratio:.3f}"),
-                        Cell(number(x.value, places)),
-                        Cell(f"{number(x.low, places)} to {number(x.high, places)}"),
-                        Cell(f"{x.count:,}" if x.complete else f"{x.count:,} of {x.expected:,} †"),
-                    ]
-                    for x in lines
-                ],
-            )
-            count = counted((x.count for x in lines), "a point")
-            blocks.append(Block([table], count, self.commands(label), self.titles[label], chart))
+            ends = (0.0, 100.0) if percent(task, [x.value for x in lines]) else None
+            count = counted((x.count for x in shown), "a point")
+            numbers = Table(point_head(task), [point_cells(x, decimals(task)) for x in lines])
+            if not points:
+                continue
+            chart = plots.quality_chart(points, self.looks, unit, alt, f"quality{index}", ends, self.lit)
+            blocks.append(Block([numbers], count, self.commands(label), self.titles[label], chart))
         families: dict[str, str] = {}
         for method in self.methods:
-            families.setdefault(plots.family(method), method)
+            if plots.family(method) in self.lit or is_dense(method):
+                families.setdefault(plots.family(method), method)
         legend = [(plots.swatch(self.looks[method]), name) for name, method in families.items()]
+        left = len(set(map(plots.family, self.methods))) - len(families)
+        legend += [(plots.FADED, f"{left} others")] if left else []
         text = [
-            "A point a method, with the bootstrap 95 % interval of its score; points of one family that differ in "
-            "their budget are joined." + (" The dashed line is dense." if self.has_dense else "")
+            f"A point a method, with the bootstrap 95 % interval of its score where {FEWEST} samples or more give one; "
+            "points of one family that differ in their budget are joined."
+            + (" The dashed line is dense." if self.has_dense else "")
+            + (" Of methods that have all samples; in colour the families most often unbeaten." if self.many else "")
         ]
         return Section("Quality against bytes", blocks, text, legend)
+
+    def unbeaten(self) -> Section:
+        """For each task, the methods that nothing beats at their bytes."""
+        blocks = []
+        for label, task in self.tasks.items():
+            if lines := self._unbeaten(label):
+                exact = [line for line in self._of(label) if is_dense(line.method)]
+                rows = [point_cells(line, decimals(task)) for line in [*exact, *lines]]
+                note = f"{len(lines)} of {plural(len(compared(self._of(label))), 'method')} that have all samples"
+                count = counted((line.count for line in lines), "a row")
+                blocks.append(
+                    Block([Table(point_head(task), rows)], count, self.commands(label), self.titles[label], note=note)
+                )
+        text = [
+            "Each scores better than every method that held as many bytes or fewer; of many methods on few samples, "
+            "some of that is luck: the intervals say how much."
+        ]
+        return Section("Best for their bytes", blocks, text)
 
     def detail(self, label: str, task: Task) -> Section:
         """Heat maps and the table of sets, where a task has them."""
@@ -380,16 +442,16 @@ class Report:
         assert task.heat is not None
         maps = {method: heat(task, self.of_task(label), method) for method in self.methods}
         values = [value for one in maps.values() for row in one.values for value in row if value is not None]
-        percent = not task.lower and min(values) >= 0 and max(values) <= 100
-        low, high = (0.0, 100.0) if percent else (min(values), max(values))
-        places = 0 if percent else decimals(task)
+        whole = percent(task, values)
+        low, high = (0.0, 100.0) if whole else (min(values), max(values))
+        places = 0 if whole else decimals(task)
         corner = Cell(f"{task.heat[0]} ↓", f"{task.heat[1]} →")
         tables, counts = [], []
         for method, one in maps.items():
             rows = []
-            for top, across, some, whole in zip(one.rows, one.values, one.counts, one.expected, strict=True):
+            for top, across, some, asked_of in zip(one.rows, one.values, one.counts, one.expected, strict=True):
                 row = [Cell(top)]
-                for value, count, expected in zip(across, some, whole, strict=True):
+                for value, count, expected in zip(across, some, asked_of, strict=True):
                     if value is None:
                         row.append(Cell(NOTHING + (" †" if expected else ""), tone="missing"))
                         continue
@@ -411,7 +473,7 @@ class Report:
         by_sample = type(task).total in MEANS
         last = "all samples" if by_sample else "mean of sets" if self._is_mean(lines, columns) else "total"
         means = bool(groups) and by_sample  # else the task's own total is one, or there are no sets to speak of
-        head, spans = [Cell("method")], [("", 1)]
+        head, spans = [Cell("method"), Cell("bytes ratio")], [("", 2)]
         for name, sets in parts:
             head += [Cell(heading(column)) for column in sets]
             head += [Cell("average")] * (name in averaged)
@@ -422,7 +484,7 @@ class Report:
         for budget, methods in self.groups:
             rows = []
             for method in methods:
-                row = [Cell(method)]
+                row = [Cell(method), self._ratio(method, [label])]
                 for name, sets in parts:
                     row += [self._score(lines.get((method, column)), task, brief=True) for column in sets]
                     if name in averaged:
@@ -474,7 +536,7 @@ class Report:
                     exact = dense_of(method, self.methods)
                     dense = [row for row in here if row["method"] == exact]
                     made[method, column] = losses(mine, dense, f"{label}/{column}/loss", task.nats)
-        tables = [self._loss_table(task, columns, lines, made, *group) for group in self.groups]
+        tables = [self._loss_table(label, columns, lines, made, *group) for group in self.groups]
         counts = [line.count for line in lines.values() if line.column in columns]
         blocks = [Block(tables, counted(counts, "a row"), self.commands(label))]
         metric = "kl" if task.compares else task.nats
@@ -504,7 +566,7 @@ class Report:
 
     def _loss_table(
         self,
-        task: LossTask,
+        label: str,
         columns: list[str],
         lines: dict[tuple[str, str], Line],
         made: dict[tuple[str, str], Losses],
@@ -512,6 +574,8 @@ class Report:
         methods: list[str],
     ) -> Table:
         """A row for each column and method; metrics that no row has are left out."""
+        task = self.tasks[label]
+        assert isinstance(task, LossTask)
         several = len(columns) > 1 or bool(columns[0])
         shows_score = task.unit != "nats" and task.metric not in ("kl",)
         extras = [
@@ -523,14 +587,14 @@ class Report:
             )
             if any(getattr(one, name) is not None for one in made.values())
         ]
-        head = [Cell("method")] + [Cell(task.columns or "set")] * several + [Cell("n")]
+        head = [Cell("method")] + [Cell(task.columns or "set")] * several + [Cell("bytes ratio"), Cell("n")]
         head += [Cell(task.unit, "95 % interval below")] * shows_score
         head += [Cell(task.nats, "nats"), Cell("over dense", "nats")]
         head += [Cell(title, unit) for _, title, unit, _, _ in extras]
         rows = []
         for column in columns:
             for method in methods:
-                row = [Cell(method)] + [Cell(heading(column))] * several
+                row = [Cell(method)] + [Cell(heading(column))] * several + [self._ratio(method, [label], column)]
                 line, one = lines.get((method, column)), made.get((method, column))
                 if line is None or one is None:
                     rows.append([*row, Cell("0 †", tone="missing"), *[Cell(NOTHING)] * (len(head) - len(row) - 1)])
@@ -538,7 +602,7 @@ class Report:
                 whole = f"{line.count:,}" if line.complete else f"{line.count:,} of {line.expected:,} †"
                 row.append(Cell(whole, tone="" if line.complete else "missing"))
                 if shows_score:
-                    row.append(Cell(number(line.value, 3), f"{number(line.low, 3)} to {number(line.high, 3)}"))
+                    row.append(Cell(number(line.value, 3), ends_of(line, 3)))
                 row += [Cell(number(one.loss, 3)), over_dense(one)]
                 for name, _, _, scale, places in extras:
                     value = getattr(one, name)
@@ -547,8 +611,8 @@ class Report:
         return Table(head, rows, title, labels=1 + several)
 
     def speed(self) -> Section:
-        head = [Cell("method"), Cell("n"), Cell("held", "MiB a sample"), Cell("dense", "MiB a sample")]
-        head += [Cell("bytes ratio"), Cell("prefill", "tokens a second"), Cell("decode", "tokens a second")]
+        head = [Cell("method"), Cell("bytes ratio"), Cell("n"), Cell("held", "MiB a sample")]
+        head += [Cell("dense", "MiB a sample"), Cell("prefill", "tokens a second"), Cell("decode", "tokens a second")]
         blocks = []
         for labels in [list(self.tasks)] if self.many else [[label] for label in self.tasks]:
             tables, costs = [], []
@@ -560,7 +624,7 @@ class Report:
                         costs.append(cost(mine))
                         table.append([Cell(method), *cost_cells(costs[-1])])
                     else:
-                        table.append([Cell(method), Cell("0 †", tone="missing"), *[Cell(NOTHING)] * 5])
+                        table.append([Cell(method), Cell(NOTHING), Cell("0 †", tone="missing"), *[Cell(NOTHING)] * 4])
                 tables.append(Table(head, table, budget))
             count = counted((one.count for one in costs), "a row")
             title = "all tasks" if self.many else self.titles[labels[0]]
@@ -614,8 +678,24 @@ def about(task: Task) -> str:
     return f"{what} Score: {task.unit.removeprefix('score, ')}{', lower is better' if task.lower else ''}."
 
 
-def plural(count: int, what: str) -> str:
-    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+def percent(task: Task, values: Sequence[float]) -> bool:
+    """Whether scores are of 100."""
+    return not task.lower and min(values) >= 0 and max(values) <= 100
+
+
+def ends_of(line: Line, places: int) -> str:
+    return " to ".join(number(end, places) for end in line.interval or ())
+
+
+def point_head(task: Task) -> list[Cell]:
+    score = Cell("score", task.unit.removeprefix("score, ") + ", lower is better" * task.lower)
+    return [Cell("method"), Cell("bytes ratio"), score, Cell("95 % interval"), Cell("n")]
+
+
+def point_cells(line: Line, places: int) -> list[Cell]:
+    count = f"{line.count:,}" if line.complete else f"{line.count:,} of {line.expected:,} †"
+    ends = ends_of(line, places) or NOTHING
+    return [Cell(line.method), Cell(f"{line.ratio:.3f}"), Cell(number(line.value, places)), Cell(ends), Cell(count)]
 
 
 def distinct(runs: Sequence[dict[str, Any]], name: str) -> list[str]:
@@ -629,10 +709,11 @@ def options(values: dict[str, Any]) -> str:
 
 
 def over_dense(one: Losses) -> Cell:
-    if one.over is None or one.over_low is None or one.over_high is None:
+    if one.over is None:
         return Cell(NOTHING)
-    mark = f" {SIGNS[one.verdict]} {one.verdict}" if one.verdict else ""
-    return Cell(signed(one.over, 3), f"{signed(one.over_low, 3)} to {signed(one.over_high, 3)}{mark}", one.verdict)
+    ends = " to ".join(signed(end, 3) for end in one.over_interval or ())
+    mark = f"{SIGNS[one.verdict]} {one.verdict}" if one.verdict else ""
+    return Cell(signed(one.over, 3), f"{ends} {mark}".strip(), one.verdict)
 
 
 def positions(curves: dict[str, list[float]], scored: int, places: int) -> Table:
@@ -652,4 +733,4 @@ def positions(curves: dict[str, list[float]], scored: int, places: int) -> Table
 def cost_cells(one: Cost) -> list[Cell]:
     held, whole = (f"{value / 2**20:,.2f}" for value in (one.bytes, one.dense_bytes))
     speeds = [number(value, 0 if value is None or value >= 10 else 1) for value in (one.prefill, one.decode)]
-    return [Cell(f"{one.count:,}"), Cell(held), Cell(whole), Cell(f"{one.ratio:.3f}"), *map(Cell, speeds)]
+    return [Cell(f"{one.ratio:.3f}"), Cell(f"{one.count:,}"), Cell(held), Cell(whole), *map(Cell, speeds)]

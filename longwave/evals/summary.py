@@ -51,6 +51,14 @@ class Line:
     def complete(self) -> bool:
         return self.count >= self.expected
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return given(self.low, self.high, self.count)
+
+    @property
+    def over_interval(self) -> tuple[float, float] | None:
+        return given(self.over_low, self.over_high, self.pairs)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -101,6 +109,12 @@ def _picks(sets: Sequence[Any], seed: str) -> np.ndarray:
     draw = np.random.default_rng(int(hashlib.sha256(seed.encode()).hexdigest()[:8], 16))
     members = [np.flatnonzero([value == name for value in sets]) for name in dict.fromkeys(sets)]
     return np.hstack([rows[draw.integers(0, len(rows), size=(RESAMPLES, len(rows)))] for rows in members])
+
+
+def given(low: float | None, high: float | None, count: int) -> tuple[float, float] | None:
+    """An interval where `count` samples can give one: fewer than FEWEST say too little, and samples that are all alike
+    have a bootstrap without width, which is not certainty."""
+    return None if low is None or high is None or low == high or count < FEWEST else (low, high)
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float]:
@@ -253,6 +267,10 @@ class Losses:
     kl: float | None = None
     top1: float | None = None
     bits_per_byte: float | None = None
+
+    @property
+    def over_interval(self) -> tuple[float, float] | None:
+        return given(self.over_low, self.over_high, self.pairs)
 
 
 def losses(mine: Sequence[Row], dense: Sequence[Row], seed: str, metric: str = "loss") -> Losses:

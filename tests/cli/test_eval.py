@@ -150,8 +150,8 @@ def test_run_prints_a_plain_table(evaluate, task, out):
     rows = [row for row in load(out).rows if row["method"] == FOURIER]
     assert table[2][6] == f"{sum(row['bytes'] for row in rows) / sum(row['dense_bytes'] for row in rows):.3f}"
     for cells in table[1:]:
-        low, high = (float(bound) for bound in cells[4].split(".."))
-        assert 0 <= low <= float(cells[3]) <= high <= 100
+        assert 0 <= float(cells[3]) <= 100
+        assert cells[4] == ""  # too few samples for an interval
     assert result.stderr == ""
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from PIL import Image
@@ -46,9 +47,54 @@ def test_inspect_prints_plain_tables(inspect, tmp_path):
     assert sizes["all"] == sizes["dense"] + sizes["pages"] + sizes["channel index"]
     assert sizes["all"] < sizes["dense cache"]
     assert any(line.startswith("ratio 0.") and line.endswith("after 200 tokens") for line in lines)
+    assert any(
+        re.fullmatch(r"expected KL \S+( ± \S+)? nats a token of text, as the plan was measured", x) for x in lines
+    )
+    assert any(re.fullmatch(r"measured KL .*% the same top-1: next 256 tokens of this text", x) for x in lines)
+    at = cells.index(["layer", "head 0", "head 1"])
+    assert [row[0] for row in cells[at + 1 : at + 4]] == ["0", "1", "2"]
+    for row in cells[at + 1 : at + 4]:
+        assert all(re.fullmatch(r"\d+\.\d\d \d+\.\d\d( merged)?", cell) for cell in row[1:])
     assert cells[-6][0] == "layer"
     assert [row[0] for row in cells[-5:-2]] == ["0", "1", "2"]
     assert lines[-2:] == [str(tmp_path / "made" / "kept.png"), str(tmp_path / "made" / "channel.png")]
+
+
+def test_inspect_bits_of_heads(inspect):
+    """They are what a page takes, but for what aligns its fields; at all bytes they are the model's own."""
+    result = json.loads(succeeds(*inspect, "--budget", 0.25, "--json").stdout)
+    heads = [x for row in result["bits"] for side in "kv" for x in row[side]]
+    assert len(heads) == 3 * 2 * 2
+    pages = (200 - 4 - 16) // 16
+    taken = sum(heads) / 8 * 16 * 8 * pages
+    assert 0.7 * result["parts"]["pages"] < taken <= result["parts"]["pages"]
+    whole = json.loads(succeeds(*inspect, "--budget", 1, "--json").stdout)
+    assert {x for row in whole["bits"] for side in "kv" for x in row[side]} == {32.0}
+    assert whole["merged"] == {"heads": 0, "of_heads": 6, "segments": 0, "of_segments": 6 * pages}
+
+
+def test_inspect_merged_segments(inspect):
+    result = json.loads(succeeds(*inspect, "--budget", 0.07, "--json").stdout)
+    merged = [x for row in result["bits"] for x in row["merged"]]
+    assert any(merged)
+    assert result["merged"] == {"heads": sum(merged), "of_heads": 6, "segments": 11 * sum(merged), "of_segments": 66}
+    assert result["parts"]["pages"] < 0.07 * 66 * 16 * 2 * 8 * 4
+
+
+def test_inspect_measures_what_the_cache_costs(inspect, tmp_path):
+    """Nothing where nothing is lost, more at fewer bytes, and only where the text goes on."""
+    cost = [json.loads(succeeds(*inspect, "--budget", b, "--json").stdout)["measured"] for b in (1, 0.5, 0.07)]
+    assert [x["tokens"] for x in cost] == [256] * 3
+    assert abs(cost[0]["kl"]) < 1e-5
+    assert cost[0]["same_top1"] == 1
+    assert cost[0]["kl"] < cost[1]["kl"] < cost[2]["kl"]
+    rest = json.loads(succeeds(*inspect, "--tokens", 500, "--json").stdout)["measured"]
+    assert rest["tokens"] == 512 - 500 - 1  # the model's context ends there
+    short = tmp_path / "short.txt"
+    short.write_text("It is blue. " * 12)
+    inspect[inspect.index("--file") + 1] = short
+    found = succeeds(*inspect, "--tokens", 100000).stdout
+    assert "measured nothing: no text follows" in found
 
 
 def test_inspect_kept_channel(inspect):
@@ -56,10 +102,10 @@ def test_inspect_kept_channel(inspect):
     assert whole["channel"] == {"layer": 0, "side": "k", "head": 0, "channel": 5, "kept": True, "variance_missed": 0.0}
 
 
-def test_inspect_spends_a_size_on_the_tokens_it_reads(inspect):
-    size = [*inspect, "--budget", "100KB", "--json"]  # too small for the window of 512
-    assert json.loads(succeeds(*size).stdout)["nbytes"] <= 100_000
-    assert "cannot hold 1 x 200 tokens" in refused(*inspect, "--budget", "1KB")
+def test_inspect_spends_a_size_on_the_tokens_it_reads_and_scores(inspect):
+    size = [*inspect, "--budget", "160KB", "--json"]  # too small for the window of 512
+    assert json.loads(succeeds(*size).stdout)["nbytes"] <= 160_000
+    assert "cannot hold 1 x 456 tokens" in refused(*inspect, "--budget", "1KB")
 
 
 def test_inspect_dense_has_bytes_and_no_channels(inspect, folder, text, tmp_path):

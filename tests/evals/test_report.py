@@ -82,11 +82,10 @@ def tables(markdown):
 def test_summary_numbers(tmp_path):
     html, markdown = report(made_up.write(tmp_path, grid()))
     rows = Page(html).rows
-    assert rows[0] == ["method", "grid / score, 0 to 100", "bytes ratio / whole cache"]
-    assert rows[1] == ["dense", "100.0 / reference", "0.500"]
-    assert rows[2][0] == FOURIER
-    assert rows[2][1] == "50.0 / −50.0 (−83.3 to −16.7) ✗ worse"
-    assert tables(markdown)[0][3][1] == "50.0; −50.0 (−83.3 to −16.7) ✗ worse"
+    assert rows[0] == ["method", "bytes ratio / whole cache", "grid / score, 0 to 100"]
+    assert rows[1] == ["dense", "0.500", "100.0 / reference"]
+    assert rows[2] == [FOURIER, "0.500", "50.0 / −50.0 (−83.3 to −16.7) ✗ worse"]
+    assert tables(markdown)[0][3][2] == "50.0; −50.0 (−83.3 to −16.7) ✗ worse"
     cell = next(attrs for tag, attrs in Page(html).tags if attrs.get("class") == "worse")
     assert cell  # a colour beside the sign
 
@@ -106,14 +105,24 @@ def test_sets_and_averages(tmp_path):
     ]
     html, markdown = report(made_up.write(tmp_path, rows, tasks=("sets",), methods=("dense",)))
     found = [row for row in Page(html).rows if "qasper" in row]
-    head = ["method", "narrativeqa", "qasper", "average", "gov_report", "odd", "mean of sets", "all samples"]
+    head = [
+        "method",
+        "bytes ratio",
+        "narrativeqa",
+        "qasper",
+        "average",
+        "gov_report",
+        "odd",
+        "mean of sets",
+        "all samples",
+    ]
     assert found == [head]
     at = Page(html).rows.index(head)
     assert Page(html).rows[at - 1] == ["", "single-doc QA", "summaries", "other", "all"]
     spans = [attrs["colspan"] for tag, attrs in Page(html).tags if attrs.get("scope") == "colgroup"]
-    assert spans == ["1", "3", "1", "1", "2"]
+    assert spans == ["2", "3", "1", "1", "2"]
     values = [cell.split(" / ")[0] for cell in Page(html).rows[at + 1]]
-    assert values == ["dense", "50.0", "25.0", "37.5", "100.0", "0.0", "43.8", "45.0"]
+    assert values == ["dense", "0.500", "50.0", "25.0", "37.5", "100.0", "0.0", "43.8", "45.0"]
     assert "averages of groups count each set once" in markdown
     assert "all samples counts each sample once" in markdown
 
@@ -144,7 +153,7 @@ def test_average_of_a_group_with_a_set_missing_is_not_given(tmp_path):
     ]
     html, _ = report(made_up.write(tmp_path, rows, tasks=("sets",)))
     row = next(row for row in Page(html).rows if "– / 1 of 2 sets †" in row)
-    assert row[:3] == [FOURIER, "100.0 / 0.0", "– / not measured †"]
+    assert row[:4] == [FOURIER, "0.500", "100.0 / 0.0", "– / not measured †"]
 
 
 def test_heat_map(tmp_path):
@@ -195,8 +204,8 @@ def test_loss_table(tmp_path):
     rows = [loss_row("nats", "dense", str(i), 3.0, 3.0, 0.0, 1.0, **more) for i in range(6)]
     rows += [loss_row("nats", FOURIER, str(i), 3.25, 3.0, 0.25, 0.875, **more) for i in range(6)]
     html, markdown = report(made_up.write(tmp_path, rows, tasks=("nats",)))
-    assert [FOURIER, "7,000", "6", "3.250", "+0.250 / +0.250 to +0.250 ✗ worse", "0.2500", "87.5"] in Page(html).rows
-    assert ["dense", "7,000", "6", "3.000", "–", "0.0000", "100.0"] in Page(html).rows
+    assert [FOURIER, "7,000", "0.500", "6", "3.250", "+0.250 / ✗ worse", "0.2500", "87.5"] in Page(html).rows
+    assert ["dense", "7,000", "0.500", "6", "3.000", "–", "0.0000", "100.0"] in Page(html).rows
     assert ["1 to 64", "0.2000"] in Page(html).rows  # the curve; dense has no KL from itself
     assert ["65 to 100", "0.3000"] in Page(html).rows
     assert any(["65 to 100", "0.3000"] in table for table in tables(markdown))
@@ -205,8 +214,19 @@ def test_loss_table(tmp_path):
 def test_perplexity_table(tmp_path):
     rows = [loss_row("ppl", "dense", "a", 2.0, meta={"utf8_bytes": 512}), loss_row("ppl", FOURIER, "a", 3.0)]
     html, _ = report(made_up.write(tmp_path, rows, tasks=("ppl",)))
-    assert ["dense", "1", "7.389 / 7.389 to 7.389", "2.000", "–", "0.7213"] in Page(html).rows
-    assert [FOURIER, "1", "20.086 / 20.086 to 20.086", "3.000", "+1.000 / +1.000 to +1.000", "–"] in Page(html).rows
+    assert ["dense", "0.500", "1", "7.389", "2.000", "–", "0.7213"] in Page(html).rows
+    assert [FOURIER, "0.500", "1", "20.086", "3.000", "+1.000", "–"] in Page(html).rows
+
+
+def test_intervals_stand_only_where_there_are_samples_to_give_them(tmp_path):
+    """Not of five samples, and not of six that are all alike, whose bootstrap would claim to be certain."""
+    for count, alike, given in ((5, False, False), (6, True, False), (6, False, True)):
+        rows = [grid_row(FOURIER, str(i), 1.0 if alike else i % 2) for i in range(count)]
+        folder = made_up.write(tmp_path / f"{count}{alike}", rows, methods=(FOURIER,))
+        for text in report(folder):
+            assert ("95 %: " in text) is given
+        numbers = next(row for row in Page(report(folder)[0]).rows if len(row) == 5 and row[0] == FOURIER)
+        assert (numbers[3] != "–") is given
 
 
 def test_long_curves_are_thinned_in_their_table(tmp_path):
@@ -219,7 +239,7 @@ def test_long_curves_are_thinned_in_their_table(tmp_path):
 
 def test_speed_and_bytes(tmp_path):
     html, markdown = report(made_up.write(tmp_path, grid(count=2), methods=("dense", FOURIER)))
-    assert ["dense", "2", "1.00", "2.00", "0.500", "450", "8.0"] in Page(html).rows
+    assert ["dense", "0.500", "2", "1.00", "2.00", "450", "8.0"] in Page(html).rows
     assert "not a benchmark" in html
     assert "not a benchmark" in markdown
 
@@ -228,10 +248,10 @@ def test_missing_samples_are_marked(tmp_path):
     html, markdown = report(made_up.write(tmp_path, grid(lost=[(FOURIER, 5), (FOURIER, 4)])))
     for text in (html, markdown):
         assert re.search(r"† grid: fourier:budget=0\.25 has 4 of 6 samples\.", text)
-    cell = Page(html).rows[2][1]
+    cell = Page(html).rows[2][2]
     assert cell.startswith("75.0 † / ")
     assert cell.endswith("n 4/6")
-    assert tables(markdown)[0][3][1].startswith("75.0 †; ")
+    assert tables(markdown)[0][3][2].startswith("75.0 †; ")
 
 
 def test_a_method_without_any_sample_is_shown_as_missing(tmp_path):
@@ -247,7 +267,7 @@ def test_non_finite_scores_are_named(tmp_path):
     html, markdown = report(made_up.write(tmp_path, rows))
     for text in (html, markdown):
         assert "1 score is not finite for fourier:budget=0.25, left out (5)" in text
-    assert Page(html).rows[2][1].startswith("60.0 †")
+    assert Page(html).rows[2][2].startswith("60.0 †")
 
 
 def test_unreadable_and_unknown_lines_are_reported(tmp_path):
@@ -270,7 +290,7 @@ def test_a_task_without_rows_is_named(tmp_path):
 
 def test_one_method_and_no_dense(tmp_path):
     html, markdown = report(made_up.write(tmp_path, grid(methods=(FOURIER,)), methods=(FOURIER,)))
-    assert Page(html).rows[1] == [FOURIER, "100.0 / 95 %: 100.0 to 100.0", "0.500"]
+    assert Page(html).rows[1] == [FOURIER, "0.500", "100.0"]
     assert "Dense was not measured" in markdown
     assert "dashed line" not in html
 
@@ -280,7 +300,7 @@ def test_several_folders(tmp_path):
     rows = [{**row, "score": 0.0, "method": FOURIER} for row in grid(methods=("dense",))]
     second = made_up.write(tmp_path / "b", rows, methods=(FOURIER,))
     html, markdown = report(first, second)
-    assert [row[1] for row in Page(html).rows[1:3]] == ["100.0 / reference", "0.0 / −100.0 (−100.0 to −100.0) ✗ worse"]
+    assert [row[2] for row in Page(html).rows[1:3]] == ["100.0 / reference", "0.0 / −100.0 ✗ worse"]
     for text in (html, markdown):
         assert "--out a" in text
         assert "--out b" in text
@@ -385,8 +405,8 @@ def test_the_lead_says_when_questions_are_seen(tmp_path):
 
 def test_charts_draw_what_they_are_given():
     looks = plots.styles(["dense", "a:budget=0.5", "a:budget=0.25"])
-    points = [plots.Point("dense", 1.0, 80, 70, 90), plots.Point("a:budget=0.5", 0.5, 60, 50, 70)]
-    points.append(plots.Point("a:budget=0.25", 0.25, 40, 30, 50))
+    points = [plots.Point("dense", 1.0, 80, (70, 90)), plots.Point("a:budget=0.5", 0.5, 60, (50, 70))]
+    points.append(plots.Point("a:budget=0.25", 0.25, 40))
     chart = plots.quality_chart(points, looks, "score, 0 to 100", 'a "chart"', "one")
     assert chart.startswith('<svg class="chart" role="img" aria-label="a &quot;chart&quot;" viewBox="0 0 ')
     assert chart.endswith("</svg>")
@@ -394,6 +414,44 @@ def test_charts_draw_what_they_are_given():
     assert chart.count(plots.COLOURS[0]) >= 3
     assert not re.search(r'id="(?!one-)|font-family|<style|<metadata', chart)
     assert chart == plots.quality_chart(points, looks, "score, 0 to 100", 'a "chart"', "one")
+    faded = plots.quality_chart(points, looks, "score, 0 to 100", "", "one", lit={"b"})
+    assert plots.COLOURS[0] not in faded
+    assert faded.count(plots.GREY) > chart.count(plots.GREY)
+
+
+def numbers(chart, unit):
+    """The numbers on the axes of a chart: of ratios, of scores."""
+    found = re.findall(r">([^<>]+)</text>", chart)
+    at = found.index("bytes held / bytes of a dense cache")
+    return [float(text) for text in found[:at]], [float(text.replace("−", "-")) for text in found[at + 1 : -1]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "ends", "least", "most"),
+    [
+        ((97.0, 100.0), (0, 100), 90, 100),
+        ((0.0, 3.0), (0, 100), 0, 10),
+        ((0.0, 100.0), (0, 100), 0, 100),
+        ((7.1, 7.4), None, 7.0, 7.5),
+        ((0.00002, 0.3), None, 0, 1),
+    ],
+)
+def test_axes_fit_the_scores(scores, ends, least, most):
+    points = [plots.Point(f"a:budget={i}", 0.4 + 0.1 * i, value) for i, value in enumerate(scores)]
+    looks = plots.styles([point.method for point in points])
+    x, y = numbers(plots.quality_chart(points, looks, "u", "", "one", ends), "u")
+    assert min(x) == 0
+    assert max(x) == 1
+    assert len(y) > 2
+    assert least <= min(y) <= max(y) <= most
+    if max(scores) / max(min(scores), 1e-9) > plots.STEEP and ends is None:
+        assert y == [0, 0.001, 0.01, 0.1, 1][: len(y)]
+
+
+def test_ratios_that_are_halved_stand_on_an_axis_of_halves():
+    points = [plots.Point(f"a:budget={ratio}", ratio, 50) for ratio in (0.0625, 0.125, 0.25, 0.5)]
+    chart = plots.quality_chart(points, plots.styles([p.method for p in points]), "u", "", "one", (0, 100))
+    assert numbers(chart, "u")[0] == [0.0625, 0.125, 0.25, 0.5, 1]
 
 
 def test_a_file_that_is_no_report_is_not_overwritten(tmp_path):
@@ -415,22 +473,43 @@ def test_a_killed_run_says_what_is_missing(tmp_path):
 
 
 def test_many_methods_stand_in_a_table_a_budget(tmp_path):
-    """Without charts and heat maps, dense leading each; what is asked inside stands apart."""
+    """Without heat maps, dense leading each and then the best; what is asked inside stands apart."""
     methods = ["dense", *(f"m{i}:budget={budget}" for i in range(9) for budget in (0.25, 0.5)), "bare"]
-    inside = [{**row, "task": "grid:question=inside"} for row in grid(methods)]
-    made_up.write(tmp_path, [*grid(methods), *inside], ("grid", "grid:question=inside"), methods)
+    rows = [{**row, "score": 1.0} if row["method"] == "m7:budget=0.5" else row for row in grid(methods)]
+    inside = [{**row, "task": "grid:question=inside"} for row in rows if row["method"] != "m8:budget=0.5"]
+    made_up.write(tmp_path, [*rows, *inside], ("grid", "grid:question=inside"), methods)
     told = json.loads((tmp_path / "run.json").read_text())
     told["tasks"]["grid:question=inside"]["question"] = "inside"
     (tmp_path / "run.json").write_text(json.dumps(told))
     html, markdown = report(tmp_path)
-    assert "<svg" not in html
+    assert html.count('<svg class="chart"') == 2
+    assert "depth ↓" not in html
+    assert "17 others" not in html
+    assert "others</span>" in html
+    heads = ("Best for their bytes</h2>", "Quality against bytes</h2>", "Summary</h2>")
+    assert sorted(heads, key=html.index) == list(heads)
+    first = tables(markdown.split("## Best for their bytes")[1])[0]
+    assert [row[0] for row in first] == ["method", "---", "dense", "m7:budget=0.5"]
     assert "Otherwise where a task says so: grid:question=inside." in html
-    summary = markdown.split("## ")[1] + markdown.split("### query-agnostic")[1].split("## grid")[0]
+    summary = markdown.split("### query-agnostic")[1].split("## grid")[0]
     assert summary.count("budget 0.5\n") == summary.count("budget 0.25\n") == summary.count("no budget\n") == 2
     assert summary.index("budget 0.5\n") < summary.index("budget 0.25\n") < summary.index("### query-aware")
     assert "grid:question=inside; score, 0 to 100" in summary.split("### query-aware")[1]
     found = tables(markdown.split("### query-agnostic")[1])[0]
-    assert [row[0] for row in found] == ["method", "---", "dense", *(f"m{i}:budget=0.5" for i in range(9))]
+    assert [row[0] for row in found[:3]] == ["method", "---", "dense"]
+    assert [row[0] for row in found[3:]] == [f"m{i}:budget=0.5" for i in (7, 0, 1, 2, 3, 4, 5, 6, 8)]
+    assert [row[2] for row in found[3:5]] == ["**100.0**; 0.0", "50.0; −50.0 ✗"]
+
+
+def test_many_incomplete_methods_are_one_note(tmp_path):
+    methods = ["dense", *(f"m{i}:budget=0.5" for i in range(20))]
+    lost = [(f"m{i}:budget=0.5", 5) for i in range(1, 6)] + [("m0:budget=0.5", i) for i in range(6)]
+    rows = grid(methods, lost=lost)
+    html, markdown = report(made_up.write(tmp_path, rows, methods=methods))
+    assert "† grid: of 21 methods, 15 have all 6 samples, 5 a part of them, 1 none" in markdown
+    assert html.count("† grid") == 1
+    assert "| m0:budget=0.5 | –; not measured † |" in markdown
+    assert "of 14 methods that have all samples" in markdown
 
 
 def test_budgets_in_order():

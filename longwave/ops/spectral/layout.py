@@ -196,6 +196,18 @@ class Layout:
         """Bytes of what says which channel is where, once a layer."""
         return sum(x.nbytes for group in (*self.k, *self.v) for x in (group.heads, group.order))
 
+    def bits(self) -> tuple[list[float], list[float]]:
+        """Bits a number of each head of K and of V, with its scales, states and bias, without what aligns fields."""
+        sides = []
+        for groups in (self.k, self.v):
+            heads = [0.0] * self.heads
+            for g in groups:
+                fields = [f for f in (*g.values, *g.scales, g.states, g.gains, g.bias) if f is not None]
+                for head in g.heads.tolist():
+                    heads[head] = 8 * sum(f.nbytes for f in fields) / len(g.heads) / (self.segment * self.dim)
+            sides.append(heads)
+        return sides[0], sides[1]
+
     def _float(self, bits: int) -> torch.dtype:
         return torch.float16 if bits == 16 and self.dtype.itemsize > 2 else self.dtype
 

@@ -78,8 +78,7 @@ def command(
         source = Source(model, device, dtype, extend_to, extend_rule)
         ids = source.tokenizer(text or pydoc_haystack(), return_tensors="pt", verbose=False).input_ids[:, :tokens]
         count = ids.shape[1]
-        source.check_length(count, 0)
-        source.check(chosen, budget, count)
+        source.check_length(count, 0, source.check(chosen, budget, count))
         shape = CacheShape.of(source.skeleton.config.get_text_config(decoder=True), source.skeleton.dtype)
         layer = shape.memory_layers[0] if layer is None else layer
         if layer not in shape.memory_layers:

@@ -31,7 +31,7 @@ def cache(
     tokenizer: Any = None,
     **options: object,
 ) -> LongCache:
-    """An empty cache for `model.generate(past_key_values=...)`, holding its memory as `method` does.
+    """An empty cache for `longwave.generate` and `model.generate` (cache=), holding its memory as `method` does.
 
     method: a name (longwave.methods.METHODS) with its `options` as keywords, an instance, or what another cache of such
         a model is bound to (`cache.method`), which is taken as it is.

@@ -31,7 +31,7 @@ def cache(
     tokenizer: Any = None,
     **options: object,
 ) -> LongCache:
-    """An empty cache for `model.generate(past_key_values=...)`, holding its memory as `method` does.
+    """An empty cache for `longwave.generate` and `model.generate` (cache=), holding its memory as `method` does.
 
     method: a name (longwave.methods.METHODS) with its `options` as keywords, an instance, or what another cache of such
         a model is bound to (`cache.method`), which is taken as it is.
@@ -115,12 +115,16 @@ def expect(model: PreTrainedModel, cache: LongCache, tokens: int, rows: int = 1)
     vars(cache).update(vars(_assemble(model, bound, sized)))
 
 
-def check(model: PreTrainedModel, method: Method, budget: float | str | None, max_tokens: int | None = None) -> None:
-    """Raise what `cache` would raise of a model, method and budget, as far as a model without weights can tell."""
+def check(
+    model: PreTrainedModel, method: Method, budget: float | str | None, max_tokens: int | None = None
+) -> Bound | None:
+    """Raise what `cache` would raise of a model, method and budget, as far as a model without weights can tell. What
+    they bind to without a measurement, where there is such a thing."""
     config = check_supported(model)
     fraction, room = _read_budget(model, budget, max_tokens if sized(budget) else None, 1)
     with suppress(Unmeasured):  # there may be a profile
-        _bind(method, CacheShape.of(config, model.dtype), None, fraction, room)
+        return _bind(method, CacheShape.of(config, model.dtype), None, fraction, room)
+    return None
 
 
 def sized(budget: float | str | None) -> bool:

@@ -40,6 +40,19 @@ def test_the_method_in_design_md(known, capsys):
     assert method.count("def ") == 1  # the score is all there is to it
 
 
+def test_caches_go_by_the_name_of_today():
+    """`past_key_values=` warns since transformers 5.24."""
+    for path in [DOCS / "README.md", *(DOCS / "docs").rglob("*.md")]:
+        assert not any("past_key_values=cache" in code for code in blocks(path)), path
+
+
+def test_the_table_of_methods_leads_to_the_lines_of_a_method():
+    for name, cls in METHODS.items():
+        target, _, anchor = page.page_of(name, cls).partition("#")
+        text = (page.PAGE.parent / target).read_text()
+        assert not anchor or re.search(rf'<a id="{anchor}"></a>|^#+ {anchor}$', text, re.M), f"{target}#{anchor}"
+
+
 def test_the_table_of_methods_is_what_the_code_says():
     assert page.ABOUT.keys() == METHODS.keys()
     text = page.PAGE.read_text()

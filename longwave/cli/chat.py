@@ -73,10 +73,10 @@ def command(
         measured = Profile.load(profile) if profile is not None else None
         source = Source(model, device, dtype, extend_to, extend_rule)
         documents = prefix_ids(source.tokenizer, text, True) if text else None
-        if documents is not None:
-            source.check_length(documents.shape[1], 1)
         limit = context_limit(source.skeleton)
-        source.check(chosen, budget, limit)
+        bound = source.check(chosen, budget, limit)
+        if documents is not None:
+            source.check_length(documents.shape[1], 1, bound)
         loaded = source.load()
         torch.manual_seed(seed)
 

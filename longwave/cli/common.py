@@ -140,21 +140,30 @@ class Source:
             self.skeleton = models.skeleton(config, found)
             self.tokenizer: Any = models.load_tokenizer(path)
 
-    def check(self, method: Any, budget: Any, max_tokens: int | None = None) -> None:
-        """Raise what `longwave.cache` would for a method and a budget, as far as it can be told without weights."""
+    def check(self, method: Any, budget: Any, max_tokens: int | None = None) -> Any:
+        """Raise what `longwave.cache` would for a method and a budget, as far as it can be told without weights. What
+        they bind to without a measurement, where there is such a thing."""
         from longwave.build import check
 
         if what := method.beforehand():
             raise ValueError(f"the command has one model, and {what}")
         method.check(self.device)
-        check(self.skeleton, method, budget, max_tokens)
+        return check(self.skeleton, method, budget, max_tokens)
 
-    def check_length(self, tokens: int, new: int) -> None:
+    def check_length(self, tokens: int, new: int, bound: Any = None) -> None:
+        """Raise ValueError for more tokens than the model reads, with the cache of `bound` where there is one."""
         from longwave.shape import context_limit
 
         limit = context_limit(self.skeleton)
-        if limit is not None and tokens + new > limit:
-            raise ValueError(f"{tokens} tokens of prompt and {new} new ones exceed this model's context of {limit}")
+        reach = limit if limit is None or bound is None else bound.reach(limit)
+        if reach is None or tokens + new <= reach:
+            return
+        said = f"{tokens} tokens of prompt and {new} new ones exceed "
+        if bound is None:
+            raise ValueError(f"{said}this model's context of {limit}")
+        if reach != limit:
+            raise ValueError(f"{said}the {reach} that {bound.method.name} reads with this model's context of {limit}")
+        raise ValueError(f"{said}this model's context of {limit}: --method infllm reads any length, --extend-to more")
 
     def cache(self, loaded: Any, method: Any, budget: Any, profile: Any, coming: int | None, measure: bool) -> Any:
         """An empty cache on the loaded model. A budget given as a size is spent on the `coming` tokens, on the

@@ -11,9 +11,12 @@ from typing import Annotated, Any
 
 import typer
 
+from longwave.checks import check_options
 from longwave.cli.common import ExtendRule, ExtendTo, Source
 from longwave.cli.console import progress, show_json, show_table, user_errors
-from longwave.cli.listing import first_line, options_of
+from longwave.cli.listing import first_line, methods, options_of
+from longwave.evals.sampling import Sampling
+from longwave.evals.spec import STOCK, parse_spec
 
 app = typer.Typer(no_args_is_help=True, help="Measure methods on the field's benchmarks, and report.")
 
@@ -60,6 +63,8 @@ def run(
 ) -> None:
     """Measure methods on tasks, same prompts for all; resumes, and processes that share a folder share the work."""
     with user_errors("what was measured is kept: run the command again, and it goes on"):
+        if not plugin:
+            check_names(method or [])
         from longwave.evals.recipe import evaluate, make_recipe, read_method, suited
         from longwave.evals.stock import Quantized
         from longwave.methods import register_file
@@ -87,6 +92,16 @@ def run(
         for problem in results.problems:
             print(f"longwave: {problem}", file=sys.stderr)
         _show(wanted.out, as_json)
+
+
+def check_names(specs: list[str]) -> None:
+    """Raise ValueError for a method, or an option of one, that there is not: misspelt names are said before torch is
+    imported."""
+    known = {name: about.options for name, about in methods().items()}
+    for spec in specs:
+        name, options = parse_spec(spec)
+        if name != STOCK:
+            check_options(name, options.keys() - {"budget", *Sampling.__dataclass_fields__}, known, "method")
 
 
 @app.command()

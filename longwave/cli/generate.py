@@ -128,6 +128,7 @@ def command(
         from longwave.decode.steps import Unsupported
         from longwave.frame import cache_argument
         from longwave.plan.profile import Profile
+        from longwave.saved.look import bound_of
 
         measured = Profile.load(profile) if profile is not None else None
         source = Source(model, device, dtype, extend_to, extend_rule)
@@ -142,11 +143,10 @@ def command(
         else:
             encoded = encode(source.tokenizer, "\n\n".join(parts), chat)
         count = held + encoded["input_ids"].shape[1]
-        source.check_length(count, max_new_tokens)
         coming = count + max_new_tokens - 1  # the last new token is not read
         decided = kept is not None and kept.kind == "exact"
-        if not decided:
-            source.check(chosen, budget, coming)
+        bound = bound_of(kept.path) if decided else source.check(chosen, budget, coming)
+        source.check_length(count, max_new_tokens, bound)
         loaded, tokenizer = source.load(), source.tokenizer
         memory: Any = None if decided else source.cache(loaded, chosen, budget, measured, coming, measure)
         if prefix is not None:

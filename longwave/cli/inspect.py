@@ -84,10 +84,9 @@ def command(
         whole = source.tokenizer(text or pydoc_haystack(), return_tensors="pt", verbose=False).input_ids
         ids = whole[:, :tokens]
         count = ids.shape[1]
-        source.check_length(count, 0)
         following = whole[:, count : min(count + SCORED + 1, context_limit(source.skeleton) or whole.shape[1])]
         coming = count + max(0, following.shape[1] - 1)
-        source.check(chosen, budget, coming)
+        source.check_length(count, 0, source.check(chosen, budget, coming))
         shape = CacheShape.of(source.skeleton.config.get_text_config(decoder=True), source.skeleton.dtype)
         layer = shape.memory_layers[0] if layer is None else layer
         if layer not in shape.memory_layers:

@@ -22,7 +22,7 @@ class Talk:
     else they are empty, or documents that a question is to follow in the same turn.
 
     build: makes an empty cache of a method and a budget, or says in a ValueError why there is none. method, budget: of
-    this talk. limit: tokens that the model reads at most, None where it names none. new_tokens: of an answer at most.
+    this talk. limit: positions that the model knows, None where it names none. new_tokens: of an answer at most.
     choice: more for `generate`.
     """
 
@@ -73,12 +73,17 @@ class Talk:
         if self._room(ids.shape[1]) < 1:
             raise ValueError(
                 f"{ids.shape[1]:,} tokens with this question leave no room for an answer in the model's context of "
-                f"{self.limit:,}: ask something shorter, or /quit"
+                f"{self.reach(self.memory):,}: ask something shorter, or /quit"
             )
         return ids
 
+    def reach(self, memory: Any) -> int | None:
+        """Tokens that the model reads at most with a cache; None for any number."""
+        return None if self.limit is None else memory.method.reach(self.limit)
+
     def _room(self, tokens: int) -> int:
-        return self.new_tokens if self.limit is None else min(self.new_tokens, self.limit - tokens)
+        reach = self.reach(self.memory)
+        return self.new_tokens if reach is None else min(self.new_tokens, reach - tokens)
 
     def answer(self, ids: Any, streamer: Any, processors: list[Any], criteria: list[Any]) -> None:
         """Give `streamer` the answer to what `ask` made. If anything fails this question was not asked, and what was
@@ -118,6 +123,9 @@ class Talk:
 
         memory, began = self.build(method, budget), time.perf_counter()
         held, cost = self.memory.get_seq_length() or self.ids.shape[1], ""
+        reach = self.reach(memory)
+        if reach is not None and held > reach:
+            raise ValueError(f"the {held:,} tokens of this talk exceed the {reach:,} that {memory.method} reads")
         if held:
             exact = self.memory.get_seq_length() and type(self.memory.method) is DenseBound
             if exact and can_settle(memory, next(memory.memory_layers()).needs):

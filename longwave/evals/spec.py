@@ -59,6 +59,9 @@ def as_spec(item: Any) -> str:
 SAMPLED = ("steps", "threshold", "block_length")  # what the answers of a masked-diffusion model are compared at
 
 
+STOCK = "transformers-quantized"  # the name of `longwave.evals.stock.Quantized`, which is no method of ours
+
+
 def is_dense(method: str) -> bool:
     """Whether a label is of the model as it is: "dense", and of a masked-diffusion model dense that holds nothing."""
     return method == "dense" or (method.startswith("dense:") and "keep" not in _options(method))

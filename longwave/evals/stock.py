@@ -17,6 +17,7 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, Quantiz
 from transformers.cache_utils import QuantizedLayer
 
 from longwave.checks import nearest, whole
+from longwave.evals.spec import STOCK
 from longwave.frame import Report, storage_bytes
 
 # backend -> the package it needs, the bits and the axes it takes; fp8 is torch's own and has no options
@@ -35,7 +36,7 @@ class Quantized:
     q_group_size: which numbers share a scale. residual_length: tokens after the prompt that wait dense, at most.
     """
 
-    name: ClassVar[str] = "transformers-quantized"
+    name: ClassVar[str] = STOCK
 
     backend: str = "quanto"
     nbits: int | None = None

@@ -44,7 +44,7 @@ def _cut(layer: Any) -> None:
 
 
 class LongCache(Cache):
-    """A cache for `model.generate(past_key_values=...)`, made by `longwave.cache`.
+    """A cache for `longwave.generate` and `model.generate` (cache=), made by `longwave.cache`.
 
     Full-attention layers are `MemoryLayer`s of one method; every other kind of layer keeps transformers' own class.
     """

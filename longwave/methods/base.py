@@ -106,6 +106,11 @@ class Bound(ABC):
         """Whether a prompt given in one call is read with full attention: then one reading serves many methods."""
         return True
 
+    def reach(self, limit: int) -> int | None:
+        """Tokens that a model which knows `limit` positions reads at most with it, prompt and answer together; None for
+        any number."""
+        return limit
+
     @property
     def warning(self) -> str | None:
         """What a user should know before relying on it."""

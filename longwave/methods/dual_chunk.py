@@ -38,6 +38,9 @@ class DualChunk(Remapped):
     def exact(self) -> int:
         return self.chunk - self.window
 
+    def reach(self, limit: int) -> int | None:
+        return None if self.chunk < limit else limit
+
     def views(self, i: torch.Tensor, j: torch.Tensor) -> Iterator[View]:
         size = self.chunk - self.window
         place, keys, apart = i % size, j % size, (i // size)[..., None] - j // size

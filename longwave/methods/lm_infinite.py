@@ -37,6 +37,9 @@ class LMInfinite(Remapped):
     def exact(self) -> int:
         return self.window
 
+    def reach(self, limit: int) -> int | None:
+        return None if self.window < limit else limit
+
     def views(self, i: torch.Tensor, j: torch.Tensor) -> Iterator[View]:
         near = i[..., None] - j < self.window
         yield i, j, near

@@ -54,6 +54,11 @@ class Remapped(Method):
     def exact(self) -> int:
         """Tokens up to which it attends as the model does."""
 
+    @abstractmethod
+    def reach(self, limit: int) -> int | None:
+        """Tokens up to which no distance is one that a model of `limit` trained tokens never saw; None for any
+        number."""
+
     def least_budget(self, shape: CacheShape, profile: Profile | None = None) -> float:
         return 1.0
 
@@ -73,6 +78,9 @@ class RemappedBound(Bound):
     @property
     def reads_exactly(self) -> bool:
         return False
+
+    def reach(self, limit: int) -> int | None:
+        return self.method.reach(limit)
 
     def __str__(self) -> str:
         return f"{self.method.name}(exact up to {self.method.exact():,} tokens)"

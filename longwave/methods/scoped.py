@@ -112,6 +112,9 @@ class ScopedBound(host.HostBound):
     def reads_exactly(self) -> bool:
         return self.whole
 
+    def reach(self, limit: int) -> int | None:
+        return limit if self.whole else None
+
     @abstractmethod
     def reads(self) -> str:
         """What is read, for whoever prints it."""

@@ -52,6 +52,9 @@ class PagedScopedBound(PagedBound):
     def reads_exactly(self) -> bool:
         return False
 
+    def reach(self, limit: int) -> int | None:
+        return None
+
 
 class PagedScopedLayer(ScopedLayer, SegmentedLayer):
     """Sinks, window and open segment dense, all un-rotated; a row's tokens are counted through them and its pages."""

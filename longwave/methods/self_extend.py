@@ -40,6 +40,9 @@ class SelfExtend(Remapped):
     def exact(self) -> int:
         return self.window
 
+    def reach(self, limit: int) -> int | None:
+        return max(limit, (limit - self.window) * self.group + self.window)
+
     def views(self, i: torch.Tensor, j: torch.Tensor) -> Iterator[View]:
         near = i[..., None] - j < self.window
         yield i, j, near

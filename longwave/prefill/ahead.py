@@ -29,7 +29,7 @@ def look_ahead(
 ) -> torch.Tensor:
     """Read a prompt into a `speckv` cache, all but its last token, by what `draft` writes after it.
 
-    Afterwards `model.generate(ids, past_key_values=cache)` goes on, and reads that last token over what was kept;
+    Afterwards `model.generate(ids, cache=cache)` goes on, and reads that last token over what was kept;
     `longwave.generate(..., draft=draft)` does all of it, and takes its first token from the exact pass.
 
     ids int64 [batch, tokens]: all of the text, what the cache has read of it before included. draft: a model with the

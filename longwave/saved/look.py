@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from longwave.methods.base import Bound
+from longwave.saved.binding import unpack
 from longwave.saved.coded import segments
 from longwave.saved.container import VERSION, Reader
 
@@ -57,6 +59,14 @@ def look(path: str | Path, whole: bool = True) -> Saved:
             segments=sum(".segments." in name for name in reader.index),
             about=facts["about"],
         )
+
+
+def bound_of(path: str | Path) -> Bound:
+    """What the cache of an exact file is bound to."""
+    with open(path, "rb") as file:
+        reader = Reader(file, Path(path), where)
+        plan = {name: reader.tensor(name) for name in reader.index if name.startswith("plan.")}
+        return unpack(reader.facts["plan"], plan)
 
 
 def where(name: str, facts: Mapping[str, Any]) -> str:

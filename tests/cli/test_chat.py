@@ -282,6 +282,17 @@ def test_what_is_refused_before_the_talk(place, folder, tmp_path):
     assert "smallest that fourier can do" in refused("chat", place, "--method", "fourier", "--budget", "1KB", *SEGMENTS)
 
 
+def test_a_talk_beyond_what_the_model_knows(talk):
+    far = "infllm:window=32,chunk=16,block=8,blocks=2,sinks=4"
+    answers, prompts, said = talk(f"/method {far}", "z" * 700, "Why?", "/method dense", "Who?", more=DENSE)
+    assert prompts[:2] == ["nothing read"] * 2
+    assert all(int(prompt.split()[0]) > 700 for prompt in prompts[2:])
+    assert answers[1]
+    assert answers[2]
+    assert answers[4]
+    assert "tokens of this talk exceed the 512 that dense reads" in said
+
+
 def test_a_model_without_a_template_goes_on_with_the_text(folder, tokenizer, tmp_path):
     (tmp_path / "text").write_text(TEXT[:60])
     typed = ["chat", folder, "--file", tmp_path / "text", "--no-measure", "--max-new-tokens", 5]

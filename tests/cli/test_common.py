@@ -74,6 +74,8 @@ def test_help_comes_within_a_second():
         (["chat", "-o", "segmnt=3"], "fourier has no option 'segmnt'"),
         (["inspect", "--budget", "lots"], "'lots'"),
         (["demo", "--budget", "lots"], "'lots'"),
+        (["eval", "run", "--method", "furier:budget=0.25"], "did you mean 'fourier'?"),
+        (["eval", "run", "--method", "fourier:budget=0.25,segmnt=3"], "fourier has no option 'segmnt'"),
         (["calibrate", "smollm2", "--out", "x", "--dtype", "int8"], "dtype is one of"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

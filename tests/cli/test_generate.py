@@ -242,6 +242,27 @@ def test_beyond_the_trained_length(folder):
     assert "give extend_to" in refused(*read, "--extend-rule", "yarn")
 
 
+FAR = ["--method", "infllm", *("-o", "window=32", "-o", "chunk=16", "-o", "block=8", "-o", "blocks=2", "-o", "sinks=4")]
+
+
+def test_methods_that_read_any_length_do(folder, tmp_path):
+    (tmp_path / "far").write_text("x" * 700)
+    read = ["generate", "--model", folder, "--max-new-tokens", 3]
+    asked = [*read, "Why?", "--file", tmp_path / "far"]
+    assert "--method infllm reads any length" in refused(*asked, "--method", "kivi")
+    assert "context of 512" in refused(*asked, *FAR, "--budget", 1)  # all is read, as the model reads
+    assert json.loads(succeeds(*asked, *FAR, "--json").stdout)["prompt_tokens"] > 700
+    said = refused(*asked, "--method", "self_extend", "-o", "window=504", "-o", "group=8")
+    assert "exceed the 568 that self_extend reads with this model's context of 512" in said
+    kept = tmp_path / "kept"
+    first = json.loads(succeeds(*asked, *FAR, "--save-prefix", kept, "--json").stdout)
+    again = json.loads(succeeds(*read, "Why?", "--prefix", kept, "--json").stdout)
+    assert (again["text"], again["prompt_tokens"]) == (first["text"], first["prompt_tokens"])
+    (tmp_path / "near").write_text("x" * 500)
+    succeeds(*read, "Why?", "--file", tmp_path / "near", "--method", "dense", "--save-prefix", kept)
+    assert "context of 512" in refused(*read, "Why are there so many?", "--prefix", kept)
+
+
 def test_layers_that_lie_coded(generate, text, codecs, tmp_path):
     (tmp_path / "short").write_text(TEXT[:300])
     given = [*generate, "--method", "dense", "-o", "offload=coded", "-o", "size=0.15", "--file", tmp_path / "short"]

@@ -81,9 +81,9 @@ ABOUT = {
     "dual_chunk": ("2402.17463", "distances beyond the chunk before; bytes: it holds all: [extension](extension.md)"),
     "self_extend": ("2401.01325", "order within a far group; bytes: it holds all: [extension](extension.md)"),
 }
-# pages that several methods share; else a method's page has its name, or is its base's
-PAGES = {"dense": "design", "fourier-paper": "fourier", "speckv": "draft", "sparse_dllm": "diffusion"}
-PAGES |= dict.fromkeys(("infllm", "actqkv", "longheads"), "longcache")
+# places in pages that several methods share; else a method's page has its name, or it is a line of its base's
+PAGES = {"dense": "design.md", "fourier-paper": "fourier.md#fourier-paper", "speckv": "draft.md#speckv"}
+PAGES |= {name: f"longcache.md#{name}" for name in ("infllm", "actqkv", "longheads")}
 BASES = {longwave.Evicting: "evicting", longwave.Remapped: "extension"}
 HEAD = ("method", "paper", "idea", "holds `tokens`", "slots", "pages", "device steps", "4D masks", "where it loses")
 
@@ -103,8 +103,9 @@ def watches(bound):
 
 def page_of(name, cls):
     """Where docs/ tells of a method."""
-    known = PAGES.get(name) or (name if (PAGE.parent / f"{name}.md").exists() else None)
-    return f"{known or next(page for base, page in BASES.items() if issubclass(cls, base))}.md"
+    if (PAGE.parent / f"{name}.md").exists():
+        return f"{name}.md"
+    return PAGES.get(name) or next(f"{page}.md#{name}" for base, page in BASES.items() if issubclass(cls, base))
 
 
 def table():

@@ -55,6 +55,16 @@ def distances(method, count):
     return found
 
 
+@pytest.mark.parametrize("known", [8, 9, 10, 11, 40])
+def test_reach_is_where_distances_grow_beyond_what_the_model_knows(case, known):
+    method, _ = case
+    reach = method.reach(known)
+    most = distances(method, 300 if reach is None else reach).max()
+    assert reach == known or most < known
+    if reach is not None:
+        assert distances(method, reach + 1).max() >= known
+
+
 def written_out(model, ids, place):
     """Logits [n, vocabulary] of ids [n]: a small Llama in which query i meets key j at place(i, j)."""
     n, hidden = len(ids), model.model.embed_tokens(ids)

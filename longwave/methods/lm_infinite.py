@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from longwave.checks import whole
-from longwave.methods.remapped import Remapped, View
+from longwave.methods.remapped import Look, Remapped
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class LMInfinite(Remapped):
     def exact(self) -> int:
         return self.window
 
-    def views(self, i: torch.Tensor, j: torch.Tensor) -> Iterator[View]:
-        near = i[..., None] - j < self.window
-        yield i, j, near
-        yield torch.full_like(i, self.window), torch.zeros_like(j), ~near & (j < self.sinks)
+    def looks(self, i: torch.Tensor) -> Iterator[Look]:
+        edge = (i - self.window + 1).clamp(min=0)
+        yield Look(i, edge, i + 1)
+        yield Look(
+            torch.full_like(i, self.window), torch.zeros_like(i), edge.clamp(max=self.sinks), place=torch.zeros_like
+        )

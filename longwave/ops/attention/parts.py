@@ -7,7 +7,7 @@ is float32 [B, Hq, Q], float64 for such q, and -inf, or next to it, where a quer
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 from torch.backends import cuda
@@ -90,9 +90,10 @@ def interval_attention(
     """
     made: dict[bool, Part] = {}
     masks: dict[object, torch.Tensor] = {}  # along a band all blocks have the same
+    firsts, lasts = first.tolist(), last.tolist()
     for start, stop in _blocks(first, last):
-        some, a, b = slice(start, stop), first[start:stop], last[start:stop]
-        low, begin, end, high = int(a[0]), int(a[-1]), int(b[0]), int(b[-1])  # from begin to end all of them see
+        some, a, b = slice(start, stop), firsts[start:stop], lasts[start:stop]
+        low, begin, end, high = a[0], a[-1], b[0], b[-1]  # from begin to end all of them see
         if low >= high:
             continue
         x = group_heads(q[:, :, some], k.shape[1])
@@ -103,11 +104,12 @@ def interval_attention(
         edges = [(low, begin), (end, high)] if whole else [(low, high)]
         edges = [(at, to) for at, to in edges if at < to]
         if edges:
-            j = torch.cat([torch.arange(*edge) for edge in edges])
-            name = tuple(tuple((y - low).tolist()) for y in (j, a, b))
+            name = tuple(x - low for x in (*chain.from_iterable(edges), *a, *b))
             if name not in masks:
-                at, one, other = (y.to(q.device) for y in (j, a[:, None], b[:, None]))
-                masks[name] = bias_of((at >= one) & (at < other), q.shape[1] // k.shape[1], q.dtype)
+                columns = [number for edge in edges for number in range(*edge)]
+                j, one, other = (torch.tensor(x, device=q.device) for x in (columns, a, b))
+                seen = (j >= one[:, None]) & (j < other[:, None])
+                masks[name] = bias_of(seen, q.shape[1] // k.shape[1], q.dtype)
             part = part_attention(x, _taken(k, edges), _taken(v, edges), scaling, masks[name])
             _put(made, True, q, some, part)
     return list(made.values())

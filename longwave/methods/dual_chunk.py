@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 
 from longwave.checks import whole
-from longwave.methods.remapped import Remapped, View
+from longwave.methods.remapped import Look, Remapped
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ class DualChunk(Remapped):
     def reach(self, limit: int) -> int | None:
         return None if self.chunk < limit else limit
 
-    def views(self, i: torch.Tensor, j: torch.Tensor) -> Iterator[View]:
+    def looks(self, i: torch.Tensor) -> Iterator[Look]:
         size = self.chunk - self.window
-        place, keys, apart = i % size, j % size, (i // size)[..., None] - j // size
-        yield place, keys, apart == 0
-        yield (place + size).clamp(max=self.chunk), keys, apart == 1
-        yield torch.full_like(i, self.chunk), keys, apart > 1
+        own = i // size * size  # where the query's chunk begins
+        before, first = (own - size).clamp(min=0), torch.zeros_like(i)
+        yield Look(i % size, own, i + 1, place=lambda j: j % size)
+        yield Look((i % size + size).clamp(max=self.chunk), before, own, place=lambda j: j % size)
+        yield Look(torch.full_like(i, self.chunk), first, before, place=lambda j: j % size)

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from longwave.checks import whole
-from longwave.methods.remapped import Remapped, View
+from longwave.methods.remapped import Look, Remapped
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class LMInfinite(Remapped):
     def reach(self, limit: int) -> int | None:
         return None if self.window < limit else limit
 
-    def views(self, i: torch.Tensor, j: torch.Tensor) -> Iterator[View]:
-        near = i[..., None] - j < self.window
-        yield i, j, near
-        yield torch.full_like(i, self.window), torch.zeros_like(j), ~near & (j < self.sinks)
+    def looks(self, i: torch.Tensor) -> Iterator[Look]:
+        edge = (i - self.window + 1).clamp(min=0)
+        yield Look(i, edge, i + 1)
+        yield Look(
+            torch.full_like(i, self.window), torch.zeros_like(i), edge.clamp(max=self.sinks), place=torch.zeros_like
+        )

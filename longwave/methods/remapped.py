@@ -1,13 +1,14 @@
 """Methods that read every token at other positions than its own, so that no distance is one the model never saw.
 
-Keys lie un-rotated. A method gives one or more *views* of query and key positions, and which pairs each is for; a pass
-turns queries and keys for each view and takes one softmax over all. Nothing is dropped: no byte is saved.
+Keys lie un-rotated. A method *looks* in one or more ways: at which positions queries and keys meet, and which keys of a
+row a query meets so, always some that stand side by side. A pass turns queries and keys once for each look and joins
+what they read into one softmax. Nothing is dropped: no byte is saved.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,13 +16,28 @@ import torch
 
 from longwave.frame import MemoryLayer, Needs, Pass, Step
 from longwave.methods.base import Bound, CacheShape, Method
-from longwave.ops.attention.reference import group_heads, query_block
+from longwave.ops.attention.parts import Part, interval_attention, joined
+from longwave.ops.attention.reference import group_heads
 from longwave.plan.profile import Profile
 from longwave.store.tokens import capacity
 
 View = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Query positions int64 [batch, queries], key positions int64 [keys] or [batch, keys], and the pairs they are for, bool
 [batch, queries, keys]."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Keys that queries meet at other positions than their own.
+
+    ask: the queries' positions. first, last: of each query, which keys: first, first + 1 ... last - 1; both rise with
+    the query. All int64 and of one shape. place: positions of keys that are tokens j.
+    """
+
+    ask: torch.Tensor
+    first: torch.Tensor
+    last: torch.Tensor
+    place: Callable[[torch.Tensor], torch.Tensor] = lambda j: j
 
 
 def scores_of(p: Pass, q: torch.Tensor, own: torch.Tensor, k: torch.Tensor, views: Iterable[View]) -> torch.Tensor:
@@ -43,12 +59,16 @@ class Remapped(Method):
     """What all methods that read tokens at other positions share: the only budget that they can meet is 1."""
 
     @abstractmethod
-    def views(self, i: torch.Tensor, j: torch.Tensor) -> Iterator[View]:
-        """The views of queries that are tokens i [batch, queries] of their rows, and keys that are tokens j [keys].
+    def looks(self, i: torch.Tensor) -> Iterator[Look]:
+        """How queries that are tokens i of their rows, int64 of any shape, read: every pair is one look's at most.
 
-        Pairs of several views count once, as the last one has them; those of none, and those with j > i, do not. No
-        host reads, since captured steps ask too.
+        No host reads, since captured steps ask too.
         """
+
+    def views(self, i: torch.Tensor, j: torch.Tensor) -> Iterator[View]:
+        """The same of queries that are tokens i [batch, queries] and keys that are tokens j [keys], pair by pair."""
+        for look in self.looks(i):
+            yield look.ask, look.place(j), (j >= look.first[..., None]) & (j < look.last[..., None])
 
     @abstractmethod
     def exact(self) -> int:
@@ -121,30 +141,33 @@ class RemappedLayer(MemoryLayer):
 
     def attend(self, p: Pass) -> torch.Tensor:
         k, v = self.dense.view()
-        before = torch.tensor(self._before, device=k.device)[:, None]
-        count = (
-            torch.arange(p.q.shape[2], device=k.device) if p.valid is None else (p.valid.cumsum(-1) - 1).clamp(min=0)
-        )
-        at = (before + count).expand(p.q.shape[0], -1)
-        out, lse = torch.empty_like(p.q), p.q.new_empty(p.q.shape[:3], dtype=torch.float32)
-        block = query_block(p.q.shape[0] * p.q.shape[1], k.shape[2])
-        for start in range(0, p.q.shape[2], block):
-            some = slice(start, start + block)
-            out[:, :, some], lse[:, :, some] = self._read(p, some, at[:, some], k, v)
-        p.lse = lse
+        out, own = torch.zeros_like(p.q), p.known_positions()
+        wide = torch.float64 if p.q.dtype == torch.float64 else torch.float32
+        p.lse = torch.zeros(p.q.shape[:3], dtype=wide, device=p.q.device)
+        if p.valid is None and len(set(self._before)) == 1:
+            out, p.lse = self._read(p, p.q, own, self._before[0], k, v)
+            return out.to(p.q.dtype)
+        for row, before in enumerate(self._before):
+            one = slice(row, row + 1)
+            real = slice(None) if p.valid is None else p.valid[row]
+            if (q := p.q[one, :, real]).shape[2]:
+                found, lse = self._read(p, q, own[one, real], before, k[one], v[one])
+                out[row, :, real], p.lse[row, :, real] = found[0].to(out.dtype), lse[0]
         return out
 
-    def _read(
-        self, p: Pass, some: slice, at: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Answers and log-sum-exp of some of a pass's queries, which are tokens at [batch, queries] of their rows."""
-        asked, own = p.q[:, :, some], p.known_positions()[:, some]
-        j = torch.arange(k.shape[2], device=k.device)
-        views = ((ask, key, pairs & (j <= at[..., None])) for ask, key, pairs in self.method.views(at, j))
-        scores = scores_of(p, asked, own, k, views)
-        lse = scores.logsumexp(-1)
-        out = torch.exp(scores - lse[..., None]) @ v[:, :, None].to(lse.dtype)
-        return out.to(asked.dtype).reshape(asked.shape), lse.float().reshape(asked.shape[:3])
+    def _read(self, p: Pass, q: torch.Tensor, own: torch.Tensor, before: int, k: torch.Tensor, v: torch.Tensor) -> Part:
+        """Answers and log-sum-exp of queries that the model turned at positions `own`, the tokens from `before` on of
+        their rows."""
+        parts = []
+        for look in self.method.looks(torch.arange(before, before + q.shape[2])):
+            low, high = int(look.first[0]), int(look.last[-1])
+            if low >= high:
+                continue
+            turned = p.rotary.shift(p.module, q, own, look.ask.to(q.device)[None])
+            place = look.place(torch.arange(low, high, device=q.device))
+            keys = p.rotary.rotate(p.module, k[:, :, low:high], place[None])
+            parts += interval_attention(turned, keys, v[:, :, low:high], p.scaling, look.first - low, look.last - low)
+        return joined(parts)
 
     # steps
 
@@ -156,4 +179,9 @@ class RemappedLayer(MemoryLayer):
 
     def attend_step(self, p: Pass, step: Step) -> torch.Tensor:
         k, v = self.dense.tensors()
-        return self._read(p, slice(None), step.at[:, None], k, v)[0]
+        j = torch.arange(k.shape[2], device=k.device)
+        views = self.method.views(step.at[:, None], j)
+        scores = scores_of(p, p.q, p.known_positions(), k, views)
+        p.lse = scores.logsumexp(-1).flatten(1, 2)
+        out = torch.softmax(scores, -1) @ v[:, :, None].to(scores.dtype)
+        return out.to(p.q.dtype).reshape(p.q.shape)

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from longwave.checks import whole
-from longwave.methods.remapped import Remapped, View
+from longwave.methods.remapped import Look, Remapped
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class SelfExtend(Remapped):
     def reach(self, limit: int) -> int | None:
         return max(limit, (limit - self.window) * self.group + self.window)
 
-    def views(self, i: torch.Tensor, j: torch.Tensor) -> Iterator[View]:
-        near = i[..., None] - j < self.window
-        yield i, j, near
-        yield i // self.group + self.window - self.window // self.group, j // self.group, ~near
+    def looks(self, i: torch.Tensor) -> Iterator[Look]:
+        edge = (i - self.window + 1).clamp(min=0)
+        yield Look(i, edge, i + 1)
+        grouped = i // self.group + self.window - self.window // self.group
+        yield Look(grouped, torch.zeros_like(i), edge, place=lambda j: j // self.group)

@@ -76,9 +76,13 @@ class TreeKV(Evicting):
         else:
             stays &= (self.score(held) >= 0) | (gone == 0)[:, None, None]
             votes = held.columns[votes_of(self.block)] / held.age().clamp(max=self.block)
-        for row in range(len(gone)) if held.turn is None else (gone > 1).nonzero()[:, 0].tolist():
-            own = free[row, 0]
-            stays[row, :, own] = self.thinned(votes[row][:, own], int(keep[row]))
+        alike: dict[tuple[int, int], list[int]] = {}  # rows whose blocks compete side by side
+        for row, (over, stay) in enumerate(torch.stack([gone, keep], 1).tolist()):
+            if held.turn is None or over > 1:
+                alike.setdefault((over + stay, stay), []).append(row)
+        for (n, stay), rows in alike.items():
+            own = slice(self.sinks, self.sinks + n)
+            stays[rows, :, own] = self.thinned(votes[rows, :, own].flatten(0, 1), stay).unflatten(0, (len(rows), -1))
         return stays
 
     def thinned(self, worth: torch.Tensor, keep: int) -> torch.Tensor:

@@ -96,7 +96,7 @@ class Terminal:
 
 
 def _control():
-    """The terminal is this program's, so that its keys are, and mean something where what runs the tests ignores them."""
+    """The terminal is this program's, so that its keys are; they mean something though what runs tests ignores them."""
     import fcntl
     import termios
 

@@ -1,4 +1,4 @@
-"""Does the process really hold less? Resident memory after a few thousand tokens of the real model, dense against compressed."""
+"""Does the process really hold less? Resident memory after 2,500 tokens of the real model, dense against compressed."""
 
 import json
 import os

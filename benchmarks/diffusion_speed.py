@@ -32,10 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 import longwave
 from benchmarks import diffusion_pair
+from benchmarks.endtoend import random_llama
 from benchmarks.family import Peak
 from benchmarks.restoring import prompt_of, wait, whole
 from longwave import diffusion
@@ -88,23 +89,11 @@ NAMES = tuple(cases(None, 1, 1))
 # models and prompts
 
 
-@torch.no_grad()
 def random_model(layers, tiny, device, seed):
-    torch.manual_seed(seed)
     given = LLADA | (TINY if tiny else {})
     mask = min(MASK, given["vocab_size"] - 1)
     config = LlamaConfig(**given, num_hidden_layers=layers, is_causal=False, mask_token_id=mask, logit_shift=False)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPE)
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=0.02)
-    return model
+    return random_llama(config, device, seed)
 
 
 class Random:

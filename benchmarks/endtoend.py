@@ -88,9 +88,9 @@ class Given(Segmented):
 
 
 @torch.no_grad()
-def build(layers, tiny, device, seed=0):
+def random_llama(config, device, seed=0):
+    """Weights of 16 bits that are drawn where they lie."""
     torch.manual_seed(seed)
-    config = LlamaConfig(**(LLAMA | (TINY if tiny else {})), num_hidden_layers=layers)
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPE)
     try:
@@ -102,6 +102,10 @@ def build(layers, tiny, device, seed=0):
         if parameter.ndim > 1:
             parameter.normal_(std=0.02)
     return model
+
+
+def build(layers, tiny, device, seed=0):
+    return random_llama(LlamaConfig(**(LLAMA | (TINY if tiny else {})), num_hidden_layers=layers), device, seed)
 
 
 # dense memory of a fixed size

@@ -76,6 +76,16 @@ def shallow(model, layers):
     return made
 
 
+@pytest.fixture
+def hay(tmp_path):
+    """A file of text for needles."""
+    from tests.cli.calls import TEXT
+
+    path = tmp_path / "hay.txt"
+    path.write_text(TEXT)
+    return path
+
+
 @pytest.fixture(scope="session")
 def models():
     """name -> (model under test, untouched stock twin)."""

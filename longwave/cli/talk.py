@@ -175,10 +175,8 @@ class Talk:
             with waiting(f"writing {path}"):
                 written = longwave.save(self.memory, self.ids, path, size=how, tokenizer=self.tokenizer, about=about)
         else:
-            coder, chunk = (
-                coder_for(self.memory, self.model, self.tokenizer, how),
-                self.choice.get("prefill_chunk_size"),
-            )
+            coder = coder_for(self.memory, self.model, self.tokenizer, how)
+            chunk = self.choice.get("prefill_chunk_size")
             with reading(self.model, self.ids.shape[1], chunk):
                 written = code_prefix(self.model, self.memory, self.ids, Path(path), how, coder, chunk, about)
             cost = f"; {self.ids.shape[1]:,} tokens read again in {time.perf_counter() - began:.1f} s"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,7 @@ from numpy.typing import NDArray
 
 from longwave.codec import blob as form
 from longwave.codec.blob import CodecError, Header
-
-THREADS = 8
-MANY = 8  # segments that are worth more than one
+from longwave.threads import side_by_side
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +65,3 @@ class Opener:
             raise CodecError(f"this segment's header is wrong: {header.tokens} tokens, or ids that the model has not")
         raw = 2 * self.channels * header.raw * header.dtype.itemsize
         return Opened(header, ids, *form.split(rest, raw, 0 if header.step is None else self.groups))
-
-
-def side_by_side(work: Callable[..., Any], *given: Sequence[Any]) -> list[Any]:
-    """work(...) of each of many, in threads: checksums of large bytes are made in all of them at once."""
-    if len(given[0]) < MANY:
-        return [work(*one) for one in zip(*given, strict=True)]
-    with ThreadPoolExecutor(THREADS) as threads:
-        return list(threads.map(work, *given))

@@ -18,12 +18,13 @@ from longwave.codec.contexts import contexts
 from longwave.codec.decoding import Decoder, Target
 from longwave.codec.fitted import Fitted
 from longwave.codec.given import Given
-from longwave.codec.opened import Opened, Opener, side_by_side
+from longwave.codec.opened import Opened, Opener
 from longwave.codec.placed import Placed
 from longwave.codec.predict import Tokens
 from longwave.codec.quantise import OCTAVE, quantise, step_of
 from longwave.codec.streams import Parts, Streams
 from longwave.codec.transform import TOKENS, along
+from longwave.threads import side_by_side
 
 RAW = 4  # first tokens of a text: nothing like the others, and attended to by all
 BATCHES = 4  # given at once: bytes of one are finished while the device makes the next's

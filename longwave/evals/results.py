@@ -12,6 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,8 @@ class Results:
     def let_go(self) -> None:
         """Leave what was taken to others: a process that dies does so, too."""
         if self._claim is not None:
+            with suppress(OSError):  # where systems keep it until it is free; whoever waits for it has it open
+                os.unlink(self._claim.lock_file)
             self._claim.release()
             self._claim = None
 

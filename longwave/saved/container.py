@@ -14,7 +14,6 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
@@ -22,8 +21,9 @@ from typing import Any, BinaryIO
 
 import torch
 
+from longwave.threads import side_by_side
+
 FORMAT, VERSION = "longwave-cache", "2"
-THREADS = 8  # that checksums are made by
 HEADER = 1 << 28  # bytes at most, so that a damaged length asks for no memory
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -210,5 +210,4 @@ class Reader:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of them, their checksums side by side."""
-        with ThreadPoolExecutor(THREADS) as threads:
-            return dict(zip(self.index, threads.map(self.tensor, self.index), strict=True))
+        return dict(zip(self.index, side_by_side(self.tensor, self.index), strict=True))

@@ -9,18 +9,11 @@ from longwave.evals import runner
 from longwave.evals.results import load
 from longwave.evals.tasks import TASKS
 from longwave.methods import METHODS
-from tests.cli.calls import TEXT, call, refused, succeeds
+from tests.cli.calls import call, refused, succeeds
 from tests.conftest import DATA
 from tests.evals.test_results import contents
 
 FOURIER = "fourier:budget=1,segment=16,window=16"
-
-
-@pytest.fixture
-def hay(tmp_path):
-    path = tmp_path / "hay.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from longwave.evals.results import load
 from longwave.evals.sampling import Sampling
 from longwave.evals.summary import summarise
 from longwave.evals.tasks.perplexity_bound import PerplexityBound
-from tests.cli.calls import TEXT, refused, succeeds
+from tests.cli.calls import refused, succeeds
 from tests.conftest import random_profile
 from tests.diffusion.checkpoints import LLADA, write
 from tests.diffusion.conftest import MASK, build
@@ -42,13 +42,6 @@ def model(built):
 @pytest.fixture
 def loader(model, tokenizer):
     return lambda *_: (model, tokenizer)
-
-
-@pytest.fixture
-def hay(tmp_path):
-    path = tmp_path / "hay.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture

@@ -21,17 +21,9 @@ from longwave.evals.task import Setting
 from longwave.evals.tasks import get_task
 from longwave.methods import METHODS
 from longwave.plan.axes import place
-from tests.cli.calls import TEXT
 from tests.conftest import own_axes, random_profile, shape_of
 
 SMALL = "segment=16,window=16"
-
-
-@pytest.fixture
-def hay(tmp_path):
-    path = tmp_path / "hay.txt"
-    path.write_text(TEXT)
-    return path
 
 
 @pytest.fixture

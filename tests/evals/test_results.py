@@ -453,13 +453,6 @@ def test_many_append_at_once(out, monkeypatch):
 
 
 @pytest.fixture
-def hay(tmp_path):
-    path = tmp_path / "hay.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture
 def evaluate(folder, hay, out):
     """The arguments of a short run; what is added to them wins."""
     task = TASK.format(hay)

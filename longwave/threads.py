@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-THREADS, MANY = 8, 8  # pieces of work that are worth more than one thread
+THREADS = 8
 
 T = TypeVar("T")
 
@@ -14,7 +14,9 @@ T = TypeVar("T")
 def side_by_side(work: Callable[..., T], *given: Iterable[object]) -> list[T]:
     """work(...) of each, in order."""
     todo = list(zip(*given, strict=True))
-    if len(todo) < MANY:
+    if len(todo) < 2:
         return [work(*one) for one in todo]
+    each = -(-len(todo) // THREADS)  # a thread's share at once: handing over a piece takes as long as a small one
+    shares = [todo[first : first + each] for first in range(0, len(todo), each)]
     with ThreadPoolExecutor(THREADS) as threads:
-        return list(threads.map(lambda one: work(*one), todo))
+        return [made for some in threads.map(lambda share: [work(*one) for one in share], shares) for made in some]

@@ -167,4 +167,6 @@ def split(rest: memoryview, head: int, groups: int) -> tuple[memoryview, list[me
 
 def raw_bytes(k: torch.Tensor, v: torch.Tensor, kind: torch.dtype) -> bytes:
     """K and V one after the other, in the type that they are stored raw in."""
+    if not k.numel():
+        return b""  # and nobody waits for a GPU
     return torch.stack([k, v]).to("cpu", kind).contiguous().view(torch.uint8).numpy().tobytes()

@@ -499,10 +499,9 @@ class MemoryLayer(Keeping):
         """Positions int64 [batch, t] of new tokens: the model's where it says them, else their number in the row."""
         if positions is not None:
             return positions.expand(k.shape[0], -1).to(k.device)
-        before = torch.tensor(self.rows, device=k.device)[:, None]
         if valid is None:
-            return before + torch.arange(k.shape[2], device=k.device)
-        return before + (valid.cumsum(-1) - 1).clamp(min=0)
+            return _counted(self.rows, k.shape[2], k.device)
+        return torch.tensor(self.rows, device=k.device)[:, None] + (valid.cumsum(-1) - 1).clamp(min=0)
 
     def observe(self, p: Pass) -> None:
         """Remember of a pass what `needs` asks for. Its tokens are written, and nothing is settled yet."""
@@ -517,9 +516,9 @@ class MemoryLayer(Keeping):
         """Positions of a pass that is stored already."""
         if p.positions is not None:
             return p.known_positions()
-        ends = torch.tensor(self.rows, device=p.q.device)[:, None]
         if p.valid is None:
-            return ends - p.q.shape[2] + torch.arange(p.q.shape[2], device=p.q.device)
+            return _counted([row - p.q.shape[2] for row in self.rows], p.q.shape[2], p.q.device)
+        ends = torch.tensor(self.rows, device=p.q.device)[:, None]
         return ends - p.valid.sum(-1, keepdim=True) + (p.valid.cumsum(-1) - 1).clamp(min=0)
 
     def adopt(self, source: MemoryLayer) -> None:
@@ -611,7 +610,14 @@ class MemoryLayer(Keeping):
         device = self.device
         if not causal:
             return torch.tensor(self.dense.lengths, device=device)[:, None].expand(-1, queries)
-        before = torch.tensor(self._before, device=device)[:, None]
         if self._valid is None:
-            return before + torch.arange(1, queries + 1, device=device)
-        return before + self._valid.cumsum(-1)
+            return _counted([before + 1 for before in self._before], queries, device)
+        return torch.tensor(self._before, device=device)[:, None] + self._valid.cumsum(-1)
+
+
+def _counted(first: list[int], count: int, device: torch.device) -> torch.Tensor:
+    """int64 [rows, count], each row's from its first on. Rows that are alike need nothing sent, which would wait for a
+    GPU."""
+    if len(set(first)) == 1:
+        return torch.arange(first[0], first[0] + count, device=device).expand(len(first), -1)
+    return torch.tensor(first, device=device)[:, None] + torch.arange(count, device=device)

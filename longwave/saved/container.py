@@ -25,6 +25,7 @@ from longwave.threads import side_by_side
 
 FORMAT, VERSION = "longwave-cache", "2"
 HEADER = 1 << 28  # bytes at most, so that a damaged length asks for no memory
+HELD = 1 << 29  # bytes that are copied to the host at a time
 TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -56,7 +57,7 @@ def check_place(path: Path) -> None:
 
 
 def write(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> int:
-    """Write a file, whole or not at all; its bytes. One tensor at a time is copied to the host.
+    """Write a file, whole or not at all; its bytes. Half a gigabyte is copied to the host at a time, or a tensor.
 
     The file is readable for its owner alone: it is a text in clear. OSError leaves the old file and no other.
     """
@@ -66,16 +67,21 @@ def write(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tens
     for name, x in tensors.items():
         index[name] = {"dtype": kinds[name][0], "shape": kinds[name][1], "data_offsets": [end, end + x.nbytes]}
         end += x.nbytes
+
+    def digest(name: str, data: Any) -> str:
+        return _digest(name, *kinds[name], data)
+
     header = _header(facts, dict.fromkeys(tensors, "0" * 32), index)
     handle, beside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(header)
-            digests = {}
-            for name, x in tensors.items():
-                data = _bytes(x)
-                digests[name] = _digest(name, *kinds[name], data)
-                file.write(data)
+            digests: dict[str, str] = {}
+            for some in _together(tensors):
+                datas = [_bytes(tensors[name]) for name in some]
+                digests.update(zip(some, side_by_side(digest, some, datas), strict=True))
+                for data in datas:
+                    file.write(data)
             file.seek(0)
             file.write(_header(facts, digests, index))  # as long as the first one
             file.flush()
@@ -92,6 +98,19 @@ def write(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tens
         finally:
             os.close(folder)
     return len(header) + end
+
+
+def _together(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names in their order, in runs of HELD bytes at most, or of one."""
+    runs: list[list[str]] = []
+    held = HELD
+    for name, x in tensors.items():
+        if held + x.nbytes > HELD:
+            runs.append([])
+            held = 0
+        runs[-1].append(name)
+        held += x.nbytes
+    return runs
 
 
 def _header(facts: Mapping[str, Any], digests: dict[str, str], index: Mapping[str, Any]) -> bytes:

@@ -7,9 +7,10 @@
 
 Two Llamas of 26 million parameters with SmolLM2's tokenizer: one looks in both directions, and its loss is over k of a
 row's tokens, masked, one to all as often (as in `diffusion.loss_bound`); one is causal. Every step gives both the same
-rows of 512 tokens: half of them text of books, all of whose tokens count, half text with facts in it ("The code of
-Amber is Julia Harbor North Felix.") that are asked for at its end, whose answers count. Two books are held out for all
-that is judged.
+rows of 512 tokens: a quarter text of books, all of whose tokens count, half text with facts in it ("The code of Amber
+is Julia Harbor North Felix.") that are asked for at its end, whose answers count, a quarter nothing but names of facts
+with their words ("Amber Julia Harbor North Felix"), said again and again, which count from the second time on. The
+first 500 steps are of the last kind alone. Two books are held out for all that is judged.
 LongLLaDA (arXiv 2506.14429) measured 8B models so; what it found is asked of these: perplexity and retrieval by length
 and depth, with rotary bases multiplied by what the scaling law says and by more, and by the number of sampling steps.
 
@@ -19,9 +20,9 @@ length, diffusion's an upper bound; retrieval as the share of answers with every
 
 import argparse
 import copy
+import itertools
 import json
 import math
-import random
 import re
 import statistics
 import sys
@@ -29,9 +30,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import plot_diffusion_pair
@@ -41,24 +44,26 @@ from longwave.evals.data import data_folder
 from longwave.models import load_tokenizer, locate
 from longwave.rotary import ntk_factor, ntk_reach
 
-BASE, WORDS, MOST = 10_000.0, 4, 8  # of the rotary tables; of an answer, a token each; facts in a row
-NAMES = 1024  # that facts are made of
+BASE, WORDS = 10_000.0, 4  # of the rotary tables; words of an answer, a token each
+NAMES = 256  # that facts are made of
+ROWS = ("text", "repeated", "asked", "asked")  # of a step, in turns
+ALONE = 500  # steps at first whose rows all repeat facts: text is what else a model would learn first
 HELD_OUT = ("10762_impressions_of_theophrastus_such.txt", "28444_turn_about_eleanor.txt")
 PARTS = ("perplexity", "needle", "factors", "steps")
 KINDS = ("diffusion", "autoregressive")
-FASTEST, WARMUP = 1e-3, 100  # learning rate and the steps up to it
+FASTEST, WARMUP = 2e-3, 100  # learning rate and the steps up to it
+MAKERS = 4  # processes that make rows, for a GPU
 
 
 @dataclass(frozen=True)
 class Size:
-    """Shape, training and how much is judged. rows, at_once: of a step, and of a pass in it. lengths: in contexts."""
+    """Shape, training and how much is judged. rows: of a step. lengths: in contexts."""
 
     hidden: int = 320
     layers: int = 8
     heads: int = 5
     context: int = 512
     rows: int = 64
-    at_once: int = 64
     characters: int | None = None  # of a book, None: all
     lengths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     depths: int = 11
@@ -71,7 +76,12 @@ class Size:
         return self.hidden // self.heads
 
 
-TINY = Size(32, 2, 2, 64, 4, 4, 12_000, (1, 2), 2, 2, 2, 8)
+TINY = Size(32, 2, 2, 64, 4, 12_000, (1, 2), 2, 2, 2, 8)
+
+
+def number_of(draw, least, most):
+    """Of facts in a row, few as often as many: among few, any of their words is nearly the right one."""
+    return int(least * ((most + 1) / least) ** draw.random())
 
 
 class Texts:
@@ -83,70 +93,85 @@ class Texts:
         files = sorted((*folder.glob("books/*/*.txt"), *folder.glob("haystack_pd/*.txt")))
         encoded = {file.name: tokenizer(file.read_text()[: size.characters], verbose=False).input_ids for file in files}
         self.held_out = [token for name in HELD_OUT for token in encoded.pop(name)]
-        self.books = list(encoded.values())
+        self.books = np.concatenate(list(encoded.values()))  # a stretch may run from one into the next
         self.before, self.middle, self.end = (
             tokenizer(part, verbose=False).input_ids for part in ("\nThe code of", " is", ".\n")
         )
         words = tokenizer.get_vocab()
         names = sorted(words[word] for word in words if re.fullmatch("Ġ[A-Z][a-z]{3,9}", word))
-        self.names = names[:NAMES]  # the commonest: pairs of a tokenizer were joined in the order of their number
-        self.fact_tokens = len(self.fact(self.names[0], self.names[:WORDS]))
+        self.names = np.array(names[:NAMES])  # the commonest: pairs of a tokenizer were joined in the order of number
+        self.form = np.array([*self.before, -1, *self.middle, *[-1] * WORDS, *self.end])  # of a fact
+        self.is_word = (self.form < 0) & (np.arange(len(self.form)) > len(self.before))
 
     def question(self, name):
         return [*self.before, name, *self.middle]
 
-    def fact(self, name, value):
-        return [*self.question(name), *value, *self.end]
-
     def _facts(self, draw, count):
-        """(name, words) of so many facts, all of them different: whoever copies any word of the row is already better
-        than one who guesses, which digits would not reward."""
-        drawn = draw.sample(self.names, count * (1 + WORDS))
-        return [(drawn[at], drawn[at + 1 : at + 1 + WORDS]) for at in range(0, len(drawn), 1 + WORDS)]
+        """Name and words of so many facts, [count, 1 + WORDS], all of them different: whoever copies any word of the
+        row is already better than one who guesses, which digits would not reward."""
+        return draw.permutation(self.names)[: count * (1 + WORDS)].reshape(count, 1 + WORDS)
 
-    def _stretch(self, draw, tokens):
-        book = draw.choices(self.books, [float(len(book)) for book in self.books])[0]
-        start = draw.randrange(len(book) - tokens)
-        return book[start : start + tokens]
+    def told(self, facts):
+        """What says each of them, [count, tokens]."""
+        told = np.tile(self.form, (len(facts), 1))
+        told[:, self.form < 0] = facts
+        return told
 
-    def rows(self, draw):
+    def _stretches(self, draw, count, tokens):
+        starts = draw.integers(len(self.books) - tokens, size=(count, 1))
+        return self.books[starts + np.arange(tokens)]
+
+    def rows(self, draw, step):
         """A step's rows int64 [rows, context], and which tokens count, bool of the same shape."""
-        made, counts = [], []
+        ids = self._stretches(draw, self.size.rows, self.size.context)
+        counts = np.ones(ids.shape, dtype=bool)
         for number in range(self.size.rows):
-            if number % 2:
-                row, count = self._asked(draw)
-            else:
-                row, count = self._stretch(draw, self.size.context), [True] * self.size.context
-            made.append(row)
-            counts.append(count)
-        return torch.tensor(made), torch.tensor(counts)
+            kind = "repeated" if step < ALONE else ROWS[number % len(ROWS)]
+            if kind != "text":
+                make = self._asked if kind == "asked" else self._repeated
+                ids[number], counts[number] = make(draw, ids[number])
+        return torch.from_numpy(ids), torch.from_numpy(counts)
 
-    def _asked(self, draw):
-        """A row of facts in text that are all asked for at its end; half of them not far from it."""
-        room = self.size.context // self.fact_tokens // 2
-        facts = self._facts(draw, draw.randint(1, min(MOST, room)))
-        text = self._stretch(draw, self.size.context - 2 * len(facts) * self.fact_tokens)
-        span = len(text) if draw.random() < 0.5 else draw.randint(0, len(text))
-        places = sorted((draw.randint(0, span) for _ in facts), reverse=True)  # from the end: none in another
-        for (name, value), at in zip(facts, places, strict=True):
-            text[len(text) - at : len(text) - at] = self.fact(name, value)
-        row, count = text, [False] * len(text)
-        for name, value in draw.sample(facts, len(facts)):
-            for part, counted in ((self.question(name), False), (value, True), (self.end, False)):
-                row = row + part
-                count += [counted] * len(part)
-        return row, count
+    def _repeated(self, draw, text):
+        """Facts without their form, said in any order until the row is full: words count from the second time on. That
+        words can be copied is learned here, where most tokens teach it. Facts have 1 to WORDS words: of one length,
+        their words would be found by counting positions."""
+        facts = self._facts(draw, number_of(draw, 2, len(text) // (1 + WORDS) // 2))
+        lengths = draw.integers(2, 1 + WORDS, size=(len(facts), 1), endpoint=True)
+        order = draw.integers(len(facts), size=len(text) // 2)
+        counts = np.ones((len(order), 1 + WORDS), dtype=bool)
+        counts[:, 0] = counts[np.unique(order, return_index=True)[1]] = False
+        said = (np.arange(1 + WORDS) < lengths)[order]
+        return facts[order][said][: len(text)], counts[said][: len(text)]
+
+    def _asked(self, draw, text):
+        """Facts in text that are all asked for at its end; half of them not far from it. The row ends in an answer."""
+        each, ended = len(self.form), len(self.end)
+        facts = self._facts(draw, number_of(draw, 1, len(text) // each // 2))
+        count, told = len(facts), self.told(facts)
+        behind = len(text) + ended - count * each  # where questions begin
+        room = behind - count * each
+        span = room if draw.random() < 0.5 else draw.integers(room, endpoint=True)
+        places = room - np.sort(draw.integers(span, size=count, endpoint=True))[::-1]
+        inside = ((places + each * np.arange(count))[:, None] + np.arange(each)).ravel()
+        row, counts = np.empty(len(text) + ended, dtype=text.dtype), np.zeros(len(text) + ended, dtype=bool)
+        between = np.ones(behind, dtype=bool)
+        between[inside] = False
+        row[inside], row[:behind][between] = told.ravel(), text[:room]
+        row[behind:] = draw.permutation(told).ravel()
+        counts[behind:] = np.tile(self.is_word, count)
+        return row[:-ended], counts[:-ended]
 
     def needle(self, draw, tokens, depth):
         """A prompt of unseen text with one fact at `depth`, 0 its beginning and 1 its end, the answer, and how many
         tokens behind the fact the answer begins. Prompt and answer are `tokens`."""
-        ((name, value),) = self._facts(draw, 1)
+        name, *value = self._facts(draw, 1)[0].tolist()
         asked = self.question(name)
-        room = tokens - self.fact_tokens - len(asked) - WORDS
-        start = draw.randrange(len(self.held_out) - room)
+        room = tokens - len(self.form) - len(asked) - WORDS
+        start = draw.integers(len(self.held_out) - room)
         text = self.held_out[start : start + room]
         at = round(depth * room)
-        return [*text[:at], *self.fact(name, value), *text[at:], *asked], value, room - at + len(asked)
+        return [*text[:at], *self.told([[name, *value]])[0].tolist(), *text[at:], *asked], value, room - at + len(asked)
 
     def windows(self, tokens, count):
         """int64 [count, tokens] of unseen text, spread over all of it."""
@@ -187,62 +212,83 @@ def masks(counts, generator):
     return rank < k[:, None]
 
 
-def loss_of(hidden, head, asked, targets):
-    """Each row's mean loss of its `asked` bool [rows, tokens] positions, whose logits speak of `targets`: [rows]."""
-    loss = cross_entropy(head(hidden[asked]).float(), targets[asked], reduction="none")
-    share = (asked / asked.sum(-1, keepdim=True))[asked]
-    return loss.new_zeros(len(hidden)).index_add(0, asked.nonzero()[:, 0], loss * share)
+class Steps(Dataset):
+    """A step's rows, and the places of the tokens each kind's loss is of, in the rows laid end to end, by its number.
+    Places are found here and not on the GPU, which would have to be waited for."""
+
+    def __init__(self, texts, seed):
+        self.texts, self.seed = texts, seed
+
+    def __getitem__(self, step):
+        draw = np.random.default_rng([self.seed, step])
+        ids, counts = self.texts.rows(draw, step)
+        hidden = masks(counts, torch.Generator().manual_seed(int(draw.integers(2**63))))
+        counts[:, 0] = False  # nothing before it speaks of it
+        judged = {"diffusion": hidden, "autoregressive": counts}
+        return ids, {kind: asked.flatten().nonzero()[:, 0] for kind, asked in judged.items()}
 
 
-def step_loss(kind, model, ids, counts, hidden, body=None):
-    """Each row's loss: [rows]. body: what stands for the model's layers, compiled."""
-    given = ids.masked_fill(hidden, model.config.mask_token_id) if kind == "diffusion" else ids
-    last = (model.model if body is None else body)(given, use_cache=False).last_hidden_state
-    if kind == "diffusion":
-        return loss_of(last, model.lm_head, hidden, ids)
-    return loss_of(last[:, :-1], model.lm_head, counts[:, 1:], ids[:, 1:])
+def step_loss(kind, model, ids, places, body=None):
+    """Each row's mean loss of its tokens at `places`: [rows]. body: what stands for the model's layers, compiled."""
+    flat, masked = ids.flatten(), kind == "diffusion"
+    given = flat.index_fill(0, places, model.config.mask_token_id).view_as(ids) if masked else ids
+    last = (model.model if body is None else body)(given, use_cache=False).last_hidden_state.flatten(0, 1)
+    logits = model.lm_head(last.index_select(0, places if masked else places - 1))
+    loss = cross_entropy(logits.float(), flat[places], reduction="none")
+    row, none = places // ids.shape[1], loss.new_zeros(len(ids))
+    return none.index_add(0, row, loss) / none.index_add(0, row, torch.ones_like(loss))
 
 
 def train(models, texts, seconds, seed):
     """Both models on the same rows in the same steps, until the time is over."""
-    draw, generator, size = random.Random(seed), torch.Generator().manual_seed(seed), texts.size
     device = next(iter(models.values())).device
+    cuda = device.type == "cuda"
     optimizers, bodies = {}, {}
     for kind, model in models.items():
-        bodies[kind] = torch.compile(model.model, dynamic=False) if device.type == "cuda" else model.model
+        bodies[kind] = torch.compile(model.model, dynamic=False) if cuda else model.model
         groups = [
             {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
             {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
         ]
-        optimizers[kind] = torch.optim.AdamW(groups, lr=FASTEST, betas=(0.9, 0.95), fused=device.type == "cuda")
-    began, step, losses = time.perf_counter(), 0, {}
-    while (done := (time.perf_counter() - began) / seconds) < 1:
-        ids, counts = texts.rows(draw)
-        hidden = masks(counts, generator)
-        ids, counts, hidden = ids.to(device), counts.to(device), hidden.to(device)
+        optimizers[kind] = torch.optim.AdamW(groups, lr=FASTEST, betas=(0.9, 0.95), fused=cuda)
+    # made ahead by other processes: in this one python is what a step waits for
+    steps = DataLoader(
+        Steps(texts, seed),
+        batch_size=None,
+        sampler=itertools.count(),
+        num_workers=MAKERS if cuda else 0,
+        pin_memory=cuda,
+    )
+    began, losses = time.perf_counter(), {}
+    for step, (ids, places) in enumerate(steps):
+        if (done := (time.perf_counter() - began) / seconds) >= 1:
+            break
+        ids = ids.to(device, non_blocking=True)
         for kind, model in models.items():
             for group in optimizers[kind].param_groups:
                 group["lr"] = FASTEST * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
-            found = []
-            for part in zip(*(x.split(size.at_once) for x in (ids, counts, hidden)), strict=True):
-                with torch.autocast(device.type, torch.bfloat16):
-                    loss = step_loss(kind, model, *part, bodies[kind])
-                (loss.sum() / len(ids)).backward()
-                found.append(loss.detach())
-            losses[kind] = torch.cat(found).view(-1, 2).mean(0)  # text and questions take turns
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = step_loss(kind, model, ids, places[kind].to(device, non_blocking=True), bodies[kind])
+            loss.mean().backward()
+            losses[kind] = loss.detach().view(-1, len(ROWS)).mean(0)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizers[kind].step()
             optimizers[kind].zero_grad(set_to_none=True)
-        step += 1
-        if step % 100 == 1:
-            said = ", ".join(f"{kind} {text:.2f} text, {asked:.2f} asked" for kind, (text, asked) in losses.items())
-            print(f"step {step}, {done:.0%} of the time: {said}", flush=True)
+        if step % 100 == 0:
+            print(f"step {step}, {done:.0%} of the time: {losses_said(losses)}", flush=True)
     return {
         "steps": step,
-        "tokens": step * size.rows * size.context,
+        "tokens": step * texts.size.rows * texts.size.context,
         "seconds": round(time.perf_counter() - began, 1),
         "last_loss": {kind: [round(float(x), 4) for x in each] for kind, each in losses.items()},
     }
+
+
+def losses_said(losses):
+    return "; ".join(
+        f"{kind} " + ", ".join(f"{x:.2f} {row}" for row, x in zip(ROWS, each.tolist(), strict=True))
+        for kind, each in losses.items()
+    )
 
 
 # what is kept
@@ -362,7 +408,7 @@ class Judge:
             tokens, right = times * size.context, []
             for number in range(size.depths):
                 depth = number / (size.depths - 1)
-                draw = random.Random(f"{self.seed} {tokens} {number}")
+                draw = np.random.default_rng([self.seed, tokens, number])
                 asked = [self.texts.needle(draw, tokens, depth) for _ in range(size.samples)]
                 prompts = torch.tensor([prompt for prompt, _, _ in asked], device=model.device)
                 wanted = torch.tensor([value for _, value, _ in asked], device=model.device)
@@ -469,7 +515,7 @@ def main(argv=None):
         "torch": torch.__version__,
     }
     about["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    about["texts"] = {"books": sum(map(len, texts.books)), "held_out": len(texts.held_out)}
+    about["texts"] = {"books": len(texts.books), "held_out": len(texts.held_out)}
     models = {}
     for kind in args.kind or KINDS:
         torch.manual_seed(args.seed)  # both start from the same weights

@@ -1,8 +1,8 @@
 """The pair at a size that learns nothing: all parts run, are written down and drawn; what a step is of is exact."""
 
 import json
-import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,25 +76,58 @@ def test_a_picture_is_made(run, tmp_path):
         plot_diffusion_pair.plot(part[:1], picture)
 
 
+def test_rows_are_of_the_seed_and_the_step(texts):
+    ids, places = diffusion_pair.Steps(texts, 3)[5]
+    again, there = diffusion_pair.Steps(texts, 3)[5]
+    assert torch.equal(ids, again)
+    assert all(torch.equal(places[kind], there[kind]) for kind in diffusion_pair.KINDS)
+    assert not any(torch.equal(ids, steps[number][0]) for steps, number in others(texts, 3, 5))
+    hidden, judged = (set(places[kind].tolist()) for kind in diffusion_pair.KINDS)
+    first = {row * SIZE.context for row in range(SIZE.rows)}
+    assert hidden - first < judged
+    assert not judged & first
+
+
+def others(texts, seed, step):
+    return (diffusion_pair.Steps(texts, seed + 1), step), (diffusion_pair.Steps(texts, seed), step + 1)
+
+
 def test_answers_are_what_counts(texts, smollm2_tokenizer):
-    """Rows alternate; a fact stands whole in its row once, and once more with its answer counted."""
-    ids, counts = texts.rows(random.Random(3))
-    assert ids.shape == counts.shape == (SIZE.rows, SIZE.context)
-    assert counts[0::2].all()
-    for row, count in zip(ids[1::2], counts[1::2], strict=True):
-        said = smollm2_tokenizer.decode(row)
-        answers = row[count].split(diffusion_pair.WORDS)
-        assert len({int(word) for answer in answers for word in answer}) == count.sum() > 0
-        for answer in answers:
-            assert said.count(f" is{smollm2_tokenizer.decode(answer)}.\n") == 2
+    """Rows take turns; a fact stands whole in its row once, and once more with its answer counted."""
+    for seed in range(20):
+        ids, counts = texts.rows(np.random.default_rng(seed), diffusion_pair.ALONE)
+        assert ids.shape == counts.shape == (SIZE.rows, SIZE.context)
+        assert counts[0].all()
+        for row, count in zip(ids[2:], counts[2:], strict=True):
+            said = smollm2_tokenizer.decode(row) + ".\n"
+            answers = row[count].split(diffusion_pair.WORDS)
+            assert count[-diffusion_pair.WORDS :].all()
+            assert len({int(word) for answer in answers for word in answer}) == count.sum() > 0
+            for answer in answers:
+                assert said.count(f" is{smollm2_tokenizer.decode(answer)}.\n") == 2
+
+
+def test_words_of_a_repeated_fact_count_from_the_second_time_on(texts):
+    """All of the first steps' rows are such; behind one token stands always the same word."""
+    for step in range(20):
+        ids, counts = texts.rows(np.random.default_rng(step), step)
+        for row, counted in zip(ids.tolist(), counts.tolist(), strict=True):
+            words = {token for token, count in zip(row, counted, strict=True) if count}
+            behind = {}
+            for at, (token, count) in enumerate(zip(row, counted, strict=True)):
+                assert count == (token in words and token in row[:at])
+                if token in words:
+                    assert behind.setdefault(token, row[at - 1]) == row[at - 1]
+            assert words
 
 
 def test_a_needle_is_as_deep_as_said(texts):
     for depth in (0, 0.5, 1):
-        prompt, value, distance = texts.needle(random.Random(1), 100, depth)
+        prompt, value, distance = texts.needle(np.random.default_rng(1), 100, depth)
         assert len(prompt) + len(value) == 100
         end, name = len(prompt) - distance, prompt[-1 - len(texts.middle)]
-        assert prompt[end - texts.fact_tokens : end] == texts.fact(name, value)
+        (told,) = texts.told([[name, *value]])
+        assert prompt[end - len(told) : end] == told.tolist()
         assert prompt[-len(texts.question(0)) :] == texts.question(name)
     assert distance == len(texts.question(0))
 
@@ -116,13 +149,12 @@ def test_masks_are_of_what_counts():
 def test_losses_are_those_that_are_judged(texts, smollm2_tokenizer):
     """Of the last tokens of a row: the causal one's is the same number, diffusion's is the bound's expectation."""
     ids = texts.windows(SIZE.context, 2)
-    counts = torch.zeros_like(ids, dtype=torch.bool)
-    counts[:, -1:] = True
+    last = torch.tensor([SIZE.context - 1, 2 * SIZE.context - 1])
     for kind in diffusion_pair.KINDS:
         torch.manual_seed(0)
         model = diffusion_pair.untrained(kind, smollm2_tokenizer, SIZE).eval()
         with torch.no_grad():
-            mine = diffusion_pair.step_loss(kind, model, ids, counts, counts)
+            mine = diffusion_pair.step_loss(kind, model, ids, last)
             judged = diffusion_pair.text_loss(kind, model, ids, 1)
         torch.testing.assert_close(mine.double(), judged, rtol=1e-5, atol=0)
 

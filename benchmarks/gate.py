@@ -15,7 +15,8 @@ from pathlib import Path
 
 from longwave.cli.common import load_model
 from longwave.cli.console import show_table
-from longwave.evals.recipe import evaluate, make_recipe
+from longwave.evals.evaluation import evaluate
+from longwave.evals.recipe import make_recipe
 from longwave.evals.results import load
 from longwave.evals.summary import finite, line, task_of
 

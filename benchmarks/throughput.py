@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from longwave.cli.common import load_model
-from longwave.evals.recipe import Recipe, evaluate
+from longwave.evals.evaluation import evaluate
+from longwave.evals.recipe import Recipe
 from longwave.evals.results import load
 
 METHODS = ("dense", "fourier:budget=0.25")

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import longwave
+from longwave.evals.causal import run_text
 from longwave.evals.fork import fork, prefill
 from longwave.evals.loss import score
-from longwave.evals.runner import run_text
 from longwave.evals.task import Setting
 from longwave.evals.tasks.needle import Needle
 from tests.conftest import into

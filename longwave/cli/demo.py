@@ -49,9 +49,11 @@ def run(out: Path, document: Path | None, budgets: list[str], seed: int) -> None
     """Print one table and write report.html, samples.jsonl and demo.json to `out`."""
     for given in budgets:
         parse_budget(given)
+    from longwave.evals.caches import make_methods
     from longwave.evals.data import pydoc_haystack
+    from longwave.evals.evaluation import evaluate
     from longwave.evals.fork import needs_of, prefill
-    from longwave.evals.recipe import Recipe, evaluate, make_methods
+    from longwave.evals.recipe import Recipe
     from longwave.evals.report import write_report
     from longwave.evals.results import load
 

@@ -65,7 +65,9 @@ def run(
     with user_errors("what was measured is kept: run the command again, and it goes on"):
         if not plugin:
             check_names(method or [])
-        from longwave.evals.recipe import evaluate, make_recipe, read_method, suited
+        from longwave.evals.asked import read_method, suited
+        from longwave.evals.evaluation import evaluate
+        from longwave.evals.recipe import make_recipe
         from longwave.evals.stock import Quantized
         from longwave.methods import register_file
 

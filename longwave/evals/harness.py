@@ -8,24 +8,21 @@ lm_eval has no plugins, so `python -m longwave.evals.harness` is its command lin
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList
 
 import longwave
 from longwave.budget import parse_budget
-from longwave.checks import nearest, whole
-from longwave.evals.fork import pad_left, padding, read
-from longwave.evals.runner import EVEN, end_tokens, plain_generation
-from longwave.frame import LongCache, cache_argument
+from longwave.checks import nearest
+from longwave.evals.pieces import Piece, branches, score, write
+from longwave.evals.wish import Wish, counted
+from longwave.frame import LongCache
 from longwave.methods import METHODS, get_method
 from longwave.models import find_device
 from longwave.shape import context_limit
@@ -42,61 +39,6 @@ except ModuleNotFoundError as error:
 
 logger = logging.getLogger("lm_eval.longwave")  # lm_eval shows what is logged below its own name
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-NEW_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one thing, four names
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One thing to ask the model. `context` is read in one exact pass and compressed, `fed` follows it.
-
-    targets: what the last len(targets) outputs of `fed` should predict; () where text is generated.
-    """
-
-    number: int
-    context: tuple[int, ...]
-    fed: tuple[int, ...]
-    targets: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Wish:
-    """How a task wants text to be generated, from its generation_kwargs."""
-
-    until: tuple[str, ...]
-    new_tokens: int
-    options: tuple[tuple[str, Any], ...]  # for `generate`
-
-    @classmethod
-    def read(cls, kwargs: Mapping[str, Any], new_tokens: int) -> Wish:
-        known = ("until", "do_sample", "num_beams", "repetition_penalty", *NEW_TOKENS, *SAMPLING)
-        for name in kwargs:
-            if name not in known:
-                raise ValueError(f"generation argument {name!r} is not supported; {nearest(name, known)}")
-        if kwargs.get("num_beams") not in (None, 1):
-            raise ValueError(f"beams are not supported here: num_beams is 1, got {kwargs['num_beams']!r}")
-        given = {name: kwargs[name] for name in NEW_TOKENS if kwargs.get(name) is not None}
-        if len(set(given.values())) > 1:
-            raise ValueError(f"{given} say different things: give max_gen_toks alone")
-        until = kwargs.get("until") or ()
-        texts = (until,) if isinstance(until, str) else until
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"until is a text or a list of texts, got {until!r}")
-        temperature, sample = kwargs.get("temperature"), kwargs.get("do_sample")
-        if sample is None:
-            sample = bool(temperature)
-        if sample and temperature is not None and temperature <= 0:
-            raise ValueError(f"do_sample=True needs a temperature above 0, got {temperature!r}")
-        taken = ("repetition_penalty", *(SAMPLING if sample else ()))  # do_sample=False: greedy, whatever else is said
-        options = {name: kwargs[name] for name in taken if kwargs.get(name) is not None}
-        tokens = next(iter(given.values()), new_tokens)
-        counted("max_gen_toks", tokens, "tokens")
-        return cls(tuple(filter(None, texts)), tokens, tuple({"do_sample": bool(sample), **options}.items()))
-
-
-def counted(name: str, value: Any, unit: str) -> int:
-    """A whole number, at least 1; command lines may hand it over as text."""
-    return whole(name, int(value) if isinstance(value, str) and value.isdecimal() else value, 1, unit)
 
 
 class LongwaveLM(TemplateLM):
@@ -364,130 +306,23 @@ class LongwaveLM(TemplateLM):
         split = max(0, len(ids) - len(continuation) - self.question_tokens)
         return Piece(number, tuple(ids[:split]), tuple(ids[split:-1]), tuple(continuation))
 
-    def _groups(self, pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-        """Pieces whose contexts are read in one pass: those with the same context together, longest first."""
-        families: dict[tuple[int, ...], list[Piece]] = {}
-        for piece in pieces:
-            families.setdefault(piece.context, []).append(piece)
-        group: list[Piece] = []
-        for context, family in sorted(families.items(), key=lambda item: -len(item[0])):
-            uneven = bool(group) and len(context) < EVEN * len(group[0].context)
-            if group and (uneven or len(group) + len(family) > self.batch_size):
-                yield group
-                group = []
-            group += sorted(family, key=lambda piece: -len(piece.fed))
-        if group:
-            yield group
-
     def _branches(self, pieces: Iterable[Piece]) -> Iterator[tuple[list[Piece], LongCache, torch.Tensor, torch.Tensor]]:
-        """Up to `batch_size` pieces, a cache whose rows hold their contexts, and the ids and mask of those."""
-        for group in self._groups(pieces):
-            index = {context: row for row, context in enumerate(dict.fromkeys(piece.context for piece in group))}
-            rows = torch.tensor([index[piece.context] for piece in group])
-            ids, mask = pad_left(list(index), padding(self.tokenizer))
-            memory = copy.deepcopy(self._empty)
-            if ids.shape[1]:
-                read(self.model, memory, ids, mask)
-            for start in range(0, len(group), self.batch_size):
-                end = start + self.batch_size
-                branch = memory if end >= len(group) else copy.deepcopy(memory)
-                if ids.shape[1]:
-                    branch.batch_select_indices(rows[start:end])
-                yield group[start:end], branch, ids[rows[start:end]], mask[rows[start:end]]
+        return branches(self.model, self.tokenizer, self._empty, pieces, self.batch_size)
 
     def _scores(
         self, pieces: Sequence[Piece], what: str, disable_tqdm: bool
     ) -> Iterator[tuple[Piece, tuple[float, bool]]]:
         with tqdm(total=len(pieces), desc=f"longwave: {what}", disable=disable_tqdm) as bar:
             for part, memory, _, mask in self._branches(pieces):
-                yield from zip(part, self._score(part, memory, mask), strict=True)
+                yield from zip(part, score(self.model, self.tokenizer, part, memory, mask, self.step), strict=True)
                 self._count(memory, len(part))
                 bar.update(len(part))
 
     @torch.no_grad()
-    def _score(self, part: Sequence[Piece], memory: LongCache, mask: torch.Tensor) -> list[tuple[float, bool]]:
-        """(sum of log-probabilities of the targets, whether each is the most likely token), piece by piece.
-
-        Padding comes last, so that where a row's chunks begin does not depend on the other rows.
-        """
-        width = max(len(piece.fed) for piece in part)
-        ids = torch.full((len(part), width), padding(self.tokenizer))
-        targets = torch.full((len(part), width), -1)
-        real = torch.zeros(len(part), width, dtype=torch.long)
-        positions = torch.zeros(len(part), width, dtype=torch.long)
-        for row, piece in enumerate(part):
-            count = len(piece.fed)
-            ids[row, :count] = torch.tensor(piece.fed)
-            targets[row, count - len(piece.targets) : count] = torch.tensor(piece.targets)
-            real[row, :count] = 1
-            positions[row] = torch.arange(width).clamp(max=count - 1) + len(piece.context)
-        ids, targets, positions, mask = (
-            x.to(self.device) for x in (ids, targets, positions, torch.cat([mask, real], dim=1))
-        )
-        before = mask.shape[1] - width
-        sums, greedy = [0.0] * len(part), [True] * len(part)
-        for start in range(0, width, self.step):
-            end = min(start + self.step, width)
-            logits = self.model(
-                ids[:, start:end],
-                attention_mask=mask[:, : before + end],
-                position_ids=positions[:, start:end],
-                **cache_argument(self.model, memory),
-                use_cache=True,
-            ).logits
-            for row, wanted in enumerate(targets[:, start:end]):
-                scored = wanted >= 0
-                if not bool(scored.any()):
-                    continue
-                logprobs = logits[row, scored].float().log_softmax(-1)
-                sums[row] += float(logprobs.gather(1, wanted[scored][:, None]).double().sum())
-                greedy[row] = greedy[row] and bool((logprobs.argmax(-1) == wanted[scored]).all())
-        return list(zip(sums, greedy, strict=True))
-
-    @torch.no_grad()
     def _texts(self, pieces: Sequence[Piece], wish: Wish) -> Iterator[tuple[Piece, str]]:
-        stops = end_tokens(self.model, self.tokenizer)
-        pad = padding(self.tokenizer)
         for part, memory, first, first_mask in self._branches(pieces):
-            rest, rest_mask = pad_left([piece.fed for piece in part], pad)
-            ids, mask = (torch.cat(pair, dim=1).to(self.device) for pair in ((first, rest), (first_mask, rest_mask)))
-            criteria = [StopTexts(self.tokenizer, wish.until, ids.shape[1])] if wish.until else []
-            with plain_generation(self.model):
-                out = self.model.generate(
-                    ids,
-                    attention_mask=mask,
-                    **cache_argument(self.model, memory),
-                    max_new_tokens=wish.new_tokens,
-                    num_beams=1,
-                    eos_token_id=stops or None,
-                    pad_token_id=pad,
-                    stopping_criteria=StoppingCriteriaList(criteria),
-                    **dict(wish.options),
-                )
-            for piece, row in zip(part, out[:, ids.shape[1] :].tolist(), strict=True):
-                length = next((i for i, token in enumerate(row) if token in stops), len(row))
-                text = str(self.tokenizer.decode(row[:length], skip_special_tokens=True))
-                yield piece, text[: min((text.find(stop) for stop in wish.until if stop in text), default=len(text))]
+            yield from write(self.model, self.tokenizer, part, memory, first, first_mask, wish)
             self._count(memory, len(part))
-
-
-class StopTexts(StoppingCriteria):
-    """Ends a row once its new tokens contain one of `texts`; the prompt, up to column `start`, does not count."""
-
-    def __init__(self, tokenizer: Any, texts: Sequence[str], start: int):
-        self.tokenizer, self.texts, self.start = tokenizer, texts, start
-        self.reach = max(len(text.encode()) for text in texts)  # tokens that can hold a text that just ended
-
-    def _ended(self, row: list[int]) -> bool:
-        for ids in (row[-self.reach :], row):  # all of them only where the last ones say yes: their edge may read alike
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            if not any(stop in text for stop in self.texts):
-                return False
-        return True
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        ended = [self._ended(row) for row in input_ids[:, self.start :].tolist()]
-        return torch.tensor(ended, device=input_ids.device)
 
 
 # by its path, not as a class: run with -m this file is __main__, and there should be one class of that name

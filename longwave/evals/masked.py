@@ -14,7 +14,9 @@ import torch
 from longwave.diffusion import blocks, loss_bound
 from longwave.diffusion.generate import mask_of
 from longwave.evals.fork import pad_left, padding
-from longwave.evals.runner import Clock, Take, about, end_tokens, share_bytes
+from longwave.evals.generation import end_tokens
+from longwave.evals.rows import Clock, about, share_bytes
+from longwave.evals.runner import Take
 from longwave.evals.sampling import Sampling
 from longwave.evals.task import Sample, Task, TextTask
 from longwave.evals.tasks.perplexity_bound import PerplexityBound

@@ -19,9 +19,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from longwave.checks import jsonable, parse_json, read_text
+from longwave.checks import jsonable
+from longwave.evals.header import check_header, continued, difference, joined, read_header, write_header
 
-FORMAT, VERSION = "longwave-eval", 1
 Key = tuple[str, str, str]  # task, method, sample id
 
 # What every line has.
@@ -30,14 +30,8 @@ COLUMNS = {
     **{"meta": dict, "metrics": dict, "bytes": int, "dense_bytes": int},
 }
 
-# What a header says of the run, and a report shows.
-SAID = {"model": str, "dtype": str, "seed": int, "question": str, "chat": bool}
-
 # What a line may have that is added up.
 NUMBERS = ("tokens", "context", "new_tokens", "scored", "rows", "prefill_seconds", "decode_seconds")
-
-# What must not differ between runs that share a folder: their rows could not be compared.
-FIXED = ("model", "signature", "dtype", "seed", "question", "chat", "chat_template", "max_tokens", "extension")
 
 
 @dataclass
@@ -51,52 +45,6 @@ class Loaded:
 
 def key_of(row: Mapping[str, Any]) -> Key:
     return row["task"], row["method"], row["id"]
-
-
-def read_header(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} holds no results: there is no run.json in it")
-    try:
-        header = parse_json(read_text(path), path)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not readable ({error}): nothing was changed; restore it or use another folder"
-        ) from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(f"{path} is not of longwave eval: nothing was changed; use another folder")
-    if header.get("version") != VERSION:
-        raise ValueError(f"{path} has format version {header.get('version')}; this longwave reads {VERSION}")
-    for name, kind in (("methods", dict), ("tasks", dict), ("runs", list), ("samples", dict)):
-        if not isinstance(header.get(name, {} if name == "samples" else None), kind):
-            raise ValueError(_damaged(path, name))
-    return header
-
-
-def check_header(header: Mapping[str, Any], path: Path) -> None:
-    """Raise where something is missing that a summary or a report reads, or stands there in another form."""
-    for name, kind in SAID.items():
-        if not isinstance(header.get(name), kind):
-            raise ValueError(_damaged(path, name))
-    if not isinstance(header.get("extension"), str | None):
-        raise ValueError(_damaged(path, "extension"))
-    for name in ("window", "max_tokens"):
-        if not isinstance(header.get(name), (int, type(None))):
-            raise ValueError(_damaged(path, f"number of tokens as {name}"))
-    for label, told in header["tasks"].items():
-        form = (("name", str), ("version", int), ("options", dict))
-        if not isinstance(told, dict) or not all(isinstance(told.get(name), kind) for name, kind in form):
-            raise ValueError(_damaged(path, f"name, version and options of task {label!r}"))
-    for label, counts in header.get("samples", {}).items():
-        if not isinstance(counts, dict) or not all(isinstance(count, int) for count in counts.values()):
-            raise ValueError(_damaged(path, f"counts of samples of {label!r}"))
-    for run in header["runs"]:
-        if not isinstance(run, dict) or not isinstance(run.get("command", ""), str):
-            raise ValueError(_damaged(path, "commands of its runs"))
-
-
-def _damaged(path: Path, missing: str) -> str:
-    return f"{path} is damaged, it has no {missing}: nothing was changed; restore it or use another folder"
 
 
 def read_rows(path: Path, start: int = 0, lines: int = 0) -> Iterator[tuple[dict[str, Any] | None, str]]:
@@ -185,15 +133,15 @@ class Results:
             raise ValueError(f"{folder} is not empty and holds no results of longwave eval: name another folder")
         new = json.loads(json.dumps(header))  # tuples become lists, as they will be read
         if "run.json" in names:
-            _continued(folder, new)  # refused before even the lock is touched
+            continued(folder, new)  # refused before even the lock is touched
         folder.mkdir(parents=True, exist_ok=True)
         results = cls(folder)
         with results._lock:
-            joined = _continued(folder, new) if (folder / "run.json").exists() else new
+            whole = continued(folder, new) if (folder / "run.json").exists() else new
             results.refresh()
             for (task, sample), prompt in (prompts or {}).items():
                 results._same_prompt(task, sample, prompt)
-            _write(folder / "run.json", joined)
+            write_header(folder / "run.json", whole)
         return results
 
     def refresh(self) -> None:
@@ -277,49 +225,6 @@ class Results:
             )
 
 
-def _continued(folder: Path, new: Mapping[str, Any]) -> dict[str, Any]:
-    """The header of a folder with a run added to it."""
-    old = read_header(folder)
-    if said := _difference(old, new):
-        raise ValueError(f"{folder} holds results of {said}: name another folder, nothing was overwritten")
-    return _joined(old, new)
-
-
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What `old` has results of that keeps `new` from joining it, "" where nothing does."""
-    for name in FIXED:
-        if old.get(name) != new.get(name):
-            if name == "signature":
-                return f"other weights under the same name {old['model']}"
-            return f"{name} {old.get(name)!r}, not {new.get(name)!r}"
-    for kind in ("methods", "tasks"):
-        for label, value in new[kind].items():
-            if label in old[kind] and old[kind][label] != value:
-                return f"{label!r} with other settings or another version ({old[kind][label]}, not {value})"
-    return ""
-
-
-def _joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    samples = dict(old.get("samples", {}))
-    for label, counts in new.get("samples", {}).items():
-        known = samples.get(label, {})
-        samples[label] = {**known, **{column: max(count, known.get(column, 0)) for column, count in counts.items()}}
-    return {
-        **old,
-        "samples": samples,
-        "methods": {**old["methods"], **new["methods"]},
-        "tasks": {**old["tasks"], **new["tasks"]},
-        "runs": [*old["runs"], *new["runs"]],
-    }
-
-
-def _write(path: Path, header: Mapping[str, Any]) -> None:
-    """Through a second file: a killed process leaves the old header or the new one, never half of one."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(header, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
-
-
 def merge(folders: Iterable[Path]) -> Loaded:
     """Several folders as one, for a report: their headers and prompts must agree in what makes rows comparable."""
     wanted = list(folders)
@@ -328,9 +233,9 @@ def merge(folders: Iterable[Path]) -> Loaded:
     prompts = {(row["task"], row["id"]): row["prompt"] for row in first.rows}
     for folder in wanted[1:]:
         other = load(folder)
-        if said := _difference(first.header, other.header):
+        if said := difference(first.header, other.header):
             raise ValueError(f"{folder} does not go with {wanted[0]}, which holds results of {said}")
-        first.header = _joined(first.header, other.header)
+        first.header = joined(first.header, other.header)
         for row in other.rows:
             if prompts.setdefault((row["task"], row["id"]), row["prompt"]) != row["prompt"]:
                 raise ValueError(

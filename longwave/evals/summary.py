@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from longwave.evals.bootstrap import bootstrap, bootstrap_mean, given, judge
 from longwave.evals.results import Loaded
 from longwave.evals.spec import dense_of, is_dense
 from longwave.evals.task import LossTask, Task
 from longwave.evals.tasks import TASKS
 
-RESAMPLES = 1000
-FEWEST = 6  # pairs that can differ from zero at 5 %: with five, all on one side still has probability 2 / 2**5
 MEANS = {Task.total: 100.0, LossTask.total: 1.0}  # totals that are a mean times this: resampled as arrays
 Row = Mapping[str, Any]
 
@@ -82,44 +80,6 @@ def task_of(loaded: Loaded, label: str) -> Task:
 
 def finite(row: Row) -> bool:
     return row["score"] is not None and math.isfinite(row["score"])
-
-
-def bootstrap(
-    rows: Sequence[Any], total: Callable[[Sequence[Any]], float], seed: str, sets: Sequence[Any] | None = None
-) -> tuple[float, float]:
-    """Percentile interval (2.5 %, 97.5 %) of `total` over resampled rows. Deterministic in `seed`.
-
-    sets: the set of each row where `total` is a mean over sets: rows are then drawn within theirs, so none is lost.
-    """
-    if len(rows) < 2:
-        return total(rows), total(rows)
-    return _interval([total([rows[i] for i in pick]) for pick in _picks(sets or [None] * len(rows), seed)])
-
-
-def bootstrap_mean(values: Sequence[float], seed: str) -> tuple[float, float]:
-    """The same for a mean of numbers, much faster."""
-    if len(values) < 2:
-        return float(np.mean(values)), float(np.mean(values))
-    array = np.asarray(values)
-    return _interval([float(array[pick].mean()) for pick in _picks([None] * len(values), seed)])
-
-
-def _picks(sets: Sequence[Any], seed: str) -> np.ndarray:
-    """Row numbers of every resample: [RESAMPLES, rows], as many of each set as there are."""
-    draw = np.random.default_rng(int(hashlib.sha256(seed.encode()).hexdigest()[:8], 16))
-    members = [np.flatnonzero([value == name for value in sets]) for name in dict.fromkeys(sets)]
-    return np.hstack([rows[draw.integers(0, len(rows), size=(RESAMPLES, len(rows)))] for rows in members])
-
-
-def given(low: float | None, high: float | None, count: int) -> tuple[float, float] | None:
-    """An interval where `count` samples can give one: fewer than FEWEST say too little, and samples that are all alike
-    have a bootstrap without width, which is not certainty."""
-    return None if low is None or high is None or low == high or count < FEWEST else (low, high)
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def column_of(task: Task, row: Row) -> str:
@@ -215,13 +175,6 @@ def paired(mine: Sequence[Row], dense: Sequence[Row]) -> list[tuple[Row, Row]]:
     return [(row, exact[row["id"]]) for row in mine if row["id"] in exact]
 
 
-def judge(low: float, high: float, pairs: int, lower: bool) -> str:
-    """What an interval of a difference to dense says: "worse", "better", or "" where it says neither."""
-    if pairs < FEWEST or low <= 0 <= high:
-        return ""
-    return "better" if (high < 0) == lower else "worse"
-
-
 @dataclass(frozen=True)
 class Cost:
     """What a method's samples of a task took. bytes, dense_bytes: means per sample; speeds: tokens per second.
@@ -309,46 +262,3 @@ def curve(rows: Sequence[Row], metric: str) -> list[float]:
     curves = [row["curve"][metric] for row in rows if metric in row.get("curve", {})]
     curves = [values for values in curves if all(value is not None for value in values)]
     return [float(np.mean(values)) for values in zip(*curves, strict=False)]
-
-
-@dataclass(frozen=True)
-class Heat:
-    """Scores by two meta keys: values[i][j] is of rows[i] and columns[j], None where nothing was measured.
-
-    counts: samples of a cell with a finite score; expected: samples that any method was given there.
-    """
-
-    rows: list[str]
-    columns: list[str]
-    values: list[list[float | None]]
-    counts: list[list[int]]
-    expected: list[list[int]]
-
-
-def heat(task: Task, rows: Sequence[Row], method: str) -> Heat:
-    """The map of one method over the cells that any method has. For a task with `heat`."""
-    assert task.heat is not None
-    down, across = task.heat
-    cells: dict[tuple[Any, Any], list[Row]] = {}
-    for row in rows:
-        cells.setdefault((row["meta"].get(down), row["meta"].get(across)), []).append(row)
-    tops, lefts = (_in_order(list(dict.fromkeys(cell[i] for cell in cells))) for i in (0, 1))
-    made = Heat([show(top) for top in tops], [show(left) for left in lefts], [], [], [])
-    for top in tops:
-        given = [cells.get((top, left), []) for left in lefts]
-        mine = [[row for row in cell if row["method"] == method and finite(row)] for cell in given]
-        made.values.append([task.total(cell) if cell else None for cell in mine])
-        made.counts.append([len(cell) for cell in mine])
-        made.expected.append([len({row["id"] for row in cell}) for cell in given])
-    return made
-
-
-def _in_order(names: list[Any]) -> list[Any]:
-    return sorted(names) if all(isinstance(name, (int, float)) for name in names) else names
-
-
-def show(name: Any) -> str:
-    """A meta value as a heading: 4000 -> "4,000", 0.5 -> "0.5", anything else as it is."""
-    if isinstance(name, float):
-        return f"{name:g}"
-    return f"{name:,}" if isinstance(name, int) and not isinstance(name, bool) else str(name)

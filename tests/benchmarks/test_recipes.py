@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from longwave.evals.recipe import check_names, make_recipe
+from longwave.evals.asked import check_names
+from longwave.evals.recipe import make_recipe
 from longwave.evals.spec import parse_spec
 from longwave.methods import METHODS
 

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from longwave.evals import runner
+from longwave.evals import causal, contexts
 from longwave.evals.results import load
 from longwave.evals.tasks import TASKS
 from longwave.methods import METHODS
@@ -73,7 +73,7 @@ def evaluate(folder, out):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_errors_say_what_is_wrong_and_write_nothing(evaluate, hay, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(runner, "prefill", lambda *given: pytest.fail("measured something"))
+    monkeypatch.setattr(contexts, "prefill", lambda *given: pytest.fail("measured something"))
     complete = [*evaluate, *arguments]
     for flag, value in (("--method", "dense"), ("--task", f"needle:lengths=180,haystack={hay}")):
         complete += [] if flag in arguments else [flag, value]
@@ -177,8 +177,8 @@ def test_a_second_run_measures_nothing_and_prints_the_same(evaluate, task, out, 
     arguments = [*evaluate, "--method", "dense", "--method", FOURIER, "--task", task]
     first = succeeds(*arguments)
     samples = (out / "samples.jsonl").read_bytes()
-    monkeypatch.setattr(runner, "prefill", lambda *given: pytest.fail("read a context again"))
-    monkeypatch.setattr(runner, "run_text", lambda *given: pytest.fail("measured again"))
+    monkeypatch.setattr(contexts, "prefill", lambda *given: pytest.fail("read a context again"))
+    monkeypatch.setattr(causal, "run_text", lambda *given: pytest.fail("measured again"))
     assert succeeds(*arguments).stdout == first.stdout
     assert (out / "samples.jsonl").read_bytes() == samples
 

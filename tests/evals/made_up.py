@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from longwave.evals.results import FORMAT, VERSION
+from longwave.evals.header import FORMAT, VERSION
 from longwave.evals.task import LossTask, Task, TextTask
 
 HOSTILE = "<script>alert(1)</script>"

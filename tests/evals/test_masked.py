@@ -11,9 +11,11 @@ import torch
 
 import longwave
 from longwave import diffusion, models
-from longwave.evals import masked, runner
+from longwave.evals import contexts, masked
+from longwave.evals.asked import suited
+from longwave.evals.evaluation import evaluate
 from longwave.evals.masked import Way, answer, bound, is_masked
-from longwave.evals.recipe import Recipe, evaluate, suited
+from longwave.evals.recipe import Recipe
 from longwave.evals.report import write_report
 from longwave.evals.results import load
 from longwave.evals.sampling import Sampling
@@ -23,7 +25,7 @@ from tests.cli.calls import refused, succeeds
 from tests.conftest import random_profile
 from tests.diffusion.checkpoints import LLADA, write
 from tests.diffusion.conftest import MASK, build
-from tests.evals.test_runner import sample
+from tests.evals.samples import sample
 
 SMALL = "window=32,sinks=2"
 FAST = "steps=4,block_length=8"
@@ -189,7 +191,7 @@ def test_a_run_says_how_it_sampled_and_goes_on(loader, needle, tmp_path, monkeyp
 
 
 def test_contexts_are_not_read_beforehand(loader, needle, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "prefill", lambda *_: pytest.fail("read causally"))
+    monkeypatch.setattr(contexts, "prefill", lambda *_: pytest.fail("read causally"))
     evaluate(recipe(methods=[f"dense:{FAST}"], tasks=[needle], limit=1, out=tmp_path / "out"), loader)
     assert len(load(tmp_path / "out").rows) == 2
 

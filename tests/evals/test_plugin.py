@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from longwave.evals.recipe import make_recipe, read_method
+from longwave.evals.asked import read_method
+from longwave.evals.recipe import make_recipe
 from longwave.evals.spec import parse_spec
 from longwave.methods import METHODS, register_file
 from tests.cli.calls import TEXT, refused, succeeds

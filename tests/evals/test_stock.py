@@ -5,14 +5,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import DynamicCache, QuantizedCache, cache_utils
 
-from longwave.evals.recipe import Recipe, evaluate, make_methods
+from longwave.evals.caches import make_methods
+from longwave.evals.causal import answer
+from longwave.evals.contexts import Contexts
+from longwave.evals.evaluation import evaluate
+from longwave.evals.recipe import Recipe
 from longwave.evals.results import load
-from longwave.evals.runner import Contexts, answer
 from longwave.evals.stock import Quantized
 from longwave.frame import storage_bytes
 from tests.cli.calls import TEXT
 from tests.conftest import into, tokens
-from tests.evals.test_runner import sample
+from tests.evals.samples import sample
 
 NAME = Quantized.name
 

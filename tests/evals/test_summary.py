@@ -9,16 +9,9 @@ from longwave.evals import summary, tasks
 from longwave.evals.results import load
 from tests.evals import made_up
 from tests.evals.made_up import loss_row, text_row
+from tests.evals.reports import grid_row
 
-
-@pytest.fixture(autouse=True)
-def made_up_tasks(monkeypatch):
-    for name, task in made_up.TASKS.items():
-        monkeypatch.setitem(tasks.TASKS, name, task)
-
-
-def grid_row(method, sample, score, length=500, depth=0.5, **fields):
-    return text_row("grid", method, sample, score, meta={"length": length, "depth": depth}, **fields)
+pytestmark = pytest.mark.usefixtures("made_up_tasks")
 
 
 def lines_of(folder, rows, **header):
@@ -63,22 +56,6 @@ def test_bytes_ratio_weighs_samples_by_their_bytes(tmp_path):
     assert lines_of(tmp_path, rows)["dense", "500"].ratio == 0.2
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "pairs", "lower", "said"),
-    [
-        (-9, -1, 6, False, "worse"),
-        (1, 9, 6, False, "better"),
-        (-9, -1, 6, True, "better"),
-        (1, 9, 6, True, "worse"),
-        (-9, 0, 6, False, ""),
-        (-1, 9, 600, True, ""),
-        (-9, -1, 5, False, ""),
-    ],
-)
-def test_verdicts(low, high, pairs, lower, said):
-    assert summary.judge(low, high, pairs, lower) == said
-
-
 def test_significant_loss_is_found(tmp_path):
     rows = [grid_row(m, str(i), float(m == "dense")) for m in ("dense", "fourier:budget=0.25") for i in range(6)]
     line = lines_of(tmp_path, rows)["fourier:budget=0.25", "500"]
@@ -94,23 +71,6 @@ def test_missing_and_non_finite_samples_make_a_line_incomplete(tmp_path):
     dense, other = lines["dense", "500"], lines["fourier:budget=0.25", "500"]
     assert (dense.count, dense.expected, dense.complete) == (4, 5, False)
     assert (other.count, other.expected, other.pairs, other.value, other.over) == (2, 5, 1, 50, 0)
-
-
-def test_bootstrap_is_deterministic_and_the_fast_one_agrees():
-    rows = [{"score": value} for value in (0.0, 0.1, 0.4, 0.4, 0.9, 1.0, 1.0)]
-    task = made_up.Grid()
-    general = summary.bootstrap(rows, task.total, "seed")
-    assert general == summary.bootstrap(rows, task.total, "seed")
-    assert general != summary.bootstrap(rows, task.total, "other")
-    fast = summary.bootstrap_mean([100 * row["score"] for row in rows], "seed")
-    assert fast == pytest.approx(general)
-    assert summary.bootstrap(rows[3:4], task.total, "seed") == (40, 40)
-
-
-def test_bootstrap_interval_has_the_width_of_theory():
-    values = [float(i % 2) for i in range(400)]
-    low, high = summary.bootstrap_mean(values, "seed")
-    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.1)
 
 
 def test_totals_of_their_own_are_resampled_whole(tmp_path):
@@ -160,15 +120,6 @@ def test_curves_are_averaged_as_far_as_all_go():
     assert summary.curve(rows, "kl") == []
 
 
-def test_heat_has_every_cell_that_any_method_has():
-    rows = [grid_row("dense", "a", 1.0, 500, 0.0), grid_row("dense", "b", 0.0, 500, 0.0)]
-    rows += [grid_row("dense", "c", 1.0, 4000, 0.5), grid_row("m", "a", 0.5, 500, 0.0)]
-    heat = summary.heat(made_up.Grid(), rows, "m")
-    assert (heat.rows, heat.columns) == (["0", "0.5"], ["500", "4,000"])
-    assert heat.values == [[50, None], [None, None]]
-    assert (heat.counts, heat.expected) == ([[1, 0], [0, 0]], [[2, 0], [0, 1]])
-
-
 def test_other_versions_and_unknown_tasks_are_refused(tmp_path, monkeypatch):
     loaded = load(made_up.write(tmp_path, [grid_row("dense", "a", 1.0)]))
     monkeypatch.setattr(made_up.Grid, "version", 2)
@@ -177,18 +128,6 @@ def test_other_versions_and_unknown_tasks_are_refused(tmp_path, monkeypatch):
     monkeypatch.delitem(tasks.TASKS, "grid")
     with pytest.raises(ValueError, match="'grid' that this longwave does not have"):
         summary.summarise(dataclasses.replace(loaded))
-
-
-def test_sets_of_equal_weight_are_resampled_within_themselves():
-    from longwave.evals.documents import mean_over_sets, mean_score
-
-    rows = [{"score": 1.0, "meta": {"set": "a"}}] * 20 + [{"score": 0.0, "meta": {"set": "b"}}] * 2
-
-    def total(some):
-        return mean_over_sets(some, mean_score)
-
-    assert summary.bootstrap(rows, total, "seed", [row["meta"]["set"] for row in rows]) == (50.0, 50.0)
-    assert summary.bootstrap(rows, total, "seed")[1] == 100.0  # a draw without b
 
 
 def test_a_killed_run_is_not_complete(tmp_path):

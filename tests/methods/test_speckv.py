@@ -8,8 +8,8 @@ import torch
 from torch.nn.functional import max_pool1d
 
 import longwave
+from longwave.evals.asked import check_names
 from longwave.evals.fork import fork, prefill
-from longwave.evals.recipe import check_names
 from longwave.methods.held import held_by
 from tests.cli.calls import refused
 from tests.conftest import into, tokens

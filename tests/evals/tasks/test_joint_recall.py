@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 
+from longwave.evals.causal import _counted
 from longwave.evals.loss import Scored
-from longwave.evals.runner import _counted
 from longwave.evals.task import Setting
 from longwave.evals.tasks.joint_recall import VALUES, WORDS, JointRecall, draw, single_tokens
 from longwave.models import smollm2

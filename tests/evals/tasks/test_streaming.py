@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import longwave
-from longwave.evals.runner import run_loss
+from longwave.evals.causal import run_loss
 from longwave.evals.task import Setting
 from longwave.evals.tasks.streaming import Streaming
 

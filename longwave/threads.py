@@ -16,7 +16,7 @@ def side_by_side(work: Callable[..., T], *given: Iterable[object]) -> list[T]:
     todo = list(zip(*given, strict=True))
     if len(todo) < 2:
         return [work(*one) for one in todo]
-    each = -(-len(todo) // THREADS)  # a thread's share at once: handing over a piece takes as long as a small one
+    each = -(-len(todo) // (4 * THREADS))  # handed over at once: to hand over one takes as long as a small one
     shares = [todo[first : first + each] for first in range(0, len(todo), each)]
     with ThreadPoolExecutor(THREADS) as threads:
         return [made for some in threads.map(lambda share: [work(*one) for one in share], shares) for made in some]

@@ -76,7 +76,9 @@ def command(
         limit = context_limit(source.skeleton)
         bound = source.check(chosen, budget, limit)
         if documents is not None:
-            source.check_length(documents.shape[1], 1, bound)
+            passes = source.check_length(documents.shape[1], 1, bound)
+            if passes is not None:
+                choice.setdefault("prefill_chunk_size", passes)
         loaded = source.load()
         torch.manual_seed(seed)
 

@@ -150,14 +150,17 @@ class Source:
         method.check(self.device)
         return check(self.skeleton, method, budget, max_tokens)
 
-    def check_length(self, tokens: int, new: int, bound: Any = None) -> None:
-        """Raise ValueError for more tokens than the model reads, with the cache of `bound` where there is one."""
+    def check_length(self, tokens: int, new: int, bound: Any = None) -> int | None:
+        """Raise ValueError for more tokens than the model reads, with the cache of `bound` where there is one. Else the
+        tokens that a pass may bring, None for any number."""
         from longwave.shape import context_limit
 
         limit = context_limit(self.skeleton)
         reach = limit if limit is None or bound is None else bound.reach(limit)
+        if limit is None or tokens + new <= limit:
+            return None
         if reach is None or tokens + new <= reach:
-            return
+            return None if bound is None else bound.at_once(limit)
         said = f"{tokens} tokens of prompt and {new} new ones exceed "
         if bound is None:
             raise ValueError(f"{said}this model's context of {limit}")

@@ -22,6 +22,7 @@ from longwave.decode.steps import StaticDecoder, Unsupported, check_compiles, ch
 from longwave.frame.argument import NAMES, cache_argument
 from longwave.prefill.ahead import Draft, ahead_of, drafted, read_ahead
 from longwave.prefill.draft import checked_mask
+from longwave.shape import context_limit
 
 # transformers' own, private, that the loop stands on, and how many arguments each is given: looked for before a prompt
 # is read. It loops by them itself since 5.17 at least.
@@ -167,6 +168,9 @@ def _loop(
     }
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
     if draft is None:
+        limit = context_limit(model)
+        if config.prefill_chunk_size is None and limit is not None and prompt > limit:
+            config.prefill_chunk_size = cache.method.at_once(limit)
         logits = model._prefill(ids, config, inputs).logits[:, -1]
     else:
         whole = checked_mask(ids, mask)

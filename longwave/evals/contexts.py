@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from longwave.evals.batches import context_of
-from longwave.evals.fork import can_fork, fork, pad_left, prefill, read
+from longwave.evals.fork import can_fork, fork, pad_left, passes_of, prefill, read
 from longwave.evals.rows import Clock
 from longwave.evals.task import Sample
 from longwave.frame import LongCache, Needs
@@ -45,12 +45,13 @@ class Contexts:
             return make(len(self.ids)), 0.0
         clock = Clock(self.model.device)
         memory = make(max(len(self.rows), self.count))
-        if can_fork(memory):
+        passes = passes_of(self.model, memory, self.ids.shape[1])
+        if passes is None and can_fork(memory):
             shared = self._read_once(clock)
             fork(self._dense, memory)  # type: ignore[arg-type]
         else:
             shared = 0.0
-            read(self.model, memory, self.ids, self.mask)
+            read(self.model, memory, self.ids, self.mask, passes)
         if self.rows != list(range(self.count)):
             memory.batch_select_indices(torch.tensor(self.rows))
         return memory, shared + clock.look()

@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from longwave.frame import LongCache, MemoryLayer, Needs, cache_argument, observing
+from longwave.shape import context_limit
 
 
 def padding(tokenizer: Any) -> int:
@@ -35,15 +36,33 @@ def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, tor
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, memory: LongCache, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-    """Give ids [batch, tokens] to an empty cache in one pass. `mask` [batch, tokens] is 0 where a row is padded."""
+def read(
+    model: PreTrainedModel,
+    memory: LongCache,
+    ids: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    chunk: int | None = None,
+) -> None:
+    """Give ids [batch, tokens] to an empty cache, in passes of `chunk` tokens, or in one. `mask` [batch, tokens] is 0
+    where a row is padded."""
     padded = mask is not None and not bool(mask.all())
-    extra = {}
-    if padded:
-        assert mask is not None
-        extra["attention_mask"] = mask.to(model.device)
-        extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0).to(model.device)
-    model(ids.to(model.device), **cache_argument(model, memory), use_cache=True, logits_to_keep=1, **extra)
+    for start in range(0, ids.shape[1], chunk or ids.shape[1]):
+        stop = ids.shape[1] if chunk is None else min(start + chunk, ids.shape[1])
+        extra = {}
+        if padded:
+            assert mask is not None
+            extra["attention_mask"] = mask[:, :stop].to(model.device)
+            extra["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, start:stop].to(model.device)
+        some = ids[:, start:stop].to(model.device)
+        model(some, **cache_argument(model, memory), use_cache=True, logits_to_keep=1, **extra)
+
+
+def passes_of(model: PreTrainedModel, memory: Cache, tokens: int) -> int | None:
+    """Tokens of a pass, where a cache takes a text of so many in several; None where one does."""
+    limit = context_limit(model)
+    if limit is None or tokens <= limit or not isinstance(memory, LongCache):
+        return None
+    return memory.method.at_once(limit)
 
 
 def needs_of(memories: Iterable[LongCache]) -> Needs:

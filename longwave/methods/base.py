@@ -111,6 +111,11 @@ class Bound(ABC):
         any number."""
         return limit
 
+    def at_once(self, limit: int) -> int | None:
+        """Tokens that one pass may bring of a text longer than the `limit` positions that a model knows; None for any
+        number."""
+        return None
+
     @property
     def warning(self) -> str | None:
         """What a user should know before relying on it."""

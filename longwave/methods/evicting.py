@@ -8,6 +8,7 @@ method: eviction and quantisation multiply.
 from __future__ import annotations
 
 import math
+import sys
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -182,6 +183,16 @@ class EvictingBound(Bound):
     @property
     def ends(self) -> int:
         return self.method.sinks + self.method.window
+
+    def reach(self, limit: int) -> int | None:
+        return limit if self.at_once(limit) is None else None
+
+    def at_once(self, limit: int) -> int | None:
+        """In slots a position is a place among what is held and what a pass brings."""
+        if self.method.positions == "true" or not self.kept:
+            return None
+        left = limit - max(self.most(sys.maxsize, layer) for layer in range(len(self.kept)))
+        return left if left > 0 else None
 
     def limit(self, seen: int, layer: int = 0) -> int:
         """Tokens that a head of memory layer number `layer` keeps of `seen`."""

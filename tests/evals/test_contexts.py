@@ -1,7 +1,7 @@
 import torch
 
 import longwave
-from longwave.evals import contexts
+from longwave.evals import contexts, fork
 from longwave.evals.causal import run_text
 from tests.evals.samples import Echo, sample
 
@@ -32,3 +32,21 @@ def test_a_hybrid_is_read_once_for_all_methods(models, tokenizer, monkeypatch):
         out = stock.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
         text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         assert [row["output"] for row in rows] == [text, text]
+
+
+def test_slots_read_a_context_beyond_the_known_positions_in_passes(llama, monkeypatch):
+    monkeypatch.setattr(llama.config, "max_position_embeddings", 64)
+    samples = [sample("a", 150, 140), sample("b", 145, 130, seed=2)]
+
+    def make(rows):
+        return longwave.cache(llama, longwave.Streaming(sinks=2, window=7, tokens=24, positions="slots"))
+
+    memory, _ = contexts.Contexts(llama, samples, 0).give(make)
+    for row, one in enumerate(samples):
+        alone, (ids, mask) = make(1), fork.pad_left([one.ids[: one.context]], 0)
+        ids, mask = (torch.nn.functional.pad(x, (140 - ids.shape[1], 0)) for x in (ids, mask))  # the same borders
+        fork.read(llama, alone, ids, mask, chunk=40)
+        assert alone.layers[0].rows == [memory.layers[0].rows[row]] == [one.context]
+        for layer, own in zip(memory.layers, alone.layers, strict=True):
+            for x, y in zip(layer.dense.tensors(), own.dense.tensors(), strict=True):
+                torch.testing.assert_close(x[row, :, :24], y[0, :, :24], rtol=1e-4, atol=1e-4)

@@ -508,3 +508,34 @@ def test_a_step_on_the_device_evicts_what_a_pass_does(name):
     assert steps._evicted == passes._evicted
     steps.release()
     assert steps.nbytes == passes.nbytes
+
+
+def test_slots_of_a_number_of_tokens_read_any_length_in_passes(llama):
+    """There a position is a place in the cache: what is held and what a pass brings must not exceed the known ones."""
+    shape = shape_of(llama)
+    bound = longwave.Tova(**SMALL, tokens=30, positions="slots").bind(shape, None, None)
+    assert bound.reach(100) is None
+    assert bound.at_once(100) == 70
+    snap = longwave.KNorm(**SMALL, tokens=30, positions="slots").bind(shape, None, None)
+    assert snap.at_once(100) == 100 - 30 - (longwave.KNorm.every - 1)
+    for other in (
+        longwave.Tova(**SMALL, tokens=30).bind(shape, None, None),  # at true positions
+        longwave.Tova(**SMALL, positions="slots").bind(shape, None, 0.5),  # what is held grows
+    ):
+        assert (other.reach(100), other.at_once(100)) == (100, None)
+    assert bound.at_once(30) is None  # no room for a pass
+    assert bound.reach(30) == 30
+
+
+def test_generate_reads_beyond_the_known_positions_in_passes(llama, monkeypatch):
+    monkeypatch.setattr(llama.config, "max_position_embeddings", 64)
+    ids, options = tokens(1, 150), dict(max_new_tokens=5, do_sample=False, use_cache=True)
+
+    def empty():
+        return longwave.cache(llama, longwave.Streaming(**SMALL, tokens=24, positions="slots"))
+
+    made = longwave.generate(llama, ids, cache=empty(), **options)
+    passes = llama.generate(ids, **into(empty()), prefill_chunk_size=40, **options)
+    assert torch.equal(made, passes)
+    whole = longwave.generate(llama, ids, cache=longwave.cache(llama, "streaming"), **options)
+    assert torch.equal(whole, llama.generate(ids, **into(longwave.cache(llama, "streaming")), **options))

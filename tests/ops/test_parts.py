@@ -58,6 +58,9 @@ def test_every_query_sees_its_interval(name, block, monkeypatch):
     torch.testing.assert_close(lse[:, :, some], scores.logsumexp(-1)[:, :, some])
     assert (lse[:, :, ~some] < parts.UNSEEN / 2).all()
     assert torch.isfinite(out).all()
+    given = parts.band_mass(q, k, 0.3, first, last, lse + 1)  # of a softmax over more than these keys
+    wanted = torch.exp(scores - lse[..., None] - 1).masked_fill(~allowed, 0).sum(2).unflatten(1, (2, 2)).sum(2)
+    torch.testing.assert_close(given, wanted)
 
 
 def test_parts_that_share_no_keys_are_one_softmax():

@@ -12,7 +12,7 @@ from itertools import chain, pairwise
 import torch
 from torch.backends import cuda
 
-from longwave.ops.attention.reference import group_heads
+from longwave.ops.attention.reference import group_heads, query_block
 
 BLOCK = 512  # queries that are asked at once
 UNSEEN = -3e4  # added to a score that does not count: finite, so that who sees nothing averages, and weighs nothing
@@ -111,6 +111,35 @@ def interval_attention(
             part = part_attention(x, _taken(k, edges), _taken(v, edges), scaling, masks[name])
             _put(made, True, q, some, part)
     return list(made.values())
+
+
+def band_mass(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scaling: float,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    lse: torch.Tensor,
+) -> torch.Tensor:
+    """What each key gets of the queries that see it, all of a KV head's together: [B, H, L] in lse's dtype.
+
+    q, k, first and last as in `interval_attention`, lse [B, Hq, Q] of all that the queries see.
+    """
+    total = torch.zeros(k.shape[:3], dtype=lse.dtype, device=k.device)
+    step = min(BLOCK, query_block(q.shape[0] * q.shape[1], k.shape[2]))
+    keys = k.to(lse.dtype).flatten(0, 1).mT
+    for some in (slice(start, start + step) for start in range(0, q.shape[2], step)):
+        low, high = int(first[some][0]), int(last[some][-1])
+        if low >= high:
+            continue
+        x = group_heads(q[:, :, some], k.shape[1]).flatten(0, 1).to(lse.dtype)
+        x = torch.cat([x * scaling, -group_heads(lse[:, :, some, None], k.shape[1]).flatten(0, 1)], -1)
+        y = torch.cat([keys[:, :, low:high], keys.new_ones(len(keys), 1, high - low)], 1)
+        share = (x @ y).exp_().unflatten(1, (-1, last[some].shape[0]))  # the product has subtracted lse
+        j, a, b = torch.arange(low, high, device=k.device), first[some].to(k.device), last[some].to(k.device)
+        share.masked_fill_((j < a[:, None]) | (j >= b[:, None]), 0)
+        total[:, :, low:high] += share.sum((1, 2)).unflatten(0, k.shape[:2])
+    return total
 
 
 def _blocks(first: torch.Tensor, last: torch.Tensor) -> Iterator[tuple[int, int]]:

@@ -2,15 +2,17 @@
 
     python -m benchmarks.diffusion_pair --device cuda --train 480 --save FOLDER --out FILE     # make and judge them
     python -m benchmarks.diffusion_pair --device cuda --load FOLDER --only steps --out FILE    # judge them again
-    python -m benchmarks.diffusion_pair --device cuda --kind diffusion --train 240 ...      # one of them alone
+    python -m benchmarks.diffusion_pair --device cuda --kind diffusion --train 240 ...      # one, after short rows
     python -m benchmarks.diffusion_pair --plot FILE [--plot FILE] --out PNG
 
 Two Llamas of 26 million parameters with SmolLM2's tokenizer: one looks in both directions, and its loss is over k of a
-row's tokens, masked, one to all as often (as in `diffusion.loss_bound`); one is causal. Every step gives both the same
-rows of 512 tokens: a quarter text of books, all of whose tokens count, half text with facts in it ("The code of Amber
-is Julia Harbor North Felix.") that are asked for at its end, whose answers count, a quarter nothing but names of facts
-with their words ("Amber Julia Harbor North Felix"), said again and again, which count from the second time on. The
-first 500 steps are of the last kind alone. Two books are held out for all that is judged.
+row's tokens, masked, one to all as often (as in `diffusion.loss_bound`); one is causal. For the first fifth of the time
+there is only the causal one, and rows have 32 tokens: among few, what to copy is found soon. Then both kinds go on from
+its weights, as Dream and DiffuLLaMA came from causal models; so diffusion's logits, too, are of the next token. From
+there every step gives both the same rows of 512 tokens. Of all rows, a quarter is text of books, all of whose tokens
+count, half text with facts in it ("We call Amber Julia Harbor.") that are asked for at its end, whose answers count, a
+quarter nothing but names of facts with their words ("Amber Julia Harbor"), said again and again, which count from the
+second time on. Two books are held out for all that is judged.
 LongLLaDA (arXiv 2506.14429) measured 8B models so; what it found is asked of these: perplexity and retrieval by length
 and depth, with rotary bases multiplied by what the scaling law says and by more, and by the number of sampling steps.
 
@@ -44,26 +46,29 @@ from longwave.evals.data import data_folder
 from longwave.models import load_tokenizer, locate
 from longwave.rotary import ntk_factor, ntk_reach
 
-BASE, WORDS = 10_000.0, 4  # of the rotary tables; words of an answer, a token each
-NAMES = 256  # that facts are made of
+BASE, WORDS = 10_000.0, 2  # of the rotary tables; words of an answer, a token each
+NAMES = 64  # that facts are made of
 ROWS = ("text", "repeated", "asked", "asked")  # of a step, in turns
-ALONE = 500  # steps at first whose rows all repeat facts: text is what else a model would learn first
+ALONE = 0.2  # of the time: what the causal model has, on short rows, before there is another
 HELD_OUT = ("10762_impressions_of_theophrastus_such.txt", "28444_turn_about_eleanor.txt")
 PARTS = ("perplexity", "needle", "factors", "steps")
 KINDS = ("diffusion", "autoregressive")
-FASTEST, WARMUP = 2e-3, 100  # learning rate and the steps up to it
+FASTEST, WARMUP = 1e-3, 100  # learning rate and the steps up to it
+SPREAD = 0.1  # of embeddings at first
 MAKERS = 4  # processes that make rows, for a GPU
 
 
 @dataclass(frozen=True)
 class Size:
-    """Shape, training and how much is judged. rows: of a step. lengths: in contexts."""
+    """Shape, training and how much is judged. rows: of a step, which has as many tokens in short ones. lengths: in
+    contexts."""
 
     hidden: int = 320
     layers: int = 8
     heads: int = 5
     context: int = 512
-    rows: int = 64
+    short: int = 32  # tokens of the first rows
+    rows: int = 16  # few: it is steps that teach to copy, more than tokens
     characters: int | None = None  # of a book, None: all
     lengths: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 7, 8)
     depths: int = 11
@@ -76,11 +81,13 @@ class Size:
         return self.hidden // self.heads
 
 
-TINY = Size(32, 2, 2, 64, 4, 12_000, (1, 2), 2, 2, 2, 8)
+TINY = Size(32, 2, 2, 64, 32, 4, 12_000, (1, 2), 2, 2, 2, 8)
 
 
 def number_of(draw, least, most):
-    """Of facts in a row, few as often as many: among few, any of their words is nearly the right one."""
+    """Of facts in a row, few as often as many: among few, any of their words is nearly the right one. No more than
+    there are names for."""
+    most = min(most, NAMES // (1 + WORDS))
     return int(least * ((most + 1) / least) ** draw.random())
 
 
@@ -94,17 +101,15 @@ class Texts:
         encoded = {file.name: tokenizer(file.read_text()[: size.characters], verbose=False).input_ids for file in files}
         self.held_out = [token for name in HELD_OUT for token in encoded.pop(name)]
         self.books = np.concatenate(list(encoded.values()))  # a stretch may run from one into the next
-        self.before, self.middle, self.end = (
-            tokenizer(part, verbose=False).input_ids for part in ("\nThe code of", " is", ".\n")
-        )
+        self.before, self.end = (tokenizer(part, verbose=False).input_ids for part in ("\nWe call", ".\n"))
         words = tokenizer.get_vocab()
         names = sorted(words[word] for word in words if re.fullmatch("Ġ[A-Z][a-z]{3,9}", word))
         self.names = np.array(names[:NAMES])  # the commonest: pairs of a tokenizer were joined in the order of number
-        self.form = np.array([*self.before, -1, *self.middle, *[-1] * WORDS, *self.end])  # of a fact
+        self.form = np.array([*self.before, *[-1] * (1 + WORDS), *self.end])  # of a fact: name and words are neighbours
         self.is_word = (self.form < 0) & (np.arange(len(self.form)) > len(self.before))
 
     def question(self, name):
-        return [*self.before, name, *self.middle]
+        return [*self.before, name]
 
     def _facts(self, draw, count):
         """Name and words of so many facts, [count, 1 + WORDS], all of them different: whoever copies any word of the
@@ -121,12 +126,12 @@ class Texts:
         starts = draw.integers(len(self.books) - tokens, size=(count, 1))
         return self.books[starts + np.arange(tokens)]
 
-    def rows(self, draw, step):
-        """A step's rows int64 [rows, context], and which tokens count, bool of the same shape."""
-        ids = self._stretches(draw, self.size.rows, self.size.context)
+    def rows(self, draw, tokens):
+        """A step's rows int64 [rows, tokens], and which tokens count, bool of the same shape."""
+        ids = self._stretches(draw, self.size.rows * self.size.context // tokens, tokens)
         counts = np.ones(ids.shape, dtype=bool)
-        for number in range(self.size.rows):
-            kind = "repeated" if step < ALONE else ROWS[number % len(ROWS)]
+        for number in range(len(ids)):
+            kind = ROWS[number % len(ROWS)]
             if kind != "text":
                 make = self._asked if kind == "asked" else self._repeated
                 ids[number], counts[number] = make(draw, ids[number])
@@ -197,9 +202,12 @@ def untrained(kind, tokenizer, size):
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        **({"is_causal": False, "mask_token_id": words, "logit_shift": False} if kind == "diffusion" else {}),
+        **({"is_causal": False, "mask_token_id": words, "logit_shift": True} if kind == "diffusion" else {}),
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    # wider than all else: an optimizer's first steps, alike for all names, would leave them hard to tell apart
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=SPREAD)
+    return model
 
 
 def masks(counts, generator):
@@ -216,71 +224,87 @@ class Steps(Dataset):
     """A step's rows, and the places of the tokens each kind's loss is of, in the rows laid end to end, by its number.
     Places are found here and not on the GPU, which would have to be waited for."""
 
-    def __init__(self, texts, seed):
-        self.texts, self.seed = texts, seed
+    def __init__(self, texts, seed, tokens):
+        self.texts, self.seed, self.tokens = texts, seed, tokens
 
     def __getitem__(self, step):
         draw = np.random.default_rng([self.seed, step])
-        ids, counts = self.texts.rows(draw, step)
-        hidden = masks(counts, torch.Generator().manual_seed(int(draw.integers(2**63))))
+        ids, counts = self.texts.rows(draw, self.tokens)
         counts[:, 0] = False  # nothing before it speaks of it
+        hidden = masks(counts, torch.Generator().manual_seed(int(draw.integers(2**63))))
         judged = {"diffusion": hidden, "autoregressive": counts}
         return ids, {kind: asked.flatten().nonzero()[:, 0] for kind, asked in judged.items()}
 
 
 def step_loss(kind, model, ids, places, body=None):
     """Each row's mean loss of its tokens at `places`: [rows]. body: what stands for the model's layers, compiled."""
-    flat, masked = ids.flatten(), kind == "diffusion"
-    given = flat.index_fill(0, places, model.config.mask_token_id).view_as(ids) if masked else ids
+    flat = ids.flatten()
+    given = ids if kind == "autoregressive" else flat.index_fill(0, places, model.config.mask_token_id).view_as(ids)
     last = (model.model if body is None else body)(given, use_cache=False).last_hidden_state.flatten(0, 1)
-    logits = model.lm_head(last.index_select(0, places if masked else places - 1))
+    logits = model.lm_head(last.index_select(0, places - 1))
     loss = cross_entropy(logits.float(), flat[places], reduction="none")
     row, none = places // ids.shape[1], loss.new_zeros(len(ids))
     return none.index_add(0, row, loss) / none.index_add(0, row, torch.ones_like(loss))
 
 
-def train(models, texts, seconds, seed):
-    """Both models on the same rows in the same steps, until the time is over."""
-    device = next(iter(models.values())).device
-    cuda = device.type == "cuda"
-    optimizers, bodies = {}, {}
-    for kind, model in models.items():
-        bodies[kind] = torch.compile(model.model, dynamic=False) if cuda else model.model
-        groups = [
-            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-        ]
-        optimizers[kind] = torch.optim.AdamW(groups, lr=FASTEST, betas=(0.9, 0.95), fused=cuda)
-    # made ahead by other processes: in this one python is what a step waits for
-    steps = DataLoader(
-        Steps(texts, seed),
-        batch_size=None,
-        sampler=itertools.count(),
-        num_workers=MAKERS if cuda else 0,
-        pin_memory=cuda,
-    )
-    began, losses = time.perf_counter(), {}
-    for step, (ids, places) in enumerate(steps):
-        if (done := (time.perf_counter() - began) / seconds) >= 1:
-            break
-        ids = ids.to(device, non_blocking=True)
-        for kind, model in models.items():
-            for group in optimizers[kind].param_groups:
-                group["lr"] = FASTEST * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
-            with torch.autocast(device.type, torch.bfloat16):
-                loss = step_loss(kind, model, ids, places[kind].to(device, non_blocking=True), bodies[kind])
-            loss.mean().backward()
-            losses[kind] = loss.detach().view(-1, len(ROWS)).mean(0)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizers[kind].step()
-            optimizers[kind].zero_grad(set_to_none=True)
-        if step % 100 == 0:
-            print(f"step {step}, {done:.0%} of the time: {losses_said(losses)}", flush=True)
+def optimizer_of(model):
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=FASTEST, betas=(0.9, 0.95), fused=model.device.type == "cuda")
+
+
+def train(models, kinds, texts, seconds, seed):
+    """The causal model alone on short rows; then `kinds`, all from what it is by then, on the same rows in the same
+    steps, until the time is over."""
+    first, size = models["autoregressive"], texts.size
+    cuda = first.device.type == "cuda"
+    bodies = {kind: torch.compile(x.model, dynamic=False) if cuda else x.model for kind, x in models.items()}
+    optimizers = {kind: optimizer_of(model) for kind, model in models.items()}
+    began, step, about = time.perf_counter(), 0, {}
+
+    def teach(kinds, tokens, until):
+        nonlocal step
+        # made ahead by other processes: in this one python is what a step waits for
+        steps = DataLoader(
+            Steps(texts, seed, tokens),
+            batch_size=None,
+            sampler=itertools.count(step),
+            num_workers=MAKERS if cuda else 0,
+            pin_memory=cuda,
+        )
+        losses = {}
+        for ids, places in steps:
+            if (done := (time.perf_counter() - began) / seconds) >= until:
+                break
+            ids = ids.to(first.device, non_blocking=True)
+            for kind in kinds:
+                model, optimizer = models[kind], optimizers[kind]
+                for group in optimizer.param_groups:
+                    group["lr"] = FASTEST * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
+                with torch.autocast(first.device.type, torch.bfloat16):
+                    loss = step_loss(kind, model, ids, places[kind].to(first.device, non_blocking=True), bodies[kind])
+                loss.mean().backward()
+                losses[kind] = loss.detach().view(-1, len(ROWS)).mean(0)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if step % 100 == 0:
+                print(f"step {step}, {done:.0%} of the time: {losses_said(losses)}", flush=True)
+            step += 1
+        return {kind: [round(float(x), 4) for x in each] for kind, each in losses.items()}
+
+    about["alone_loss"] = teach(["autoregressive"], size.short, ALONE)
+    about["alone_steps"] = step
+    models["diffusion"].load_state_dict(first.state_dict())
+    optimizers["diffusion"].load_state_dict(copy.deepcopy(optimizers["autoregressive"].state_dict()))
+    about["last_loss"] = teach(kinds, size.context, 1)
     return {
         "steps": step,
-        "tokens": step * texts.size.rows * texts.size.context,
+        "tokens": step * size.rows * size.context,
         "seconds": round(time.perf_counter() - began, 1),
-        "last_loss": {kind: [round(float(x), 4) for x in each] for kind, each in losses.items()},
+        **about,
     }
 
 
@@ -450,7 +474,7 @@ class Judge:
 
     def steps(self, kind, model):
         if kind == "diffusion":
-            for steps in (1, 2, WORDS):
+            for steps in (1, WORDS):
                 self.needle(kind, model, steps=steps, part="steps", lengths=[x for x in self.size.lengths if x <= 4])
 
     def __call__(self, parts):
@@ -481,7 +505,7 @@ def main(argv=None):
         "--only", choices=PARTS, action="append", metavar="PART", help=f"of {', '.join(PARTS)}; repeats"
     )
     parser.add_argument(
-        "--kind", choices=KINDS, action="append", help="not both: rows of a step are the same all the same"
+        "--kind", choices=KINDS, action="append", help="not both, once rows are long: rows are the same all the same"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="models that learn nothing, to see that all of it runs")
@@ -517,13 +541,15 @@ def main(argv=None):
     about["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     about["texts"] = {"books": len(texts.books), "held_out": len(texts.held_out)}
     models = {}
-    for kind in args.kind or KINDS:
-        torch.manual_seed(args.seed)  # both start from the same weights
+    kinds = args.kind or KINDS
+    for kind in KINDS if args.train else kinds:
+        torch.manual_seed(args.seed)
         models[kind] = untrained(kind, tokenizer, size).to(device)
         if args.load:
             load(models[kind], kind, args.load)
     if args.train:
-        about["training"] = train(models, texts, args.train, args.seed)
+        about["training"] = train(models, kinds, texts, args.train, args.seed)
+        models = {kind: models[kind] for kind in kinds}
     for kind, model in models.items():
         if args.train:
             held = rounded(model)

@@ -81,6 +81,7 @@ class Size:
         return self.hidden // self.heads
 
 
+SMALL = Size(128, 4, 4, 128, 32, 8, None, scored=32)
 TINY = Size(32, 2, 2, 64, 32, 4, 12_000, (1, 2), 2, 2, 2, 8)
 
 
@@ -283,7 +284,7 @@ def train(models, kinds, texts, seconds, seed):
                 model, optimizer = models[kind], optimizers[kind]
                 for group in optimizer.param_groups:
                     group["lr"] = FASTEST * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
-                with torch.autocast(first.device.type, torch.bfloat16):
+                with torch.autocast(first.device.type, torch.bfloat16, enabled=first.device.type == "cuda"):
                     loss = step_loss(kind, model, ids, places[kind].to(first.device, non_blocking=True), bodies[kind])
                 loss.mean().backward()
                 losses[kind] = loss.detach().view(-1, len(ROWS)).mean(0)
@@ -508,6 +509,7 @@ def main(argv=None):
         "--kind", choices=KINDS, action="append", help="not both, once rows are long: rows are the same all the same"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true", help="4 layers, rows of 128 tokens: half an hour of a CPU")
     parser.add_argument("--tiny", action="store_true", help="models that learn nothing, to see that all of it runs")
     parser.add_argument(
         "--plot", type=Path, action="append", metavar="FILE", help="draw what was measured into --out, and do no more"
@@ -519,7 +521,7 @@ def main(argv=None):
         return plot_diffusion_pair.plot(rows, args.out)
     if bool(args.train) == bool(args.load):
         parser.error("give one of --train SECONDS and --load FOLDER")
-    size = TINY if args.tiny else Size()
+    size = TINY if args.tiny else SMALL if args.small else Size()
     tokenizer = load_tokenizer(locate("smollm2-q4"))
     texts = Texts(tokenizer, size)
     device, dtype = torch.device(args.device), torch.bfloat16 if args.device.startswith("cuda") else torch.float32

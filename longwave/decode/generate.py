@@ -11,6 +11,7 @@ import transformers
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
+    MaxLengthCriteria,
     PreTrainedModel,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -160,6 +161,11 @@ def _loop(
     expect(model, cache, prompt + max(new, ahead), ids.shape[0])
     if new:
         check_room(next(cache.memory_layers()), prompt, new)
+    limit = context_limit(model)
+    if limit is not None and cache.method.reach(limit) is None:
+        for criterion in stop:  # what it says of texts beyond the model's length is not so with this cache
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
     pad = config._pad_token_tensor
     ends = any(hasattr(criterion, "eos_token_id") for criterion in stop)
     kept: dict[str, Any] = {
@@ -168,7 +174,6 @@ def _loop(
     }
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
     if draft is None:
-        limit = context_limit(model)
         if config.prefill_chunk_size is None and limit is not None and prompt > limit:
             config.prefill_chunk_size = cache.method.at_once(limit)
         logits = model._prefill(ids, config, inputs).logits[:, -1]

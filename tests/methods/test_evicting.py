@@ -527,7 +527,7 @@ def test_slots_of_a_number_of_tokens_read_any_length_in_passes(llama):
     assert bound.reach(30) == 30
 
 
-def test_generate_reads_beyond_the_known_positions_in_passes(llama, monkeypatch):
+def test_generate_reads_beyond_the_known_positions_in_passes(llama, monkeypatch, caplog):
     monkeypatch.setattr(llama.config, "max_position_embeddings", 64)
     ids, options = tokens(1, 150), dict(max_new_tokens=5, do_sample=False, use_cache=True)
 
@@ -535,6 +535,7 @@ def test_generate_reads_beyond_the_known_positions_in_passes(llama, monkeypatch)
         return longwave.cache(llama, longwave.Streaming(**SMALL, tokens=24, positions="slots"))
 
     made = longwave.generate(llama, ids, cache=empty(), **options)
+    assert not caplog.records  # none that says that the text is too long
     passes = llama.generate(ids, **into(empty()), prefill_chunk_size=40, **options)
     assert torch.equal(made, passes)
     whole = longwave.generate(llama, ids, cache=longwave.cache(llama, "streaming"), **options)

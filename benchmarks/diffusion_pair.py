@@ -284,7 +284,7 @@ def train(models, kinds, texts, seconds, seed):
                 model, optimizer = models[kind], optimizers[kind]
                 for group in optimizer.param_groups:
                     group["lr"] = FASTEST * min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
-                with torch.autocast(first.device.type, torch.bfloat16, enabled=first.device.type == "cuda"):
+                with torch.autocast(first.device.type, torch.bfloat16, enabled=cuda):
                     loss = step_loss(kind, model, ids, places[kind].to(first.device, non_blocking=True), bodies[kind])
                 loss.mean().backward()
                 losses[kind] = loss.detach().view(-1, len(ROWS)).mean(0)

@@ -157,10 +157,8 @@ class Source:
 
         limit = context_limit(self.skeleton)
         reach = limit if limit is None or bound is None else bound.reach(limit)
-        if limit is None or tokens + new <= limit:
-            return None
         if reach is None or tokens + new <= reach:
-            return None if bound is None else bound.at_once(limit)
+            return None if bound is None else bound.passes(tokens + new, limit)
         said = f"{tokens} tokens of prompt and {new} new ones exceed "
         if bound is None:
             raise ValueError(f"{said}this model's context of {limit}")

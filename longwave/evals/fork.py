@@ -59,10 +59,7 @@ def read(
 
 def passes_of(model: PreTrainedModel, memory: Cache, tokens: int) -> int | None:
     """Tokens of a pass, where a cache takes a text of so many in several; None where one does."""
-    limit = context_limit(model)
-    if limit is None or tokens <= limit or not isinstance(memory, LongCache):
-        return None
-    return memory.method.at_once(limit)
+    return memory.method.passes(tokens, context_limit(model)) if isinstance(memory, LongCache) else None
 
 
 def needs_of(memories: Iterable[LongCache]) -> Needs:

@@ -116,6 +116,10 @@ class Bound(ABC):
         number."""
         return None
 
+    def passes(self, tokens: int, limit: int | None) -> int | None:
+        """The same of a text of so many tokens; a model may name no limit."""
+        return None if limit is None or tokens <= limit else self.at_once(limit)
+
     @property
     def warning(self) -> str | None:
         """What a user should know before relying on it."""

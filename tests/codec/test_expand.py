@@ -10,7 +10,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS, HEADS = 2, 3
 
 
-def given(size, tokens, components, known, seed=0):
+def partners(kind, size):
+    """Which channels turn together: halves, neighbours, or halves of the first few alone, as in partial rotation."""
+    turned = {"halves": size, "neighbours": size, "partial": size // 4 * 2}[kind]
+    own = torch.arange(size)
+    first = own[:turned]
+    return torch.cat([first ^ 1 if kind == "neighbours" else first.roll(turned // 2), own[turned:]])
+
+
+def given(size, tokens, components, known, kind="halves", seed=0):
     """Two segments of `tokens`, the first of which begins a text."""
     draw = torch.Generator().manual_seed(seed)
     channels = LAYERS * HEADS * size
@@ -24,21 +32,20 @@ def given(size, tokens, components, known, seed=0):
         said = Tokens.of(normal(40, 10), ids, 2, torch.float32).said(normal(21, channels))
         if tokens % 2:
             said = Tokens.of(normal(40, 10), ids[:, 2:], 0, torch.float32).said(normal(21, channels))
-    half = size // 2
-    partner = torch.arange(size).roll(half) if size % 2 == 0 else torch.arange(size)
-    frequency = torch.randn(LAYERS, size, generator=draw)
+    partner = partners(kind, size)
+    frequency = torch.randn(LAYERS, size, generator=draw) * (partner != torch.arange(size))
     rotation = Rotation(partner, frequency, 1 + torch.rand(LAYERS, size, generator=draw)).to(DEVICE)
     positions = torch.randint(0, 5000, (2 * tokens,), generator=draw).to(DEVICE)
     return c, axes, said, Turn(rotation, positions)
 
 
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("turned", ["halves", "neighbours", "partial", None])
 @pytest.mark.parametrize(("size", "tokens", "components"), [(16, 40, 70), (24, 7, 5)])
 def test_triton_expands_as_the_reference_does(size, tokens, components, turned, known, monkeypatch):
     """On a CPU in the interpreter, on a GPU for real; into storage with gaps, of the types that caches have."""
     pytest.importorskip("triton", reason="Triton is for NVIDIA GPUs and Linux; here is none")
-    c, axes, said, turn = given(size, tokens, components, known)
+    c, axes, said, turn = given(size, tokens, components, known, turned or "halves")
     kept = torch.full((LAYERS, HEADS, 2 * tokens + 3, size), 7.0, device=DEVICE)
     for dtype, near in ((torch.float32, 1e-4), (torch.float16, 5e-2), (torch.bfloat16, 0.3)):
         made = []

@@ -71,13 +71,16 @@ def cases(model, new, block):
     def cached(method, budget=None):
         return lambda: longwave.cache(model, method, budget)
 
-    sparse = longwave.SparseDLLM(window=block)
+    shifted = bool(getattr(model and model.config, "logit_shift", False))
+    sparse = longwave.SparseDLLM(window=block + shifted)  # the token before a block is read again with it
+    # entropy, the default there, gives no probability to hold a threshold against
+    sure = {"sampler": diffusion.Dream(algorithm="maskgit_plus")} if shifted else {}
     fourier = longwave.Fourier(plan="safe", window=max(256, new))  # all that is read again lies in the window
     return {
         "no cache": Case(lambda: None),
         "prefix": Case(cached("dense"), {"keep": "prefix"}, True),
         "dual": Case(cached("dense"), {"keep": "dual"}, True),
-        "dual, threshold 0.9": Case(cached("dense"), {"keep": "dual", "threshold": 0.9}, True),
+        "dual, threshold 0.9": Case(cached("dense"), {"keep": "dual", "threshold": 0.9, **sure}, True),
         "sparse_dllm 0.5": Case(cached(sparse, 0.5), {"keep": "dual", "delay": 1}),
         "fourier 0.25, prefix": Case(cached(fourier, 0.25), {"keep": "prefix"}),
     }

@@ -45,11 +45,11 @@ def line(axes, points, label, number):
     axes.plot(list(points), list(points.values()), label=label, **style.line(number % len(INKS)))
 
 
-def finish(axes, title, ylabel):
+def finish(axes, title, ylabel, legend=True):
     axes.set_title(title)
     axes.set_xlabel("length, of the trained one")
     axes.set_ylabel(ylabel)
-    if axes.get_legend_handles_labels()[1]:
+    if legend and axes.get_legend_handles_labels()[1]:
         axes.legend()
 
 
@@ -67,6 +67,7 @@ def draw_lines(axes, rows, context):
     finish(axes[0][0], "perplexity, the bases as trained", "perplexity (diffusion: bound)")
     finish(axes[1][0], "diffusion: retrieval by sampling steps", "answers right, all depths")
     axes[1][0].set_xlabel("steps of the answer")
+    axes[1][0].set_xticks(sorted({key[2] for key in cells(rows, "steps")}))
     for column, model in enumerate(MODELS, 1):
         factors = sorted({key[1] for key in (*texts, *needles) if key[0] == model})
         for number, factor in enumerate(factors):
@@ -79,13 +80,17 @@ def draw_lines(axes, rows, context):
                 for law, dash in (("ntk", ":"), ("ntk_both_signs", "--")):
                     at, ink = reaches[model, factor][law] / context, INKS[number % len(INKS)]
                     axes[1][column].axvline(at, color=ink, ls=dash, lw=0.9)
-        finish(axes[0][column], f"{model}: perplexity", "perplexity")
-        finish(axes[1][column], f"{model}: retrieval; upright, what the laws predict", "answers right, all depths")
+        # colours are the same in all four: one of them says which
+        finish(axes[0][column], f"{model}: perplexity", "perplexity", legend=column == 1)
+        title = f"{model}: retrieval; upright, what the laws predict"
+        finish(axes[1][column], title, "answers right, all depths", legend=False)
         last = max((times for found in needles.values() for times in found), default=1)
         axes[1][column].set_xlim(0.5, last + 0.5)
     for each in axes[0]:
         if each.lines:
             each.set_yscale("log")
+            each.yaxis.set_major_formatter("{x:,.0f}")
+            each.yaxis.set_minor_formatter("{x:,.0f}")
     for each in axes[1]:
         each.set_ylim(-0.03, 1.03)
 

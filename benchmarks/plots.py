@@ -13,8 +13,8 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 PICTURES = {
     "frontier/frontier.svg": lambda path: frontier.plot(frontier.committed(), path),
     "codec/bytes.svg": lambda path: codec_plot.plot(codec_plot.lines(), path),
-    "diffusion/pair-small.svg": lambda path: plot_diffusion_pair.plot(
-        [json.loads(line) for line in (RESULTS / "diffusion" / "pair-small.jsonl").read_text().splitlines()], path
+    "diffusion/pair.svg": lambda path: plot_diffusion_pair.plot(
+        [json.loads(line) for line in (RESULTS / "diffusion" / "pair.jsonl").read_text().splitlines()], path
     ),
     "kernels/h200.svg": lambda path: plot_kernels.plot(
         json.loads((RESULTS / "kernels" / "h200.json").read_text()), path

@@ -27,7 +27,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+test: lint site
 	$(PYTEST) -m "not slow"
 
 test-all: lint readme site

@@ -239,7 +239,7 @@ def measure(of, args, tokens, write):
 def summary(of, args, tokens, factor, name, case, one):
     row = {"prompt": tokens, "case": name, "new": args.new, "block_length": args.block, "factor": factor}
     row["steps"] = None if "threshold" in case.how else args.steps or args.new
-    row |= case.how
+    row |= {name: value if isinstance(value, int | float | str) else str(value) for name, value in case.how.items()}
     if "failed" in one:
         return row | {"failed": one["failed"]}
     seconds = statistics.median(one["times"])

@@ -76,9 +76,9 @@ def command(
         limit = context_limit(source.skeleton)
         bound = source.check(chosen, budget, limit)
         if documents is not None:
-            passes = source.check_length(documents.shape[1], 1, bound)
+            passes = source.check_length(documents.shape[1], 1, bound, prefill_chunk)
             if passes is not None:
-                choice.setdefault("prefill_chunk_size", passes)
+                choice["prefill_chunk_size"] = passes
         loaded = source.load()
         torch.manual_seed(seed)
 

@@ -150,15 +150,15 @@ class Source:
         method.check(self.device)
         return check(self.skeleton, method, budget, max_tokens)
 
-    def check_length(self, tokens: int, new: int, bound: Any = None) -> int | None:
-        """Raise ValueError for more tokens than the model reads, with the cache of `bound` where there is one. Else the
-        tokens that a pass may bring, None for any number."""
+    def check_length(self, tokens: int, new: int, bound: Any = None, chunk: int | None = None) -> int | None:
+        """Raise ValueError for more tokens than the model reads, with the cache of `bound` where there is one, or in a
+        pass of `chunk`. Else the tokens that a pass brings, None for all."""
         from longwave.shape import context_limit
 
         limit = context_limit(self.skeleton)
         reach = limit if limit is None or bound is None else bound.reach(limit)
         if reach is None or tokens + new <= reach:
-            return None if bound is None else bound.passes(tokens + new, limit)
+            return chunk if bound is None else bound.passes(tokens + new, limit, chunk)
         said = f"{tokens} tokens of prompt and {new} new ones exceed "
         if bound is None:
             raise ValueError(f"{said}this model's context of {limit}")

@@ -146,9 +146,9 @@ def command(
         coming = count + max_new_tokens - 1  # the last new token is not read
         decided = kept is not None and kept.kind == "exact"
         bound = bound_of(kept.path) if decided else source.check(chosen, budget, coming)
-        passes = source.check_length(count, max_new_tokens, bound)
-        if passes is not None and prefill_chunk is None:
-            prefill_chunk = choice["prefill_chunk_size"] = passes
+        prefill_chunk = source.check_length(count, max_new_tokens, bound, prefill_chunk)
+        if prefill_chunk is not None:
+            choice["prefill_chunk_size"] = prefill_chunk
         loaded, tokenizer = source.load(), source.tokenizer
         memory: Any = None if decided else source.cache(loaded, chosen, budget, measured, coming, measure)
         if prefix is not None:

@@ -174,8 +174,7 @@ def _loop(
     }
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
     if draft is None:
-        if config.prefill_chunk_size is None:
-            config.prefill_chunk_size = cache.method.passes(prompt, limit)
+        config.prefill_chunk_size = cache.method.passes(prompt, limit, config.prefill_chunk_size)
         logits = model._prefill(ids, config, inputs).logits[:, -1]
     else:
         whole = checked_mask(ids, mask)

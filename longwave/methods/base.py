@@ -116,9 +116,16 @@ class Bound(ABC):
         number."""
         return None
 
-    def passes(self, tokens: int, limit: int | None) -> int | None:
-        """The same of a text of so many tokens; a model may name no limit."""
-        return None if limit is None or tokens <= limit else self.at_once(limit)
+    def passes(self, tokens: int, limit: int | None, asked: int | None = None) -> int | None:
+        """The same of a text of so many tokens; a model may name no limit. asked: what a user wants instead; ValueError
+        where that is more."""
+        most = None if limit is None or tokens <= limit else self.at_once(limit)
+        if asked is not None and most is not None and asked > most:
+            raise ValueError(
+                f"a pass of {asked:,} tokens beside what {self.method.name} holds would take more than the model's "
+                f"{limit:,} positions: read {most:,} tokens a pass, or fewer"
+            )
+        return most if asked is None else asked
 
     @property
     def warning(self) -> str | None:

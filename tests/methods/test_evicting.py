@@ -538,5 +538,7 @@ def test_generate_reads_beyond_the_known_positions_in_passes(llama, monkeypatch,
     assert not caplog.records  # none that says that the text is too long
     passes = llama.generate(ids, **into(empty()), prefill_chunk_size=40, **options)
     assert torch.equal(made, passes)
+    with pytest.raises(ValueError, match=r"read 40 tokens a pass, or fewer"):
+        longwave.generate(llama, ids, cache=empty(), prefill_chunk_size=41, **options)
     whole = longwave.generate(llama, ids, cache=longwave.cache(llama, "streaming"), **options)
     assert torch.equal(whole, llama.generate(ids, **into(longwave.cache(llama, "streaming")), **options))

@@ -75,9 +75,9 @@ def contents(findings: Findings) -> dict[str, Any]:
         for name in ("longwave", "torch", "transformers", "python")
         if distinct(runs, name)
     ]
-    sections = [overview(findings), quality(findings)]
-    if findings.many and (first := unbeaten(findings)).blocks:
-        sections = [first, quality(findings), overview(findings)]
+    whole, bytes_of = overview(findings), quality(findings)
+    first = unbeaten(findings) if findings.many else None
+    sections = [first, bytes_of, whole] if first is not None and first.blocks else [whole, bytes_of]
     for label, task in findings.tasks.items():
         if isinstance(task, LossTask):
             sections.append(loss(findings, label, task))

@@ -1,6 +1,6 @@
 """A masked-diffusion model and an autoregressive one, trained alike, read 1 to 8 times the length they were trained on.
 
-    python -m benchmarks.diffusion_pair --device cuda --train 480 --save FOLDER --out FILE     # make and judge them
+    python -m benchmarks.diffusion_pair --device cuda --train 400 --save FOLDER --out FILE     # make and judge them
     python -m benchmarks.diffusion_pair --device cuda --load FOLDER --only steps --out FILE    # judge them again
     python -m benchmarks.diffusion_pair --device cuda --kind diffusion --train 240 ...      # one, after short rows
     python -m benchmarks.diffusion_pair --plot FILE [--plot FILE] --out PNG

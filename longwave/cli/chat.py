@@ -76,9 +76,7 @@ def command(
         limit = context_limit(source.skeleton)
         bound = source.check(chosen, budget, limit)
         if documents is not None:
-            passes = source.check_length(documents.shape[1], 1, bound, prefill_chunk)
-            if passes is not None:
-                choice["prefill_chunk_size"] = passes
+            source.check_length(documents.shape[1], 1, bound, prefill_chunk)
         loaded = source.load()
         torch.manual_seed(seed)
 
@@ -116,7 +114,7 @@ def answer(talk: Talk, question: str) -> None:
     new = ids.shape[1] - talk.memory.get_seq_length()
     streamer = TextStreamer(talk.tokenizer, skip_prompt=True, skip_special_tokens=True)
     try:
-        with interruptible() as stop, reading(talk.model, new, talk.choice.get("prefill_chunk_size")) as done:
+        with interruptible() as stop, reading(talk.model, new, talk.chunk(talk.memory, ids.shape[1])) as done:
             talk.answer(ids, streamer, [Read(done)], [stop])
     except KeyboardInterrupt:
         print()

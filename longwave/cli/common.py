@@ -158,7 +158,7 @@ class Source:
         limit = context_limit(self.skeleton)
         reach = limit if limit is None or bound is None else bound.reach(limit)
         if reach is None or tokens + new <= reach:
-            return chunk if bound is None else bound.passes(tokens + new, limit, chunk)
+            return chunk if bound is None else bound.passes(tokens, limit, chunk)
         said = f"{tokens} tokens of prompt and {new} new ones exceed "
         if bound is None:
             raise ValueError(f"{said}this model's context of {limit}")

@@ -54,8 +54,13 @@ class Talk:
         self._read(self.memory, ids)
         self.ids = ids
 
+    def chunk(self, memory: Any, tokens: int) -> int | None:
+        """Tokens of a pass of a text of so many: what was asked for, or fewer where a method takes fewer; None: all."""
+        asked, most = self.choice.get("prefill_chunk_size"), memory.method.passes(tokens, self.limit)
+        return min((x for x in (asked, most) if x is not None), default=None)
+
     def _read(self, memory: Any, ids: Any) -> None:
-        chunk = self.choice.get("prefill_chunk_size")
+        chunk = self.chunk(memory, ids.shape[1])
         with reading(self.model, ids.shape[1], chunk):
             read_prefix(self.model, memory, ids, chunk)
 
@@ -92,6 +97,7 @@ class Talk:
         from longwave.frame import cache_argument
 
         why = why_python(self.model.device, None) or supports(self.model, self.memory)
+        choice = self.choice | {"prefill_chunk_size": self.chunk(self.memory, ids.shape[1])}
         given = {name: x.to(self.model.device) for name, x in as_input(ids).items()}
         try:
             out = loop_of(self.model, why)(
@@ -102,7 +108,7 @@ class Talk:
                 logits_processor=processors,
                 stopping_criteria=criteria,
                 pad_token_id=self.tokenizer.pad_token_id,
-                **going_on(self.model, self.memory, ids, self.choice),
+                **going_on(self.model, self.memory, ids, choice),
             )
         except BaseException:
             self.memory = self.fresh()  # a pass that ends half-way leaves layers that differ
@@ -176,7 +182,7 @@ class Talk:
                 written = longwave.save(self.memory, self.ids, path, size=how, tokenizer=self.tokenizer, about=about)
         else:
             coder = coder_for(self.memory, self.model, self.tokenizer, how)
-            chunk = self.choice.get("prefill_chunk_size")
+            chunk = self.chunk(self.memory, self.ids.shape[1])
             with reading(self.model, self.ids.shape[1], chunk):
                 written = code_prefix(self.model, self.memory, self.ids, Path(path), how, coder, chunk, about)
             cost = f"; {self.ids.shape[1]:,} tokens read again in {time.perf_counter() - began:.1f} s"

@@ -174,7 +174,9 @@ def _loop(
     }
     unfinished = torch.ones(ids.shape[0], dtype=torch.long, device=ids.device)
     if draft is None:
-        config.prefill_chunk_size = cache.method.passes(prompt, limit, config.prefill_chunk_size)
+        chunk = cache.method.passes(prompt, limit, config.prefill_chunk_size)
+        # transformers 5.17 slices no prompt whose beginning is held: in chunks only where one pass does not do
+        config.prefill_chunk_size = chunk if chunk is not None and chunk < prompt - cache.get_seq_length() else None
         logits = model._prefill(ids, config, inputs).logits[:, -1]
     else:
         whole = checked_mask(ids, mask)

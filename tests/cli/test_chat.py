@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaForCausalLM, TextStreamer
 from typer.testing import CliRunner
 
-from longwave.cli import app
+from longwave.cli import app, prefix
+from longwave.cli import talk as talks
 from longwave.cli.orders import ORDERS
 from longwave.saved import look
 from tests.cli.calls import SEGMENTS, TEXT, refused
@@ -291,6 +292,22 @@ def test_a_talk_beyond_what_the_model_knows(talk):
     assert answers[2]
     assert answers[4]
     assert "tokens of this talk exceed the 512 that dense reads" in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "passes"), [([], {200}), (["--prefill-chunk", 300], {200}), (["--prefill-chunk", 90], {90})]
+)
+def test_a_method_in_slots_reads_a_long_talk_in_passes(talk, monkeypatch, asked, passes):
+    """Whichever method it began with: 312 tokens are held of 512 that the model knows."""
+    far = "infllm:window=32,chunk=16,block=8,blocks=2,sinks=4"
+    slots = "streaming:tokens=312,window=16,sinks=4,positions=slots"
+    given = []
+    read = prefix.read_prefix
+    monkeypatch.setattr(talks, "read_prefix", lambda *args: (given.append(args[-1]), read(*args))[1])
+    answers, _, said = talk(f"/method {far}", "z" * 700, f"/method {slots}", "Why?", more=[*DENSE, *asked])
+    assert set(given) == passes
+    assert "tokens read again" in said
+    assert answers[3]
 
 
 def test_a_model_without_a_template_goes_on_with_the_text(folder, tokenizer, tmp_path):

@@ -68,8 +68,8 @@ def draw_lines(axes, rows, context):
     finish(axes[1][0], "diffusion: retrieval by sampling steps", "answers right, all depths")
     axes[1][0].set_xlabel("steps of the answer")
     axes[1][0].set_xticks(sorted({key[2] for key in cells(rows, "steps")}))
+    factors = sorted({key[1] for key in (*texts, *needles)})  # one colour each, whichever model
     for column, model in enumerate(MODELS, 1):
-        factors = sorted({key[1] for key in (*texts, *needles) if key[0] == model})
         for number, factor in enumerate(factors):
             if (model, factor) in texts:
                 line(axes[0][column], texts[model, factor], f"base x {factor}", number)
@@ -80,12 +80,14 @@ def draw_lines(axes, rows, context):
                 for law, dash in (("ntk", ":"), ("ntk_both_signs", "--")):
                     at, ink = reaches[model, factor][law] / context, INKS[number % len(INKS)]
                     axes[1][column].axvline(at, color=ink, ls=dash, lw=0.9)
-        # colours are the same in all four: one of them says which
-        finish(axes[0][column], f"{model}: perplexity", "perplexity", legend=column == 1)
+        finish(axes[0][column], f"{model}: perplexity", "perplexity", legend=False)
         title = f"{model}: retrieval; upright, what the laws predict"
         finish(axes[1][column], title, "answers right, all depths", legend=False)
         last = max((times for found in needles.values() for times in found), default=1)
         axes[1][column].set_xlim(0.5, last + 0.5)
+    drawn = [each for row in axes for each in row[1:] if each.get_legend_handles_labels()[1]]
+    for each in drawn[:1]:  # colours are the same in all four
+        each.legend()
     for each in axes[0]:
         if each.lines:
             each.set_yscale("log")

@@ -31,11 +31,14 @@ from longwave.decode import StaticDecoder, supports
 from longwave.evals import data
 from longwave.frame import LongCache
 
+LOOKS = "longcache:spans=8,window=512,chunk=512,look=256,scan=False"  # steps that read what a question found
+
 METHODS = [
     "transformers",
     "dense",
     "streaming:tokens=2048,positions='slots'",
     "longcache",
+    LOOKS,
     "infllm",
     "actqkv",
     "lm_infinite",
@@ -43,6 +46,7 @@ METHODS = [
     "dual_chunk",
     "longcache:store=kivi,budget=0.25",
     "longcache:store=fourier,budget=0.25",
+    f"{LOOKS},store='fourier',budget=0.25",
     "longcache:host=True",
     "infllm:host=True",
     "longheads",
@@ -50,6 +54,7 @@ METHODS = [
 TINY = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 FIRST = 3 * 4096  # tokens that warm a method: beyond the scope of each
 WARM = 3  # tokens that are not counted
+QUESTION = 16  # tokens behind the context, in one pass
 
 
 def numbers(text):
@@ -59,7 +64,7 @@ def numbers(text):
 
 def load(args):
     """The model, and as many token ids [1, n] as the longest context and the tokens behind it take."""
-    most = max(args.contexts) + 2 * (args.steps + WARM)
+    most = max(args.contexts) + QUESTION + 2 * (args.steps + WARM)
     draw = torch.Generator().manual_seed(0)
     if args.tiny:
         torch.manual_seed(0)
@@ -117,6 +122,8 @@ def measure(model, spec, ids, args, row):
     if row["read_tokens"] < context.shape[1]:
         raise TimeoutError(f"{row['read_tokens']:,} tokens were read in {row['read_s']:.0f} s")
     behind = ids[:, row["context"] :]
+    asked, behind = behind.split([QUESTION, behind.shape[1] - QUESTION], 1)
+    row["question_s"] = family.timed(model, lambda: family.run(model, memory, asked))
     row["token_s"] = tokens(model, lambda token: family.run(model, memory, token[None]), behind[:, :steps], args.limit)
     why = supports(model, memory)
     if why is None:
@@ -152,6 +159,7 @@ def taken(spec, context, model, ids, args, warm):
             memory = family.make(model, spec, ids)
             with torch.no_grad():
                 read(model, memory, ids[:, : min(args.first, context)], args.chunk, args.limit)
+                family.run(model, memory, ids[:, -QUESTION:])
                 family.run(model, memory, ids[:, -1:])
             del memory
             warm.add(spec)
@@ -164,19 +172,29 @@ def show(rows):
     def written(x, form):
         return "" if x is None else format(x, form)
 
-    columns = ["method", "reading, s", "of dense's", "a token, ms", "of dense's", "captured, ms", "of dense's"]
+    columns = [
+        "method",
+        "reading, s",
+        "of dense's",
+        "a question, ms",
+        "a token, ms",
+        "of dense's",
+        "captured, ms",
+        "of dense's",
+    ]
     columns += ["device, MiB", "of dense's", "host, MiB", "peak, MiB", ""]
     for context in dict.fromkeys(row["context"] for row in rows):
         table = []
         for row in (row for row in rows if row["context"] == context):
             more = ratios(row, rows)
             mib = {name: row.get(f"{name}_bytes", 0) / 2**20 for name in ("device", "host", "mapped")}
-            ms = {name: row[name] * 1e3 if name in row else None for name in ("token_s", "captured_s")}
+            ms = {k: row[k] * 1e3 if k in row else None for k in ("question_s", "token_s", "captured_s")}
             table.append(
                 [
                     row["method"],
                     written(row.get("read_s"), ".2f"),
                     written(more["read_of_dense"], ".2f"),
+                    written(ms["question_s"], ".1f"),
                     written(ms["token_s"], ".2f"),
                     written(more["token_of_dense"], ".2f"),
                     written(ms["captured_s"], ".2f"),
@@ -245,7 +263,7 @@ def main(argv=None):
     for context in args.contexts:
         for spec in wanted:
             if (spec, context) not in there:
-                keep(taken(spec, context, model, ids[:, : context + 2 * (args.steps + WARM)], args, warm))
+                keep(taken(spec, context, model, ids[:, : context + QUESTION + 2 * (args.steps + WARM)], args, warm))
     print(f"{time.perf_counter() - began:.0f} s in all")
     show(found["rows"])
 

@@ -39,7 +39,9 @@ CITIES += ["Vienna", "Boston", "Delhi", "Geneva", "Prague", "Quito", "Riga", "Se
 NEEDLE = " The secret number of {city} is {key}. Remember it. {key} is the secret number of {city}."
 QUESTION = "\n\nWhat is the secret number of {city}? The secret number of {city} is"
 NEW = 8  # tokens of an answer
-OPTIONS = {"longcache": {"window": 2048, "spans": 64, "chunk": 1024}}  # scores that lie side by side cost the least
+OPTIONS = {
+    "longcache": {"window": 512, "spans": 8, "chunk": 512, "look": 64, "scan": False}
+}  # time grows with the text
 
 
 def load(name, device):

@@ -179,6 +179,9 @@ LOSSY = {
     "h2o": lambda model: longwave.cache(model, longwave.H2O(**ENDS), budget=0.3),
     "quest": lambda model: longwave.cache(model, longwave.Quest(full_layers=0, chunk=4, **ENDS), budget=0.3),
     "longcache": lambda model: longwave.cache(model, FewAlone(chunk=8, top=2, spans=3, span=4, sinks=2, window=9)),
+    "longcache-looks": lambda model: longwave.cache(
+        model, FewAlone(chunk=8, top=2, spans=3, span=4, sinks=2, window=9, look=7)
+    ),
     "longcache-pages": lambda model: longwave.cache(
         model,
         FewAlone(chunk=8, top=2, spans=3, span=4, sinks=2, window=9, store=longwave.Kivi(bits=4, group=8)),

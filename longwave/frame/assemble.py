@@ -14,6 +14,7 @@ from longwave.frame.cache import LongCache, Origin
 from longwave.frame.hidden import Watch
 from longwave.frame.ids import Teller
 from longwave.frame.layer import MemoryLayer
+from longwave.frame.look import Looker
 from longwave.frame.observe import Needs
 from longwave.frame.surprise import Listener
 from longwave.rotary import Rotary
@@ -26,16 +27,17 @@ def assemble(model: PreTrainedModel, layer: Callable[[int], MemoryLayer], needs:
     others, states = other_layers(config), states_beside(config)
     rotary = _rotary(model, needs)  # before anything is selected: it may refuse
     indices = tuple(index for index, other in enumerate(others) if other is None)
-    if needs.again and states:
+    if (needs.again or needs.look) and states:
         raise NotImplementedError(
             "layers of this model attend and keep a recurrent state as well, which has moved on when the text would be "
-            "read again: use a method that reads it once, such as snapkv"
+            "read again: use a method that reads it once"
         )
     watch = (
         Watch(model, indices) if needs.hidden else None,
         Listener(model) if needs.surprise else None,
         Reader(model, needs.again) if needs.again else None,
         Teller(model) if needs.ids else None,
+        Looker(model) if needs.look else None,
     )
     layers = [layer(index) if other is None else other for index, other in enumerate(others)]
     layers = [with_state(made, states[index]) if index in states else made for index, made in enumerate(layers)]

@@ -106,6 +106,17 @@ class Counting(CacheLayerMixin):
             self.columns += int(tokens_to_remove)
         self._finish_settling()
 
+    def counts(self) -> tuple[int, list[int], list[int], bool]:
+        """What `take_back` goes back to."""
+        return self.columns, list(self.rows), list(self._run), self._beyond
+
+    def take_back(self, before: tuple[int, list[int], list[int], bool]) -> None:
+        """Forget the tokens of the last pass, wherever its padding was."""
+        counts = [now - was for now, was in zip(self.rows, before[1], strict=True)]
+        self.can_drop(counts)
+        self.drop_last(counts)
+        self.columns, self.rows, self._run, self._beyond = before
+
     def check_crop(self, tokens_to_remove: int) -> list[int]:
         """How many tokens of each row a crop would remove, or an error that says why it cannot. Removes nothing."""
         count = -int(tokens_to_remove)  # transformers 5.17 counts in tensors

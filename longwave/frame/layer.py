@@ -74,6 +74,14 @@ class MemoryLayer(Keeping):
         was read again (`Needs.again`), or taken over. Methods whose layers share something override it."""
         self.settle()
 
+    def looks(self, rows: list[int]) -> bool:
+        """Whether a pass that makes its rows so long is to be read twice (`Needs.look`)."""
+        return False
+
+    def seen(self, look: list[Any] | None) -> None:
+        """Take what all layers saw of a pass that is read once more now; None: a pass that is read once begins, of so
+        many tokens that what was seen before is of no use to it."""
+
     def patience(self) -> int:
         """Longest forward pass, in tokens, whose `settle` may wait for `crop` while the past is recorded."""
         return 0

@@ -49,7 +49,8 @@ class Needs:
     cache's first memory layer remembers what went into the head: one, and those that `crop` may take back. again: the
     most attention that each token gets while the model repeats it, a column for every way to; until then nothing
     settles. Tokens that come one at a time have 0. bias: a column for what attention adds to a token's scores, 0 as it
-    comes. ids: which token it is, a column (ids.py).
+    comes. ids: which token it is, a column (ids.py). look: passes of two tokens to so many are read twice where a layer
+    `looks`: what its layers see the first time they may know the second time (look.py).
     """
 
     queries: int = 0
@@ -64,6 +65,7 @@ class Needs:
     again: tuple[Repeat, ...] = ()
     bias: bool = False
     ids: bool = False
+    look: int = 0
 
     def __or__(self, other: Needs) -> Needs:
         asked = [needs for needs in (self, other) if needs.queries]
@@ -83,6 +85,7 @@ class Needs:
             tuple(sorted({*self.again, *other.again})),
             self.bias or other.bias,
             self.ids or other.ids,
+            max(self.look, other.look),
         )
 
     def columns(self) -> dict[str, torch.dtype]:

@@ -26,6 +26,7 @@ class Progress:
     unheard: bool = False  # layers wait behind a pass for what its last layer says
     mask: tuple[Any, Any, list[int]] | None = None  # a pass's 4D mask, the plain one that it is, tokens of rows before
     given: Any = None  # what the running pass was given, where somebody is to read it again (again.py)
+    look: list[Any] | None = None  # what layers saw so far of a pass that is read for the first of two times (look.py)
     concluding: list[Any] = field(default_factory=list)  # layers that hold a text whole until the last one does
     scratch: Scratch = field(default_factory=Scratch)  # what one layer's pass may take at a time
 

@@ -13,14 +13,14 @@ counted row by row, a pass of few tokens chooses for each of them, and a long pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from longwave.checks import whole
-from longwave.frame import MemoryLayer, Pass
+from longwave.frame import MemoryLayer, Needs, Pass
 from longwave.methods.base import Bound, CacheShape
 from longwave.methods.scoped import Scoped, ScopedBound, ScopedLayer, at_places
 from longwave.methods.scoped_pages import PagedScopedBound, PagedScopedLayer, bind_pages
@@ -31,6 +31,7 @@ from longwave.ops.attention.reference import causal_attention, dense_attention, 
 from longwave.ops.pieces import Coming, Made, fetched, on_its_way
 from longwave.plan.profile import Profile
 from longwave.store.mapped import MappedTokens
+from longwave.store.state import State, demand
 from longwave.store.tokens import capacity
 
 
@@ -42,7 +43,10 @@ class ReAttention(Scoped):
         query votes for in each of its heads. spans: of the tokens voted for, how many are read, with what stands around
         them, span tokens in all. chunk: tokens of a prompt that choose together. exact: every token may be voted for;
         False: of 128 that stand side by side only their best, which is less work on a GPU. store: a method of pages, by
-        name or with options, that what leaves the window goes into; the budget is that of the pages then.
+        name or with options, that what leaves the window goes into; the budget is that of the pages then. look: a pass
+        of two tokens to so many, such as a question, is read twice: the first time to see which spans it asks for, in
+        all layers together, the second time, and in the steps behind it, all layers read those. 0: never. scan: whether
+        what is not looked for chooses as well; False: it reads first and last tokens alone, and scores nothing.
 
     Without store it takes no budget, since all is held; 1 reads all.
     """
@@ -59,6 +63,8 @@ class ReAttention(Scoped):
     chunk: int = 512
     exact: bool = True
     store: Segmented | str | None = None
+    look: int = 0
+    scan: bool = True
 
     def __post_init__(self) -> None:
         whole("sinks", self.sinks, 0, "tokens")
@@ -67,6 +73,14 @@ class ReAttention(Scoped):
         whole("span", self.span, 1, "tokens")
         whole("chunk", self.chunk, 1, "tokens")
         whole("window", self.window, self.chunk, "tokens (those that choose together, chunk, lie in it)")
+        if not 0 <= whole("look", self.look, 0, "tokens") <= self.window:
+            raise ValueError(f"look is of tokens that stay in the window of {self.window:,}; got {self.look:,}")
+        if not isinstance(self.scan, bool):
+            raise ValueError(f"scan is True or False, got {self.scan!r}")
+        if not (self.scan or self.look):
+            raise ValueError(
+                "scan=False leaves the middle to what is looked for: give look, tokens of a question at most"
+            )
         if not isinstance(self.exact, bool):
             raise ValueError(f"exact is True or False, got {self.exact!r}")
         super().__post_init__()
@@ -91,7 +105,18 @@ class ReAttention(Scoped):
     @property
     def words(self) -> str:
         """What is read."""
-        return f"{self.scope} tokens: {self.spans} spans of {self.span}, window={self.window}"
+        looks = f", look={self.look}" * bool(self.look) + ", scan=False" * (not self.scan)
+        return f"{self.scope} tokens: {self.spans} spans of {self.span}, window={self.window}{looks}"
+
+    @property
+    def found_bytes(self) -> int:
+        """Of a layer and row: the spans that were looked for."""
+        return 8 * self.spans if self.needs.look else 0
+
+    @property
+    def needs(self) -> Needs:
+        """Of a layer, beside keys before rotation."""
+        return Needs(look=self.look if self.spans else 0)
 
     def bound(self, shape: CacheShape, budget: float | None) -> ReAttentionBound:
         return ReAttentionBound(self, shape, budget)
@@ -113,6 +138,13 @@ class ReAttention(Scoped):
 @dataclass(frozen=True, eq=False)
 class ReAttentionBound(ScopedBound):
     method: ReAttention
+
+    @property
+    def needs(self) -> Needs:
+        return super().needs | (Needs() if self.whole else self.method.needs)
+
+    def beside(self, tokens: int) -> int:
+        return self.method.found_bytes
 
     def reads(self) -> str:
         return self.method.words
@@ -141,6 +173,27 @@ class ReAttentionLayer(ScopedLayer):
     def _clear(self) -> None:
         super()._clear()
         self._coming: Ahead | None = None  # of the stored keys the first ones, between the layer before and this one
+        self.looked = False  # whether spans were looked for, and steps read those
+        self.found: torch.Tensor | None = None  # which, by number, int64 [batch, spans], or -1; None if never
+        self._earlier: tuple[list[int], bool, torch.Tensor | None] | None = (
+            None  # tokens of rows, and those two, before
+        )
+
+    def looks(self, rows: list[int]) -> bool:
+        return max(rows) > self.method.scope
+
+    def seen(self, look: list[torch.Tensor] | None) -> None:
+        self._earlier = list(self.rows), self.looked, self.found
+        self.looked = bool(look)
+        if look:
+            first = self._peers[0]
+            found = select.greatest(look[0], self.method.spans) if self is first else first.found.clone()
+            self.found = found.to(self.device)
+
+    @property
+    def alone(self) -> int:
+        """What was looked for is read together, and together it is looked for."""
+        return 0 if self.looked or self.progress.look is not None else self.method.alone
 
     def expect(self) -> None:
         """Stored keys are scored soon. Those of the pass that runs are not there yet, and no row may have one of them
@@ -183,21 +236,93 @@ class ReAttentionLayer(ScopedLayer):
         """Which of the stored tokens a row reads: bool [batch, longest]."""
         m, number, last = self.method, torch.arange(longest, device=stop.device), stop[:, None]
         keep = (number < m.sinks) | (number >= last - m.window) | (last <= m.scope)
-        if m.spans and longest > m.scope:
+        if not m.spans or longest <= m.scope:
+            return keep & (number < last)
+        looking = self.progress.look
+        if looking is None and self.looked and self.found is not None:
+            inside = (number >= m.sinks) & (number < last - m.window)
+            keep |= inside & select.within(self.found, longest, m.span)
+        elif m.scan or looking is not None:
             q = p.rotary.unrotate(p.module, p.q, p.known_positions())
             begin, end = torch.full_like(stop, m.sinks), stop - m.window
-            options = dict(top=m.top, spans=m.spans, span=m.span, exact=m.exact)
-            keys = self.stored_keys(longest)
-            if longest == max(self.rows):  # the last stretch of the pass
-                for layer in [layer for layer in self._peers if layer.index > self.index][:1]:
-                    layer.expect()
-            keep |= select.choose(q, keys, begin, end, asks, **options)  # type: ignore[arg-type]
+            if m.scan:
+                options = dict(top=m.top, spans=m.spans, span=m.span, exact=m.exact)
+                keep |= select.choose(q, self._keys_of(longest), begin, end, asks, **options)  # type: ignore[arg-type]
+            if looking is not None:
+                keys = self.stored_keys(longest)
+                _add(looking, select.shares(q, keys, begin, end, asks, scaling=p.scaling, span=m.span))
         return keep & (number < last)
+
+    def _keys_of(self, longest: int) -> torch.Tensor | Made | Coming:
+        """Stored keys that are scored; those of the next layer begin to come behind the last stretch of a pass."""
+        keys = self.stored_keys(longest)
+        if longest == max(self.rows):
+            for layer in [layer for layer in self._peers if layer.index > self.index][:1]:
+                layer.expect()
+        return keys
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        if self.needs.look:
+            self.found = torch.full((self.batch_size, self.method.spans), -1, device=self.device)
+
+    def parts(self) -> dict[str, list[torch.Tensor]]:
+        parts = super().parts()
+        return parts if self.found is None else {**parts, "found": [self.found]}
+
+    def drop_last(self, counts: list[int]) -> None:
+        super().drop_last(counts)
+        left = [row - count for row, count in zip(self.rows, counts, strict=True)]
+        if self._earlier is not None and all(a <= b for a, b in zip(left, self._earlier[0], strict=True)):
+            _, self.looked, self.found = self._earlier  # whoever asked is taken back
+            self._earlier = None
+
+    def move(self, device: torch.device | str) -> None:
+        super().move(device)
+        if self.found is not None:
+            self.found = self.found.to(device)
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        super().select_rows(rows)
+        self._earlier = None
+        if self.found is not None:
+            self.found = self.found.index_select(0, rows.to(self.found.device))
+
+    def state(self) -> State:
+        made = super().state()
+        return {**made, "found": self.found, "looked": self.looked} if made and self.found is not None else made
+
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        super().load_state(state, device)
+        if not self.needs.look or not state:
+            return
+        found = state["found"]
+        shape = (self.batch_size, self.method.spans)
+        demand(tuple(found.shape) == shape and found.dtype == torch.int64, f"spans found are {list(found.shape)}")
+        self.found, self.looked = found, state["looked"]
+
+
+def _add(looking: list[torch.Tensor], share: torch.Tensor) -> None:
+    """To what was seen before of other queries and in other layers: [batch, spans], fewer where rows were shorter."""
+    if looking:
+        most = max(looking[0].shape[1], share.shape[1])
+        before, new = (
+            torch.nn.functional.pad(x, (0, most - x.shape[1])) for x in (looking.pop().to(share.device), share)
+        )
+        share = before + new
+    looking.append(share)
 
 
 @dataclass(frozen=True, eq=False)
 class PagedReAttentionBound(PagedScopedBound):
     method: ReAttention
+
+    @property
+    def needs(self) -> Needs:
+        return super().needs | self.method.needs
+
+    def layer_bytes(self, index: int, tokens: int) -> int:
+        return super().layer_bytes(index, tokens) + self.method.found_bytes
 
     def __str__(self) -> str:
         return f"{self.method.name}(reads {self.method.words}, in {self.inner})"

@@ -166,6 +166,11 @@ class ScopedLayer(MemoryLayer):
         No shape depends on what the device knows.
         """
 
+    @property
+    def alone(self) -> int:
+        """Tokens of a row that choose one by one, where a pass brings no more."""
+        return self.method.alone
+
     def ahead(self, starts: list[int]) -> None:
         """What has to be known before a stretch of row b from token starts[b] on is read."""
 
@@ -254,7 +259,7 @@ class ScopedLayer(MemoryLayer):
     def stretches(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """How a row reads the tokens from start to stop that a pass brings: those that are read plainly at once, then
         borders at multiples of the chunk, wherever passes end."""
-        step = 1 if stop - start <= self.method.alone else self.method.chunk
+        step = 1 if stop - start <= self.alone else self.method.chunk
         border = self.method.plain // step * step
         while start < stop:
             border = max(border, (start // step + 1) * step)

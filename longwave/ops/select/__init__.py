@@ -8,9 +8,9 @@ import torch
 from longwave.ops.kernels import choice, wants_triton
 from longwave.ops.pieces import Coming, Made, pieces
 from longwave.ops.select import reference
-from longwave.ops.select.reference import TILE, places
+from longwave.ops.select.reference import TILE, greatest, places, within
 
-__all__ = ["TILE", "choose", "places"]
+__all__ = ["TILE", "choose", "greatest", "places", "shares", "within"]
 
 PIECE = 1 << 16  # tokens, whole tiles
 
@@ -50,6 +50,25 @@ def choose(
     if asks is not None:
         index = index.masked_fill(~asks[:, None, :, None], -1)
     return reference.around(index, k.shape[2], begin, end, spans, span)
+
+
+def shares(
+    q: torch.Tensor,
+    k: torch.Tensor | Made | Coming,
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    asks: torch.Tensor | None = None,
+    *,
+    scaling: float,
+    span: int,
+) -> torch.Tensor:
+    """Attention that spans of `span` tokens side by side, from token 0 on, get of a row's queries, before rotation and
+    among the tokens begin[b] to end[b] - 1 alone: float32 [B, ceil(L / span)], summed over heads and queries.
+
+    Arguments as those of `choose`; scaling: of the scores. Plain torch: a question's queries are few.
+    """
+    size = max(1, reference.COLUMNS // span) * span
+    return reference.shares(q, pieces(k, size, q.device), begin, end, asks, scaling, span)
 
 
 def _in_pieces(

@@ -9,6 +9,8 @@ Scores are compared in float32, those of float64 too: in a first layer the keys 
 which is not to choose.
 """
 
+from collections.abc import Iterable
+
 import torch
 
 from longwave.ops.attention.reference import _product, group_heads, query_block
@@ -102,6 +104,56 @@ def around(
     edges = flat.new_zeros(batch, tokens + 1)
     edges.scatter_add_(1, start.clamp(0, tokens), won).scatter_add_(1, stop.clamp(0, tokens), -won)
     return edges.cumsum(1)[:, :tokens] > 0
+
+
+def shares(
+    q: torch.Tensor,
+    parts: Iterable[tuple[int, torch.Tensor]],
+    begin: torch.Tensor,
+    end: torch.Tensor,
+    asks: torch.Tensor | None,
+    scaling: float,
+    span: int,
+) -> torch.Tensor:
+    """What spans of `span` tokens side by side get of softmaxes over the middle, summed over heads and queries: float32
+    [B, ceil(L / span)]. parts: where stretches of the keys begin, multiples of `span`, and they themselves."""
+    b, hq, queries, _ = q.shape
+    found: list[torch.Tensor] = []  # log of the sum of each span, [B, H, G Q, n]
+    for start, part in parts:
+        heads = part.shape[1]
+        k = part.float().mT
+        number = start + torch.arange(part.shape[2], device=q.device)
+        inside = (number >= begin[:, None]) & (number < end[:, None])
+        step = query_block(b * hq, part.shape[2])
+        scores = []
+        for at in range(0, queries, step):
+            x = group_heads(q[:, :, at : at + step].float() * scaling, heads)
+            s = (x @ k).masked_fill_(~inside[:, None, None], -INF)
+            if part.shape[2] % span:
+                s = torch.nn.functional.pad(s, (0, -part.shape[2] % span), value=-INF)
+            scores.append(s.unflatten(-1, (-1, span)).logsumexp(-1).unflatten(2, (hq // heads, -1)))
+        found.append(torch.cat(scores, 3).flatten(1, 2))
+    each = torch.cat(found, -1)  # [B, Hq, Q, spans]
+    share = torch.exp(each - each.logsumexp(-1, keepdim=True)).nan_to_num_(0)  # of nothing: nothing
+    if asks is not None:
+        share = share * asks[:, None, :, None]
+    return share.sum((1, 2))
+
+
+def greatest(share: torch.Tensor, spans: int) -> torch.Tensor:
+    """Numbers of the `spans` spans with the greatest share [B, n], the earlier of equals: int64 [B, spans], -1 where
+    there are no more that have any."""
+    value, index = share.sort(dim=-1, descending=True, stable=True)
+    index = index.masked_fill(value <= 0, -1)[:, :spans]
+    return torch.nn.functional.pad(index, (0, spans - index.shape[1]), value=-1)
+
+
+def within(found: torch.Tensor, tokens: int, span: int) -> torch.Tensor:
+    """Which tokens lie in the spans of those numbers, int64 [B, n] and none below 0: bool [B, tokens]."""
+    many = -(-tokens // span)
+    keep = torch.zeros(found.shape[0], many + 1, dtype=torch.bool, device=found.device)
+    keep.scatter_(1, found.where((found >= 0) & (found < many), many), True)
+    return keep[:, :many].repeat_interleave(span, 1)[:, :tokens]
 
 
 def places(keep: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:

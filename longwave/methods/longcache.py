@@ -46,7 +46,8 @@ class ReAttention(Scoped):
         name or with options, that what leaves the window goes into; the budget is that of the pages then. look: a pass
         of two tokens to so many, such as a question, is read twice: the first time to see which spans it asks for, in
         all layers together, the second time, and in the steps behind it, all layers read those. 0: never. scan: whether
-        what is not looked for chooses as well; False: it reads first and last tokens alone, and scores nothing.
+        what is not looked for chooses as well; False: it scores nothing, and reads first and last tokens alone, as many
+        of these as the scope has room for.
 
     Without store it takes no budget, since all is held; 1 reads all.
     """
@@ -219,8 +220,7 @@ class ReAttentionLayer(ScopedLayer):
         asks: torch.Tensor | None = None,
         square: bool = False,
     ) -> torch.Tensor:
-        keep = self._chosen(p, longest, stop, asks)
-        index, count = select.places(keep, min(longest, self.method.scope))
+        index, count = self._read_by(p, longest, stop, asks)
         k, v = self.taken(index)
         k = at_places(p, k)
         place = (number - stop[:, None] + count[:, None]).clamp(min=0)  # what is read ends with the tokens that ask
@@ -232,25 +232,33 @@ class ReAttentionLayer(ScopedLayer):
         attention = step_attention if q.shape[2] == 1 else dense_attention
         return attention(q, k, v, p.scaling, place + 1)
 
+    def _read_by(
+        self, p: Pass, longest: int, stop: torch.Tensor, asks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Numbers of the tokens that rows read, rising, int64 [batch, n], and how many those are, int64 [batch]."""
+        m = self.method
+        if longest > m.scope and self.progress.look is None:
+            if self.looked and self.found is not None:
+                return select.told(self.found, stop, m.sinks, m.window, m.span)
+            if not m.scan:
+                return select.told(stop.new_empty(len(stop), 0), stop, m.sinks, m.scope - m.sinks, 1)
+        return select.places(self._chosen(p, longest, stop, asks), min(longest, m.scope))
+
     def _chosen(self, p: Pass, longest: int, stop: torch.Tensor, asks: torch.Tensor | None) -> torch.Tensor:
         """Which of the stored tokens a row reads: bool [batch, longest]."""
         m, number, last = self.method, torch.arange(longest, device=stop.device), stop[:, None]
-        keep = (number < m.sinks) | (number >= last - m.window) | (last <= m.scope)
-        if not m.spans or longest <= m.scope:
-            return keep & (number < last)
-        looking = self.progress.look
-        if looking is None and self.looked and self.found is not None:
-            inside = (number >= m.sinks) & (number < last - m.window)
-            keep |= inside & select.within(self.found, longest, m.span)
-        elif m.scan or looking is not None:
+        near = m.window if m.scan else m.scope - m.sinks
+        keep = (number < m.sinks) | (number >= last - near) | (last <= m.scope)
+        if m.spans and longest > m.scope:
             q = p.rotary.unrotate(p.module, p.q, p.known_positions())
             begin, end = torch.full_like(stop, m.sinks), stop - m.window
             if m.scan:
                 options = dict(top=m.top, spans=m.spans, span=m.span, exact=m.exact)
                 keep |= select.choose(q, self._keys_of(longest), begin, end, asks, **options)  # type: ignore[arg-type]
-            if looking is not None:
+            if self.progress.look is not None:
                 keys = self.stored_keys(longest)
-                _add(looking, select.shares(q, keys, begin, end, asks, scaling=p.scaling, span=m.span))
+                share = select.shares(q, keys, begin, end, asks, scaling=p.scaling, span=m.span)
+                _add(self.progress.look, share)
         return keep & (number < last)
 
     def _keys_of(self, longest: int) -> torch.Tensor | Made | Coming:

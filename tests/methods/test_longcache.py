@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import longwave
-from longwave.frame import Pass
+from longwave.frame import Pass, cache_argument
 from longwave.frame.attention import StepMask
+from longwave.methods import longcache
 from longwave.methods.longcache import ReAttentionLayer
 from longwave.ops.attention.reference import causal_attention
 from longwave.rotary import Rotary
-from tests.conftest import into, left_padded, shape_of, tokens
+from tests.conftest import build, into, left_padded, shape_of, tokens
 from tests.methods import naive
 from tests.methods.naive import SCALE, D, G, H, draw
 from tests.methods.test_evicting import step_of
@@ -340,6 +341,148 @@ def test_a_budget_decides_nothing(llama):
     assert not any(isinstance(layer, ReAttentionLayer) for layer in memory.memory_layers())
 
 
+# looking before reading
+
+LOOK = longwave.ReAttention(**SMALL, look=7)
+
+
+def feed(model, memory, ids):
+    with torch.no_grad():
+        return model(ids, **cache_argument(model, memory), use_cache=True).logits
+
+
+def asked(model, method, ids, question):
+    """A cache that has read ids and a question, and the question's logits."""
+    memory = longwave.cache(model, method)
+    feed(model, memory, ids)
+    return memory, feed(model, memory, question)
+
+
+def test_all_layers_read_the_spans_that_all_of_them_asked_for(llama, monkeypatch):
+    ids, question = tokens(2, 90), tokens(2, 6, seed=7)
+    seen, shares = [], longcache.select.shares
+    monkeypatch.setattr(longcache.select, "shares", lambda *a, **b: seen.append(shares(*a, **b)) or seen[-1])
+    memory, logits = asked(llama, LOOK, ids, question)
+    layers = list(memory.memory_layers())
+    assert len(seen) == len(layers)
+    best = sum(seen).topk(3).indices
+    for layer in layers:
+        assert layer.looked
+        assert [set(row) for row in layer.found.tolist()] == [set(row) for row in best.tolist()]
+    # whoever is told to read those spans reads the same, without looking
+    told = longwave.cache(llama, METHOD)
+    feed(llama, told, ids)
+    for layer, other in zip(told.memory_layers(), layers, strict=True):
+        layer.looked, layer.found = True, other.found
+    torch.testing.assert_close(feed(llama, told, question), logits, rtol=0, atol=1e-6)
+    more = tokens(2, 3, seed=8)  # steps go on with what the question found
+    steps = [torch.cat([feed(llama, cache, token) for token in more.split(1, 1)], 1) for cache in (memory, told)]
+    torch.testing.assert_close(*steps, rtol=0, atol=1e-6)
+    assert len(seen) == len(layers)
+
+
+def test_the_first_reading_leaves_nothing_behind(llama):
+    memory, _ = asked(llama, LOOK, tokens(2, 90), tokens(2, 6, seed=7))
+    once, _ = asked(llama, METHOD, tokens(2, 90), tokens(2, 6, seed=7))
+    assert memory.get_seq_length() == once.get_seq_length() == 96
+    first, other = (next(cache.memory_layers()) for cache in (memory, once))
+    assert (first.rows, first.held(), first._run) == (other.rows, other.held(), other._run)
+    torch.testing.assert_close(first.materialize()[1], other.materialize()[1])  # of the first layer: no choice is in it
+
+
+def test_the_needle_is_looked_for_by_those_that_ask_for_it():
+    """Of two layers one asks for token 40; both read its span, though one of the other's own has more votes."""
+    method = longwave.ReAttention(**SMALL | dict(top=1, spans=1), look=8)
+    layers = [method.bind(naive.shape(layers=2), None, None).layer(i) for i in range(2)]
+    for layer in layers:
+        layer.progress = layers[0].progress
+        layer.join(layers)
+    layers[0].progress.rotary = Turning()
+    k, v, q = (x * 0.01 for x in draw(1, 92, seed=3))
+    slow = torch.tensor([3, 7])
+    k[0, :, 40, slow], v[0, :, 40] = 30.0, 1.0
+    q[0, :, 90:, slow] = 3.0
+    weak = q * 0.01
+    for layer, own in zip(layers, (q, weak), strict=True):
+        answers(layer, k[:, :, :90], v[:, :, :90], own[:, :, :90], [90])
+    layers[0].progress.look = look = []
+    before = [layer.counts() for layer in layers]
+    for layer, own in zip(layers, (q, weak), strict=True):
+        list(drive(layer, k, v, own, [2], start=90))
+    layers[0].progress.look = None
+    for layer, was in zip(layers, before, strict=True):
+        layer.take_back(was)
+        assert layer.counts() == was
+        layer.seen(look)
+    assert [layer.found.tolist() for layer in layers] == [[[40 // 4]]] * 2
+    (out,) = drive(layers[0], k, v, q, [2], start=90)
+    assert out.min() > 0.9
+
+
+@pytest.mark.parametrize("size", [1, 8, 20])
+def test_who_does_not_look(llama, size):
+    """A step, and what is longer than a question; the latter forgets what was found, the former reads it."""
+    memory, _ = asked(llama, LOOK, tokens(1, 90), tokens(1, 6, seed=7))
+    found = next(memory.memory_layers()).found.clone()
+    feed(llama, memory, tokens(1, size, seed=9))
+    layer = next(memory.memory_layers())
+    assert layer.looked == (size == 1)
+    assert not layer.looked or torch.equal(layer.found, found)
+
+
+def test_within_the_scope_nobody_looks(llama, monkeypatch):
+    monkeypatch.setattr(longcache.select, "shares", None)
+    memory, logits = asked(llama, LOOK, tokens(1, 12), tokens(1, 6, seed=7))
+    _, plain = asked(llama, "dense", tokens(1, 12), tokens(1, 6, seed=7))
+    torch.testing.assert_close(logits, plain, rtol=0, atol=1e-4)
+    assert not next(memory.memory_layers()).looked
+
+
+def test_a_question_that_is_taken_back_takes_its_spans_along(llama):
+    ids, one, two = tokens(1, 90), tokens(1, 6, seed=7), tokens(1, 5, seed=8)
+    memory, _ = asked(llama, LOOK, ids, one)
+    was = next(memory.memory_layers()).found.clone()
+    feed(llama, memory, two)
+    assert not torch.equal(next(memory.memory_layers()).found, was)
+    memory.crop(-5)
+    assert all(layer.looked and torch.equal(layer.found, was) for layer in memory.memory_layers())
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3next"])
+def test_layers_of_transformers_own_are_put_back(kind):
+    """Windows and recurrent states have read a question once, as those of a cache that was told what to read."""
+    model, ids, question = build(kind), tokens(1, 90), tokens(1, 6, seed=7)
+    memory, logits = asked(model, LOOK, ids, question)
+    told = longwave.cache(model, METHOD)
+    feed(model, told, ids)
+    for layer, other in zip(told.memory_layers(), memory.memory_layers(), strict=True):
+        layer.looked, layer.found = True, other.found
+    torch.testing.assert_close(feed(model, told, question), logits, rtol=0, atol=1e-5)
+
+
+def test_a_first_reading_that_fails_half_way_is_said(llama, monkeypatch):
+    memory, _ = asked(llama, LOOK, tokens(1, 90), tokens(1, 6, seed=7))
+    last = list(memory.memory_layers())[-1]
+    monkeypatch.setattr(last, "read", lambda *a, **b: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        feed(llama, memory, tokens(1, 5))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="failed half-way"):
+        feed(llama, memory, tokens(1, 5))
+
+
+def test_without_scanning_a_prompt_reads_its_ends(llama):
+    """As with a window in place of spans; and a question still finds the middle."""
+    ids = tokens(2, 90)
+    ends = longwave.cache(llama, longwave.ReAttention(**SMALL | dict(spans=0, window=9 + 12)))
+    blind = longwave.cache(llama, longwave.ReAttention(**SMALL, look=7, scan=False))
+    torch.testing.assert_close(feed(llama, ends, ids), feed(llama, blind, ids), rtol=0, atol=1e-5)
+    step = tokens(2, 1, seed=8)
+    torch.testing.assert_close(feed(llama, ends, step), feed(llama, blind, step), rtol=0, atol=1e-5)
+    feed(llama, blind, tokens(2, 6, seed=7))
+    assert all(layer.looked for layer in blind.memory_layers())
+
+
 def test_bytes_are_a_dense_caches(llama):
     memory = longwave.cache(llama, METHOD)
     read_in(llama, memory, tokens(2, 200), (150, 50))
@@ -357,6 +500,10 @@ def test_bytes_are_a_dense_caches(llama):
         (dict(span=0), "span is a whole number of tokens, at least 1; got 0"),
         (dict(chunk=64, window=63), r"window is a whole number of tokens \(.*chunk.*\), at least 64; got 63"),
         (dict(exact=1), "exact is True or False, got 1"),
+        (dict(look=-1), "look is a whole number of tokens, at least 0; got -1"),
+        (dict(chunk=64, window=64, look=65), "stay in the window of 64; got 65"),
+        (dict(look=1, scan=1), "scan is True or False, got 1"),
+        (dict(scan=False), "leaves the middle to what is looked for"),
     ],
     ids=str,
 )

@@ -175,6 +175,52 @@ def test_rows_choose_alone_and_absent_queries_do_not_vote(monkeypatch):
     assert not torch.equal(found, choose(q, k, begin, end, **options))
 
 
+def shared_out(q, k, begin, end, asks, scaling, span):
+    """`shares` with loops, float64."""
+    out = torch.zeros(q.shape[0], -(-k.shape[2] // span), dtype=torch.float64)
+    for b in range(q.shape[0]):
+        own = slice(int(begin[b]), int(end[b]))
+        for h in range(q.shape[1]):
+            for i in range(q.shape[2]):
+                if own.start < own.stop and (asks is None or asks[b, i]):
+                    scores = k[b, h * k.shape[1] // q.shape[1], own].double() @ q[b, h, i].double() * scaling
+                    for j, share in enumerate(scores.softmax(0).tolist(), own.start):
+                        out[b, j // span] += share
+    return out
+
+
+@pytest.mark.parametrize("span", [1, 5, 32])
+@pytest.mark.parametrize("columns", [7, 1 << 14], ids=["in pieces", "at once"])
+def test_shares_are_those_of_softmaxes_over_the_middle(span, columns, monkeypatch):
+    monkeypatch.setattr(reference, "COLUMNS", columns)
+    monkeypatch.setattr(reference, "query_block", lambda rows, tokens: 2)
+    g = torch.Generator().manual_seed(5)
+    q, k = torch.randn(3, 4, 5, 8, generator=g), torch.randn(3, 2, 77, 8, generator=g)
+    begin, end = torch.tensor([2, 30, 9]), torch.tensor([70, 41, 9])  # the last row has no middle
+    asks = torch.arange(5) < torch.tensor([5, 3, 5])[:, None]
+    for who in (None, asks):
+        found = select.shares(q, k, begin, end, who, scaling=0.3, span=span)
+        torch.testing.assert_close(found.double(), shared_out(q, k, begin, end, who, 0.3, span), rtol=0, atol=1e-5)
+
+
+def test_the_greatest_spans_and_their_tokens():
+    share = torch.tensor([[0.5, 0, 2, 0.5], [0, 0, 0, 1], [0, 0, 0, 0]])
+    found = select.greatest(share, 3)
+    assert found.tolist() == [[2, 0, 3], [3, -1, -1], [-1, -1, -1]]  # of equals the earlier, and none that got nothing
+    assert select.greatest(share, 6).shape == (3, 6)
+
+
+def test_what_is_told_lies_between_the_ends():
+    found = torch.tensor([[5, 1, -1], [0, 9, 2], [1, 2, 3]])
+    stop = torch.tensor([40, 33, 14])  # the last row has fewer tokens than are read
+    index, count = select.told(found, stop, 2, 7, 3)
+    rows = [row[:n].tolist() for row, n in zip(index, count.tolist(), strict=True)]
+    assert index.shape == (3, 2 + 9 + 7)
+    assert rows[0] == [0, 1, 3, 4, 5, 15, 16, 17, *range(33, 40)]
+    assert rows[1] == [0, 1, 2, 6, 7, 8, *range(26, 33)]  # 27 to 29 are in the window, 0 and 1 at the other end
+    assert rows[2] == list(range(14))
+
+
 def test_nothing_is_read_back():
     q, k = torch.zeros(2, 6, 1, 8, device="meta"), torch.zeros(2, 2, 300, 8, device="meta")
     at = torch.zeros(2, dtype=torch.long, device="meta")

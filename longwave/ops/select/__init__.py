@@ -8,9 +8,9 @@ import torch
 from longwave.ops.kernels import choice, wants_triton
 from longwave.ops.pieces import Coming, Made, pieces
 from longwave.ops.select import reference
-from longwave.ops.select.reference import TILE, greatest, places, within
+from longwave.ops.select.reference import TILE, greatest, places, told
 
-__all__ = ["TILE", "choose", "greatest", "places", "shares", "within"]
+__all__ = ["TILE", "choose", "greatest", "places", "shares", "told"]
 
 PIECE = 1 << 16  # tokens, whole tiles
 

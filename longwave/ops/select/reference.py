@@ -148,12 +148,22 @@ def greatest(share: torch.Tensor, spans: int) -> torch.Tensor:
     return torch.nn.functional.pad(index, (0, spans - index.shape[1]), value=-1)
 
 
-def within(found: torch.Tensor, tokens: int, span: int) -> torch.Tensor:
-    """Which tokens lie in the spans of those numbers, int64 [B, n] and none below 0: bool [B, tokens]."""
-    many = -(-tokens // span)
-    keep = torch.zeros(found.shape[0], many + 1, dtype=torch.bool, device=found.device)
-    keep.scatter_(1, found.where((found >= 0) & (found < many), many), True)
-    return keep[:, :many].repeat_interleave(span, 1)[:, :tokens]
+def told(
+    found: torch.Tensor, stop: torch.Tensor, sinks: int, window: int, span: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `places` gives where nothing is chosen any more: of row b's first stop[b] tokens, more than sinks, spans and
+    window together, the ends, and between them the spans found, numbers int64 [B, n] or -1; of fewer all. No more work
+    than there are tokens read."""
+    device, (batch, spans) = stop.device, found.shape
+    near = torch.arange(window, device=device) + (stop[:, None] - window)
+    inner = (found[..., None] * span + torch.arange(span, device=device)).flatten(1)
+    there = (inner >= sinks) & (inner < near[:, :1])
+    ends = torch.arange(sinks, device=device).expand(batch, -1)
+    far = torch.cat([ends, inner.where(there, stop[:, None]), near], 1)
+    order = torch.arange(sinks + spans * span + window, device=device)
+    index = far.where(stop[:, None] > len(order), order).sort(-1).values
+    count = (index < stop[:, None]).sum(-1)
+    return index.where(order < count[:, None], 0), count
 
 
 def places(keep: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import longwave
+from longwave.decode import StaticDecoder
 from longwave.frame import Pass, cache_argument
 from longwave.frame.attention import StepMask
 from longwave.methods import longcache
@@ -481,6 +482,18 @@ def test_without_scanning_a_prompt_reads_its_ends(llama):
     torch.testing.assert_close(feed(llama, ends, step), feed(llama, blind, step), rtol=0, atol=1e-5)
     feed(llama, blind, tokens(2, 6, seed=7))
     assert all(layer.looked for layer in blind.memory_layers())
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_captured_steps_read_what_a_question_found(llama, scan):
+    method = replace(LOOK, scan=scan)
+    ids, question, more = tokens(2, 90), tokens(2, 6, seed=7), tokens(2, 4, seed=8)
+    plain, _ = asked(llama, method, ids, question)
+    stepped, _ = asked(llama, method, ids, question)
+    want = torch.cat([feed(llama, plain, token) for token in more.split(1, 1)], 1)
+    with StaticDecoder(llama, stepped, new_tokens=4) as decoder:
+        found = [decoder.step(token[:, 0]).clone() for token in more.split(1, 1)]
+    torch.testing.assert_close(torch.stack([x.view(2, -1) for x in found], 1), want, rtol=0, atol=1e-4)
 
 
 def test_bytes_are_a_dense_caches(llama):

@@ -1,5 +1,7 @@
 """longcache over pages: chosen and read is what pages give back, turned anew, and bytes are those of pages."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from tests.conftest import random_profile, tokens
 from tests.methods import naive
 from tests.methods.naive import SCALE, draw
 from tests.methods.test_longcache import COMINGS, MODULE, SMALL, Turning, answers, twin
-from tests.reading import read_in
+from tests.reading import read, read_in
 
 METHOD = longwave.ReAttention(**SMALL)
 EXACT = longwave.ReAttention(**SMALL, store=longwave.Kivi(group=8))
@@ -38,6 +40,20 @@ def test_over_pages_that_lose_nothing_the_same_is_read(coming, pads):
     want = answers(new_layer(METHOD), *given, sizes, valid)
     torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
     assert (paged.store is not None) == (total > SMALL["sinks"] + SMALL["window"] + 8)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_looking_over_pages_that_lose_nothing_finds_the_same(llama, scan):
+    ids, question, step = tokens(2, 90), tokens(2, 6, seed=7), tokens(2, 1, seed=8)
+    found = []
+    for method, budget in ((METHOD, None), (EXACT, 1.0)):
+        memory = longwave.cache(llama, replace(method, look=7, scan=scan), budget=budget)
+        logits = [read(llama, memory, ids) for ids in (ids, torch.cat([ids, question], 1))]
+        logits.append(read(llama, memory, torch.cat([ids, question, step], 1)))
+        found.append((torch.cat(logits, 1), [layer.found for layer in memory.memory_layers()]))
+    (one, spans), (other, same) = found
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+    assert all(map(torch.equal, spans, same))
 
 
 @pytest.mark.parametrize("store", ["kivi", "fourier"])

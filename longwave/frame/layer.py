@@ -78,9 +78,8 @@ class MemoryLayer(Keeping):
         """Whether a pass that makes its rows so long is to be read twice (`Needs.look`)."""
         return False
 
-    def seen(self, look: list[Any] | None) -> None:
-        """Take what all layers saw of a pass that is read once more now; None: a pass that is read once begins, of so
-        many tokens that what was seen before is of no use to it."""
+    def seen(self, look: list[Any], new: list[int]) -> None:
+        """Take what all layers saw of a pass that brings new[b] tokens of row b, and is read once more now."""
 
     def patience(self) -> int:
         """Longest forward pass, in tokens, whose `settle` may wait for `crop` while the past is recorded."""
@@ -366,6 +365,8 @@ class MemoryLayer(Keeping):
 
     def _settle_pass(self, tokens: int) -> None:
         """Settle behind a pass of so many tokens, or leave it to `crop` and the next one."""
+        if self.progress.look is not None:  # it is taken back
+            return
         if self._to_be_cropped(tokens):
             self._unsettled = True
         else:

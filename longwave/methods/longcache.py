@@ -25,13 +25,14 @@ from longwave.methods.base import Bound, CacheShape
 from longwave.methods.scoped import Scoped, ScopedBound, ScopedLayer, at_places
 from longwave.methods.scoped_pages import PagedScopedBound, PagedScopedLayer, bind_pages
 from longwave.methods.segmented import Segmented, pages_of
+from longwave.methods.told import NEVER, Told
 from longwave.ops import mass, select
 from longwave.ops.ahead import Ahead
 from longwave.ops.attention.reference import causal_attention, dense_attention, step_attention
 from longwave.ops.pieces import Coming, Made, fetched, on_its_way
 from longwave.plan.profile import Profile
 from longwave.store.mapped import MappedTokens
-from longwave.store.state import State, demand
+from longwave.store.state import State, under, within
 from longwave.store.tokens import capacity
 
 
@@ -174,27 +175,39 @@ class ReAttentionLayer(ScopedLayer):
     def _clear(self) -> None:
         super()._clear()
         self._coming: Ahead | None = None  # of the stored keys the first ones, between the layer before and this one
-        self.looked = False  # whether spans were looked for, and steps read those
-        self.found: torch.Tensor | None = None  # which, by number, int64 [batch, spans], or -1; None if never
-        self._earlier: tuple[list[int], bool, torch.Tensor | None] | None = (
-            None  # tokens of rows, and those two, before
-        )
+        self.told: Told | None = None  # where rows may look
+        self._asking = False  # the pass that runs was looked through
 
     def looks(self, rows: list[int]) -> bool:
         return max(rows) > self.method.scope
 
-    def seen(self, look: list[torch.Tensor] | None) -> None:
-        self._earlier = list(self.rows), self.looked, self.found
-        self.looked = bool(look)
-        if look:
+    def seen(self, look: list[torch.Tensor], new: list[int]) -> None:
+        assert self.told is not None
+        longer = [row + more > self.method.scope for row, more in zip(self.rows, new, strict=True)]
+        who = [more > 1 and beyond for more, beyond in zip(new, longer, strict=True)]
+        if look and any(who):
+            self._asking = True
             first = self._peers[0]
-            found = select.greatest(look[0], self.method.spans) if self is first else first.found.clone()
-            self.found = found.to(self.device)
+            found = select.greatest(look[0], self.method.spans) if self is first else first.told.found
+            self.told.tell(found, self.rows, who)
 
     @property
     def alone(self) -> int:
-        """What was looked for is read together, and together it is looked for."""
-        return 0 if self.looked or self.progress.look is not None else self.method.alone
+        """What is looked for, and what looked, chooses together."""
+        return 0 if self._asking or self.progress.look is not None else self.method.alone
+
+    def attend(self, p: Pass) -> torch.Tensor:
+        if self.told is not None and self.progress.look is None and not self._asking:
+            new = [p.q.shape[2]] * self.batch_size if p.valid is None else p.valid.sum(-1).tolist()
+            least = self.method.look + 1 if self.record_past else 2  # guesses that may be taken back ask nothing
+            who = [asked and more >= least for asked, more in zip(self.told.asked, new, strict=True)]
+            if any(who):
+                self.told.forget(self.starts, who)
+        try:
+            return super().attend(p)
+        finally:
+            if self.progress.look is None:
+                self._asking = False
 
     def expect(self) -> None:
         """Stored keys are scored soon. Those of the pass that runs are not there yet, and no row may have one of them
@@ -236,12 +249,23 @@ class ReAttentionLayer(ScopedLayer):
         self, p: Pass, longest: int, stop: torch.Tensor, asks: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Numbers of the tokens that rows read, rising, int64 [batch, n], and how many those are, int64 [batch]."""
+        told, m = self.told, self.method
+        if told is None or longest <= m.scope or self.progress.look is not None or not any(told.asked):
+            return self._untold(p, longest, stop, asks)
+        ours = select.told(told.found, stop, m.sinks, m.window, m.span)
+        if all(told.asked):
+            return ours
+        own = told.found[:, 0] != NEVER
+        index, count = self._untold(p, longest, stop, asks)
+        return ours[0].where(own[:, None], index), ours[1].where(own, count)
+
+    def _untold(
+        self, p: Pass, longest: int, stop: torch.Tensor, asks: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_read_by`, where nothing was looked for."""
         m = self.method
-        if longest > m.scope and self.progress.look is None:
-            if self.looked and self.found is not None:
-                return select.told(self.found, stop, m.sinks, m.window, m.span)
-            if not m.scan:
-                return select.told(stop.new_empty(len(stop), 0), stop, m.sinks, m.scope - m.sinks, 1)
+        if longest > m.scope and not m.scan and self.progress.look is None:
+            return select.told(stop.new_empty(len(stop), 0), stop, m.sinks, m.scope - m.sinks, 1)
         return select.places(self._chosen(p, longest, stop, asks), min(longest, m.scope))
 
     def _chosen(self, p: Pass, longest: int, stop: torch.Tensor, asks: torch.Tensor | None) -> torch.Tensor:
@@ -272,42 +296,35 @@ class ReAttentionLayer(ScopedLayer):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         if self.needs.look:
-            self.found = torch.full((self.batch_size, self.method.spans), -1, device=self.device)
+            self.told = Told(self.batch_size, self.method.spans, self.device)
 
     def parts(self) -> dict[str, list[torch.Tensor]]:
         parts = super().parts()
-        return parts if self.found is None else {**parts, "found": [self.found]}
+        return parts if self.told is None else {**parts, "found": [self.told.found]}
 
     def drop_last(self, counts: list[int]) -> None:
         super().drop_last(counts)
-        left = [row - count for row, count in zip(self.rows, counts, strict=True)]
-        if self._earlier is not None and all(a <= b for a, b in zip(left, self._earlier[0], strict=True)):
-            _, self.looked, self.found = self._earlier  # whoever asked is taken back
-            self._earlier = None
+        if self.told is not None and self.progress.look is None:
+            self.told.take_back([row - count for row, count in zip(self.rows, counts, strict=True)])
 
     def move(self, device: torch.device | str) -> None:
         super().move(device)
-        if self.found is not None:
-            self.found = self.found.to(device)
+        if self.told is not None:
+            self.told.move(device)
 
     def select_rows(self, rows: torch.Tensor) -> None:
         super().select_rows(rows)
-        self._earlier = None
-        if self.found is not None:
-            self.found = self.found.index_select(0, rows.to(self.found.device))
+        if self.told is not None:
+            self.told.select(rows)
 
     def state(self) -> State:
         made = super().state()
-        return {**made, "found": self.found, "looked": self.looked} if made and self.found is not None else made
+        return made if not made or self.told is None else {**made, **under("told", self.told.state())}
 
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
         super().load_state(state, device)
-        if not self.needs.look or not state:
-            return
-        found = state["found"]
-        shape = (self.batch_size, self.method.spans)
-        demand(tuple(found.shape) == shape and found.dtype == torch.int64, f"spans found are {list(found.shape)}")
-        self.found, self.looked = found, state["looked"]
+        if self.needs.look and state:
+            self.told = Told.of_state(within("told", state), self.batch_size, self.method.spans)
 
 
 def _add(looking: list[torch.Tensor], share: torch.Tensor) -> None:

@@ -1,5 +1,6 @@
 """longcache: what is chosen, that it is read at places without gaps, and that nothing else decides."""
 
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from longwave.frame import Pass, cache_argument
 from longwave.frame.attention import StepMask
 from longwave.methods import longcache
 from longwave.methods.longcache import ReAttentionLayer
+from longwave.methods.told import NEVER
 from longwave.ops.attention.reference import causal_attention
 from longwave.rotary import Rotary
 from tests.conftest import build, into, left_padded, shape_of, tokens
@@ -359,6 +361,12 @@ def asked(model, method, ids, question):
     return memory, feed(model, memory, question)
 
 
+def tell(cache, other):
+    """The next pass reads what the other one found, without looking."""
+    for layer, there in zip(cache.memory_layers(), other.memory_layers(), strict=True):
+        layer.told, layer._asking = copy.deepcopy(there.told), True
+
+
 def test_all_layers_read_the_spans_that_all_of_them_asked_for(llama, monkeypatch):
     ids, question = tokens(2, 90), tokens(2, 6, seed=7)
     seen, shares = [], longcache.select.shares
@@ -368,13 +376,12 @@ def test_all_layers_read_the_spans_that_all_of_them_asked_for(llama, monkeypatch
     assert len(seen) == len(layers)
     best = sum(seen).topk(3).indices
     for layer in layers:
-        assert layer.looked
-        assert [set(row) for row in layer.found.tolist()] == [set(row) for row in best.tolist()]
+        assert layer.told.asked == [True, True]
+        assert [set(row) for row in layer.told.found.tolist()] == [set(row) for row in best.tolist()]
     # whoever is told to read those spans reads the same, without looking
     told = longwave.cache(llama, METHOD)
     feed(llama, told, ids)
-    for layer, other in zip(told.memory_layers(), layers, strict=True):
-        layer.looked, layer.found = True, other.found
+    tell(told, memory)
     torch.testing.assert_close(feed(llama, told, question), logits, rtol=0, atol=1e-6)
     more = tokens(2, 3, seed=8)  # steps go on with what the question found
     steps = [torch.cat([feed(llama, cache, token) for token in more.split(1, 1)], 1) for cache in (memory, told)]
@@ -414,8 +421,8 @@ def test_the_needle_is_looked_for_by_those_that_ask_for_it():
     for layer, was in zip(layers, before, strict=True):
         layer.take_back(was)
         assert layer.counts() == was
-        layer.seen(look)
-    assert [layer.found.tolist() for layer in layers] == [[[40 // 4]]] * 2
+        layer.seen(look, [2])
+    assert [layer.told.found.tolist() for layer in layers] == [[[40 // 4]]] * 2
     (out,) = drive(layers[0], k, v, q, [2], start=90)
     assert out.min() > 0.9
 
@@ -424,11 +431,11 @@ def test_the_needle_is_looked_for_by_those_that_ask_for_it():
 def test_who_does_not_look(llama, size):
     """A step, and what is longer than a question; the latter forgets what was found, the former reads it."""
     memory, _ = asked(llama, LOOK, tokens(1, 90), tokens(1, 6, seed=7))
-    found = next(memory.memory_layers()).found.clone()
+    found = next(memory.memory_layers()).told.found.clone()
     feed(llama, memory, tokens(1, size, seed=9))
     layer = next(memory.memory_layers())
-    assert layer.looked == (size == 1)
-    assert not layer.looked or torch.equal(layer.found, found)
+    assert layer.told.asked == [size == 1]
+    assert size > 1 or torch.equal(layer.told.found, found)
 
 
 def test_within_the_scope_nobody_looks(llama, monkeypatch):
@@ -436,17 +443,98 @@ def test_within_the_scope_nobody_looks(llama, monkeypatch):
     memory, logits = asked(llama, LOOK, tokens(1, 12), tokens(1, 6, seed=7))
     _, plain = asked(llama, "dense", tokens(1, 12), tokens(1, 6, seed=7))
     torch.testing.assert_close(logits, plain, rtol=0, atol=1e-4)
-    assert not next(memory.memory_layers()).looked
+    assert next(memory.memory_layers()).told.asked == [False]
 
 
-def test_a_question_that_is_taken_back_takes_its_spans_along(llama):
+@pytest.mark.parametrize("crops", [(5,), (5, 6), (11,), (12,)], ids=str)
+def test_a_question_that_is_taken_back_takes_its_spans_along(llama, crops):
     ids, one, two = tokens(1, 90), tokens(1, 6, seed=7), tokens(1, 5, seed=8)
     memory, _ = asked(llama, LOOK, ids, one)
-    was = next(memory.memory_layers()).found.clone()
+    was = next(memory.memory_layers()).told.found.clone()
     feed(llama, memory, two)
-    assert not torch.equal(next(memory.memory_layers()).found, was)
+    assert not torch.equal(next(memory.memory_layers()).told.found, was)
+    for crop in crops:
+        memory.crop(-crop)
+    first = sum(crops) == 5  # the first question stands
+    for layer in memory.memory_layers():
+        assert layer.told.asked == [first]
+        assert torch.equal(layer.told.found, was) if first else (layer.told.found == NEVER).all()
+
+
+def test_whoever_was_parked_forgets_what_was_before_the_last_question(llama):
+    memory, _ = asked(llama, LOOK, tokens(1, 90), tokens(1, 6, seed=7))
+    feed(llama, memory, tokens(1, 5, seed=8))
+    memory.park()
+    memory.wake()
+    assert all(layer.told.asked == [True] for layer in memory.memory_layers())
     memory.crop(-5)
-    assert all(layer.looked and torch.equal(layer.found, was) for layer in memory.memory_layers())
+    assert all(layer.told.asked == [False] for layer in memory.memory_layers())
+
+
+def test_a_pass_is_read_twice_however_many_caches_there_are(llama):
+    caches = [longwave.cache(llama, LOOK) for _ in range(3)]
+    feed(llama, caches[0], tokens(1, 90))
+    passes = []
+    handle = llama.model.layers[0].register_forward_hook(lambda *a: passes.append(1))
+    feed(llama, caches[0], tokens(1, 6, seed=7))
+    handle.remove()
+    assert len(passes) == 2
+    assert len(caches) == 3
+
+
+def test_rows_look_alone(llama):
+    """One is within the scope and stays without a question until it is longer; one brings nothing to the other's."""
+    long, short, question = tokens(1, 90), tokens(1, 12, seed=5), tokens(1, 6, seed=7)
+    ids = torch.cat([torch.cat([long, question], 1), torch.cat([torch.zeros(1, 78).long(), short, question], 1)])
+    mask = torch.ones_like(ids)
+    mask[1, :78] = 0
+    memory = longwave.cache(llama, LOOK)
+    read_in(llama, memory, ids, (90, 6), mask)
+    alone, _ = asked(llama, LOOK, long, question)
+    for layer, other in zip(memory.memory_layers(), alone.memory_layers(), strict=True):
+        assert layer.told.asked == [True, False]
+        assert layer.told.found[0].tolist() == other.told.found[0].tolist()
+    more = tokens(2, 12, seed=9)  # the short row outgrows the scope in steps
+    ids, mask = torch.cat([ids, more], 1), torch.cat([mask, torch.ones_like(more)], 1)
+    got = read_in(llama, memory, ids, (1,) * 12, mask)
+    for row, (text, cache) in enumerate(((long, alone), (short, longwave.cache(llama, LOOK)))):
+        if row:
+            read_in(llama, cache, torch.cat([text, question], 1), (12, 6))
+        want = torch.cat([feed(llama, cache, token) for token in more[row : row + 1].split(1, 1)], 1)
+        torch.testing.assert_close(got[row : row + 1], want, rtol=0, atol=1e-4)
+    # a question of the second row alone leaves the first one's spans
+    was = next(memory.memory_layers()).told.found[0].clone()
+    last = torch.cat([torch.zeros(1, 6).long(), tokens(1, 6, seed=3)])
+    ids = torch.cat([ids, last], 1)
+    mask = torch.cat([mask, torch.tensor([[0] * 6, [1] * 6])], 1)
+    read_in(llama, memory, ids, (6,), mask)
+    told = next(memory.memory_layers()).told
+    assert told.asked == [True, True]
+    assert torch.equal(told.found[0], was)
+
+
+def test_rows_are_moved_with_what_they_were_told(llama):
+    memory, _ = asked(llama, LOOK, tokens(2, 90), tokens(2, 6, seed=7))
+    first = next(memory.memory_layers())
+    was = first.told.found.clone()
+    assert not torch.equal(was[0], was[1])
+    memory.reorder_cache(torch.tensor([1, 0]))
+    assert torch.equal(first.told.found, was.flip(0))
+
+
+def test_guesses_ask_nothing(llama):
+    """While the past is recorded a short pass is as many steps, and reads what the last question found."""
+    memory, _ = asked(llama, LOOK, tokens(1, 90), tokens(1, 6, seed=7))
+    steps, more = copy.deepcopy(memory), tokens(1, 4, seed=8)
+    was = next(memory.memory_layers()).told.found.clone()
+    for layer in memory.memory_layers():
+        layer.activate_past_recording()
+    got = feed(llama, memory, more)
+    want = torch.cat([feed(llama, steps, token) for token in more.split(1, 1)], 1)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
+    assert torch.equal(next(memory.memory_layers()).told.found, was)
+    feed(llama, memory, tokens(1, 9, seed=4))  # longer than a question
+    assert next(memory.memory_layers()).told.asked == [False]
 
 
 @pytest.mark.parametrize("kind", ["gemma3", "qwen3next"])
@@ -456,20 +544,26 @@ def test_layers_of_transformers_own_are_put_back(kind):
     memory, logits = asked(model, LOOK, ids, question)
     told = longwave.cache(model, METHOD)
     feed(model, told, ids)
-    for layer, other in zip(told.memory_layers(), memory.memory_layers(), strict=True):
-        layer.looked, layer.found = True, other.found
+    tell(told, memory)
     torch.testing.assert_close(feed(model, told, question), logits, rtol=0, atol=1e-5)
 
 
-def test_a_first_reading_that_fails_half_way_is_said(llama, monkeypatch):
+def test_a_first_reading_that_fails_at_its_end_is_said(llama, monkeypatch):
     memory, _ = asked(llama, LOOK, tokens(1, 90), tokens(1, 6, seed=7))
-    last = list(memory.memory_layers())[-1]
-    monkeypatch.setattr(last, "read", lambda *a, **b: 1 / 0)
+    monkeypatch.setattr(llama.model.norm, "forward", lambda x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         feed(llama, memory, tokens(1, 5))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="failed half-way"):
         feed(llama, memory, tokens(1, 5))
+
+
+def test_a_refused_pass_forgets_nothing(llama):
+    memory, _ = asked(llama, LOOK, tokens(1, 90), tokens(1, 6, seed=7))
+    for size in (5, 9):
+        with torch.no_grad(), pytest.raises(ValueError, match="attention mask"):
+            llama(tokens(1, size), **cache_argument(llama, memory), attention_mask=torch.ones(1, 7))
+        assert all(layer.told.asked == [True] for layer in memory.memory_layers())
 
 
 def test_without_scanning_a_prompt_reads_its_ends(llama):
@@ -481,7 +575,7 @@ def test_without_scanning_a_prompt_reads_its_ends(llama):
     step = tokens(2, 1, seed=8)
     torch.testing.assert_close(feed(llama, ends, step), feed(llama, blind, step), rtol=0, atol=1e-5)
     feed(llama, blind, tokens(2, 6, seed=7))
-    assert all(layer.looked for layer in blind.memory_layers())
+    assert all(layer.told.asked == [True, True] for layer in blind.memory_layers())
 
 
 @pytest.mark.parametrize("scan", [True, False])

@@ -10,7 +10,7 @@ from longwave.frame.attention import StepMask
 from tests.conftest import random_profile, tokens
 from tests.methods import naive
 from tests.methods.naive import SCALE, draw
-from tests.methods.test_longcache import COMINGS, MODULE, SMALL, Turning, answers, twin
+from tests.methods.test_longcache import COMINGS, MODULE, SMALL, Turning, answers, tell, twin
 from tests.reading import read, read_in
 
 METHOD = longwave.ReAttention(**SMALL)
@@ -50,10 +50,25 @@ def test_looking_over_pages_that_lose_nothing_finds_the_same(llama, scan):
         memory = longwave.cache(llama, replace(method, look=7, scan=scan), budget=budget)
         logits = [read(llama, memory, ids) for ids in (ids, torch.cat([ids, question], 1))]
         logits.append(read(llama, memory, torch.cat([ids, question, step], 1)))
-        found.append((torch.cat(logits, 1), [layer.found for layer in memory.memory_layers()]))
+        found.append((torch.cat(logits, 1), [layer.told.found for layer in memory.memory_layers()]))
     (one, spans), (other, same) = found
     torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
     assert all(map(torch.equal, spans, same))
+
+
+def test_the_first_reading_makes_no_pages(llama):
+    """Codes of the second are those of tokens read once."""
+    ids, question = tokens(1, 87), tokens(1, 6, seed=7)
+    memory, once = (longwave.cache(llama, replace(ROUGH, look=look)) for look in (7, 0))
+    for cache in (memory, once):
+        read(llama, cache, ids)
+    for layer, other in zip(memory.memory_layers(), once.memory_layers(), strict=True):
+        torch.testing.assert_close(layer.materialize(), other.materialize())
+    read(llama, memory, torch.cat([ids, question], 1))
+    tell(once, memory)
+    read(llama, once, torch.cat([ids, question], 1))
+    for layer, other in zip(memory.memory_layers(), once.memory_layers(), strict=True):
+        torch.testing.assert_close(layer.materialize(), other.materialize(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("store", ["kivi", "fourier"])

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from longwave.ops.attention.reference import query_block
 from longwave.ops.kernels import choice, wants_triton
 from longwave.ops.pieces import Coming, Made, pieces
 from longwave.ops.select import reference
@@ -68,7 +69,20 @@ def shares(
     Arguments as those of `choose`; scaling: of the scores. Plain torch: a question's queries are few.
     """
     size = max(1, reference.COLUMNS // span) * span
-    return reference.shares(q, pieces(k, size, q.device), begin, end, asks, scaling, span)
+    step = query_block(q.shape[0] * q.shape[1], -(-k.shape[2] // span))  # what is held grows with spans and queries
+    made = [
+        reference.shares(
+            q[:, :, at : at + step],
+            pieces(k, size, q.device),
+            begin,
+            end,
+            None if asks is None else asks[:, at : at + step],
+            scaling,
+            span,
+        )
+        for at in range(0, q.shape[2], step)
+    ]
+    return torch.stack(made).sum(0)
 
 
 def _in_pieces(

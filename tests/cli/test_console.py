@@ -65,7 +65,15 @@ def test_no_color():
     assert not colours.search(on_terminal(code, 80, NO_COLOR="1"))
 
 
-def test_ctrl_c_says_how_to_go_on(capsys):
+@pytest.fixture
+def interruptible():
+    """Python leaves the signal alone where whoever started it has it ignored, as a shell does in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_says_how_to_go_on(capsys, interruptible):
     with pytest.raises(typer.Exit) as end, user_errors("what was measured is kept"):
         signal.raise_signal(signal.SIGINT)
     assert end.value.exit_code == 130

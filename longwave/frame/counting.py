@@ -95,11 +95,7 @@ class Counting(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove tokens. Settles what waited for the decision; 0 does only that."""
         counts = self.check_crop(tokens_to_remove)
-        if any(counts):
-            self.drop_last(counts)
-            for remembered in (self.queries, self.heard):
-                if remembered is not None:
-                    remembered.drop_last(counts)
+        self._drop(counts)
         if self.is_initialized and int(tokens_to_remove):
             self.rows = [row - c for row, c in zip(self.rows, counts, strict=True)]
             self._run = [max(0, run + int(tokens_to_remove)) for run in self._run]
@@ -114,8 +110,16 @@ class Counting(CacheLayerMixin):
         """Forget the tokens of the last pass, wherever its padding was."""
         counts = [now - was for now, was in zip(self.rows, before[1], strict=True)]
         self.can_drop(counts)
-        self.drop_last(counts)
+        self._drop(counts)
         self.columns, self.rows, self._run, self._beyond = before
+
+    def _drop(self, counts: list[int]) -> None:
+        """The last counts[b] tokens of row b, and what is remembered of them."""
+        if any(counts):
+            self.drop_last(counts)
+            for remembered in (self.queries, self.heard):
+                if remembered is not None:
+                    remembered.drop_last(counts)
 
     def check_crop(self, tokens_to_remove: int) -> list[int]:
         """How many tokens of each row a crop would remove, or an error that says why it cannot. Removes nothing."""

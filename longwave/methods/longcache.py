@@ -197,12 +197,11 @@ class ReAttentionLayer(ScopedLayer):
         return 0 if self._asking or self.progress.look is not None else self.method.alone
 
     def attend(self, p: Pass) -> torch.Tensor:
-        if self.told is not None and self.progress.look is None and not self._asking:
-            new = [p.q.shape[2]] * self.batch_size if p.valid is None else p.valid.sum(-1).tolist()
-            least = self.method.look + 1 if self.record_past else 2  # guesses that may be taken back ask nothing
-            who = [asked and more >= least for asked, more in zip(self.told.asked, new, strict=True)]
+        if self.told is not None and any(self.told.asked) and self.progress.look is None and not self._asking:
+            before, least = self.starts, self.method.look + 1 if self.record_past else 2  # guesses ask nothing
+            who = [a and row - was >= least for a, row, was in zip(self.told.asked, self.rows, before, strict=True)]
             if any(who):
-                self.told.forget(self.starts, who)
+                self.told.forget(before, who)
         try:
             return super().attend(p)
         finally:

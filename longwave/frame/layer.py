@@ -20,7 +20,7 @@ from longwave.frame.observe import Needs, Pass, Queries, Step
 from longwave.frame.progress import Progress
 from longwave.frame.watch import watch, watch_step
 from longwave.ops import mass as attention_mass
-from longwave.ops.attention.reference import causal_attention, dense_attention, step_attention
+from longwave.ops.attention.reference import dense_attention, last_attention, step_attention
 from longwave.store.tokens import TokenBuffer
 
 GIVEN = ("position", "bias")  # columns that nobody has to observe
@@ -88,8 +88,9 @@ class MemoryLayer(Keeping):
     def attend(self, p: Pass) -> torch.Tensor:
         """Answer a pass's queries over everything stored, its own tokens included: as p.q. They are written already."""
         k, v = self.dense.view()
-        if p.mask is None and p.causal and self._fresh and p.valid is None and p.q.shape[2] == k.shape[2] > 1:
-            return causal_attention(p.q, k, v, p.scaling)
+        alike = self.dense.uniform and p.valid is None  # rows end together, with this pass's tokens
+        if p.mask is None and p.causal and alike and p.q.shape[2] > 1:
+            return last_attention(p.q, k, v, p.scaling)
         visible = None if p.mask is not None else self.visible(p.q.shape[2], p.causal)
         return dense_attention(p.q, k, v, p.scaling, visible, p.mask)
 

@@ -13,8 +13,9 @@ counted row by row, a pass of few tokens chooses for each of them, and a long pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,8 @@ import torch
 from longwave.checks import whole
 from longwave.frame import MemoryLayer, Needs, Pass
 from longwave.methods.base import Bound, CacheShape
-from longwave.methods.scoped import Scoped, ScopedBound, ScopedLayer, at_places
+from longwave.methods.ends import read_ends
+from longwave.methods.scoped import Scoped, ScopedBound, ScopedLayer, Stretch, at_places
 from longwave.methods.scoped_pages import PagedScopedBound, PagedScopedLayer, bind_pages
 from longwave.methods.segmented import Segmented, pages_of
 from longwave.methods.told import NEVER, Told
@@ -34,6 +36,8 @@ from longwave.plan.profile import Profile
 from longwave.store.mapped import MappedTokens
 from longwave.store.state import State, under, within
 from longwave.store.tokens import capacity
+
+READ = 1 << 14  # tokens that stretches read together, where none waits for another
 
 
 @dataclass(frozen=True)
@@ -194,10 +198,10 @@ class ReAttentionLayer(ScopedLayer):
     @property
     def alone(self) -> int:
         """What is looked for, and what looked, chooses together."""
-        return 0 if self._asking or self.progress.look is not None else self.method.alone
+        return 0 if self._asking or self._looking else self.method.alone
 
     def attend(self, p: Pass) -> torch.Tensor:
-        if self.told is not None and any(self.told.asked) and self.progress.look is None and not self._asking:
+        if self.told is not None and any(self.told.asked) and not self._looking and not self._asking:
             before, least = self.starts, self.method.look + 1 if self.record_past else 2  # guesses ask nothing
             who = [a and row - was >= least for a, row, was in zip(self.told.asked, self.rows, before, strict=True)]
             if any(who):
@@ -205,7 +209,7 @@ class ReAttentionLayer(ScopedLayer):
         try:
             return super().attend(p)
         finally:
-            if self.progress.look is None:
+            if not self._looking:
                 self._asking = False
 
     def expect(self) -> None:
@@ -222,6 +226,36 @@ class ReAttentionLayer(ScopedLayer):
     def stored_keys(self, tokens: int) -> torch.Tensor | Made | Coming:
         keys, coming, self._coming = super().stored_keys(tokens), self._coming, None
         return keys if coming is None else Coming(keys, coming)  # type: ignore[arg-type]
+
+    def turns(self, rows: list[list[tuple[int, int]]]) -> Iterator[list[Stretch]]:
+        if not self._blind:
+            return super().turns(rows)
+        plain = super().turns([[ends for ends in row if ends[1] <= self.method.scope] for row in rows])
+        return chain(plain, self._together([[ends for ends in row if ends[1] > self.method.scope] for row in rows]))
+
+    def _together(self, rows: list[list[tuple[int, int]]]) -> Iterator[list[Stretch]]:
+        """Stretches that do not wait for each other, as many at a time as READ allows."""
+        far = [s for turn in super().turns(rows) for s in turn if s.stop]
+        size = max(1, READ // self.method.scope)
+        return (far[at : at + size] for at in range(0, len(far), size))
+
+    def read_turn(
+        self, p: Pass, turn: list[Stretch], number: torch.Tensor, stop: torch.Tensor, asks: torch.Tensor
+    ) -> torch.Tensor:
+        m = self.method
+        if self._blind and all(s.stop > m.scope for s in turn):
+            return read_ends(p, turn, self.rows, self.taken, m.sinks, m.scope - m.sinks)
+        return super().read_turn(p, turn, number, stop, asks)
+
+    @property
+    def _blind(self) -> bool:
+        """Whether no row looks into the middle."""
+        return not (self.method.scan or self._looking or (self.told is not None and any(self.told.asked)))
+
+    @property
+    def _looking(self) -> bool:
+        """Whether the pass that runs is read for the first of two times."""
+        return self.progress.look is not None
 
     def read(
         self,
@@ -249,7 +283,7 @@ class ReAttentionLayer(ScopedLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Numbers of the tokens that rows read, rising, int64 [batch, n], and how many those are, int64 [batch]."""
         told, m = self.told, self.method
-        if told is None or longest <= m.scope or self.progress.look is not None or not any(told.asked):
+        if told is None or longest <= m.scope or self._looking or not any(told.asked):
             return self._untold(p, longest, stop, asks)
         ours = select.told(told.found, stop, m.sinks, m.window, m.span)
         if all(told.asked):
@@ -263,7 +297,7 @@ class ReAttentionLayer(ScopedLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`_read_by`, where nothing was looked for."""
         m = self.method
-        if longest > m.scope and not m.scan and self.progress.look is None:
+        if longest > m.scope and not m.scan and not self._looking:
             return select.told(stop.new_empty(len(stop), 0), stop, m.sinks, m.scope - m.sinks, 1)
         return select.places(self._chosen(p, longest, stop, asks), min(longest, m.scope))
 
@@ -303,7 +337,7 @@ class ReAttentionLayer(ScopedLayer):
 
     def drop_last(self, counts: list[int]) -> None:
         super().drop_last(counts)
-        if self.told is not None and self.progress.look is None:
+        if self.told is not None and not self._looking:
             self.told.take_back([row - count for row, count in zip(self.rows, counts, strict=True)])
 
     def move(self, device: torch.device | str) -> None:

@@ -10,7 +10,8 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from itertools import zip_longest
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -138,6 +139,14 @@ class ScopedBound(host.HostBound):
         return capacity(tokens) * self.shape.token_bytes + (0 if self.whole else self.beside(tokens))
 
 
+class Stretch(NamedTuple):
+    """Tokens start to stop - 1 of a row."""
+
+    row: int
+    start: int
+    stop: int
+
+
 class ScopedLayer(MemoryLayer):
     """All tokens dense, their keys un-rotated, wherever they lie: see `Scoped.host`."""
 
@@ -165,6 +174,18 @@ class ScopedLayer(MemoryLayer):
 
         No shape depends on what the device knows.
         """
+
+    def turns(self, rows: list[list[tuple[int, int]]]) -> Iterator[list[Stretch]]:
+        """What is read together of the stretches of each row: the first ones of all rows, then the second ones."""
+        for turn in zip_longest(*rows, fillvalue=(0, 0)):
+            yield [Stretch(row, *ends) for row, ends in enumerate(turn)]
+
+    def read_turn(
+        self, p: Pass, turn: list[Stretch], number: torch.Tensor, stop: torch.Tensor, asks: torch.Tensor
+    ) -> torch.Tensor:
+        """`read`, of a turn: p.q and all else has a row for each stretch of it."""
+        alike = len({(s.start, s.stop) for s in turn}) == 1
+        return self.read(p, number, stop, max(s.stop for s in turn), asks, alike and not turn[0].start)
 
     @property
     def alone(self) -> int:
@@ -267,7 +288,7 @@ class ScopedLayer(MemoryLayer):
             start = border
 
     def attend_in_stretches(self, p: Pass) -> torch.Tensor:
-        """`attend`, by stretches of each row; the first ones of all rows together, then the second ones."""
+        """`attend`, by stretches of each row, in `turns`."""
         device, tokens = p.q.device, p.q.shape[2]
         before = torch.tensor(self.starts, device=device)[:, None]
         rows = [list(self.stretches(*ends)) for ends in zip(self.starts, self.rows, strict=True)]
@@ -278,21 +299,24 @@ class ScopedLayer(MemoryLayer):
         if p.sinks is not None:
             wide = torch.float64 if p.q.dtype == torch.float64 else torch.float32
             p.lse = torch.zeros(p.q.shape[:3], dtype=wide, device=device)
-        for turn in range(max(map(len, rows))):
-            ends = [row[turn] if turn < len(row) else (0, 0) for row in rows]
-            start, stop = torch.tensor(ends, device=device).T
-            self.ahead([first for first, _ in ends])
-            rank = torch.arange(max(b - a for a, b in ends), device=device)
+        for turn in self.turns(rows):
+            who, start, stop = torch.tensor([(s.row, s.start, s.stop) for s in turn], device=device).T
+            self.ahead([s.start for s in turn])
+            rank = torch.arange(max(s.stop - s.start for s in turn), device=device)
             asks = rank < (stop - start)[:, None]
-            column = order.gather(1, (start[:, None] - before + rank).clamp(0, tokens - 1))
-            there = column[:, None, :, None].expand(*p.q.shape[:2], -1, p.q.shape[3])
-            part = replace(p, q=p.q.gather(2, there), positions=p.known_positions().gather(1, column))
-            square = len(set(ends)) == 1 and not ends[0][0]
-            answer = self.read(part, start[:, None] + rank, stop, max(b for _, b in ends), asks, square)
-            row, number = asks.nonzero(as_tuple=True)
-            out[row, :, column[row, number]] = answer[row, :, number]
+            own = who[:, None]
+            column = order[own, (start[:, None] - before[who] + rank).clamp(0, tokens - 1)]
+            part = replace(p, q=p.q[own, :, column].transpose(1, 2), positions=p.known_positions()[own, column])
+            answer = self.read_turn(part, turn, start[:, None] + rank, stop, asks)
+            if len({s.stop - s.start for s in turn}) == 1:
+                out[own, :, column] = answer.transpose(1, 2)
+                if p.lse is not None and part.lse is not None:
+                    p.lse[own, :, column] = part.lse.transpose(1, 2)
+                continue
+            n, number = asks.nonzero(as_tuple=True)
+            out[who[n], :, column[n, number]] = answer[n, :, number]
             if p.lse is not None and part.lse is not None:
-                p.lse[row, :, column[row, number]] = part.lse[row, :, number]
+                p.lse[who[n], :, column[n, number]] = part.lse[n, :, number]
         return out
 
     # steps

@@ -4,6 +4,7 @@ Shapes: B batch, Hq query heads, H key/value heads, Q queries, L stored tokens, 
 """
 
 import torch
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -82,14 +83,17 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling:
 def last_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float, causal: bool = True
 ) -> torch.Tensor:
-    """Attention of the last tokens over all: q [1, Hq, Q, D] are the queries of the last Q of k, v [1, H, L, D].
+    """Attention of the last tokens over all: q [B, Hq, Q, D] are the queries of the last Q of k, v [B, H, L, D].
 
-    causal: query i sees the first L - Q + 1 + i; else all. One mask-free kernel on CUDA, blocks of masks elsewhere.
+    causal: query i sees the first L - Q + 1 + i; else all. One mask-free kernel where all are asked or CUDA has one,
+    blocks of masks elsewhere.
     """
     groups, queries, length = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     if not causal or queries == 1:
-        return sdpa(q, k, v, scale=scaling, enable_gqa=groups > 1)
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        return dense_attention(q, k, v, scaling, None)
+    if queries == length:
+        return causal_attention(q, k, v, scaling)
+    if q.is_cuda and can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, groups > 1)):
         return sdpa(q, k, v, attn_mask=causal_lower_right(queries, length), scale=scaling, enable_gqa=groups > 1)
     visible = torch.arange(length - queries + 1, length + 1, device=q.device)[None]
     return dense_attention(q, k, v, scaling, visible)

@@ -20,6 +20,8 @@ from tests.conftest import build, into, left_padded, shape_of, tokens
 from tests.methods import naive
 from tests.methods.naive import SCALE, D, G, H, draw
 from tests.methods.test_evicting import step_of
+from tests.models import checks
+from tests.models.table import ROWS
 from tests.reading import read_in
 
 SMALL = dict(sinks=2, window=9, top=2, spans=3, span=4, chunk=8)
@@ -566,15 +568,38 @@ def test_a_refused_pass_forgets_nothing(llama):
         assert all(layer.told.asked == [True] for layer in memory.memory_layers())
 
 
-def test_without_scanning_a_prompt_reads_its_ends(llama):
-    """As with a window in place of spans; and a question still finds the middle."""
-    ids = tokens(2, 90)
-    ends = longwave.cache(llama, longwave.ReAttention(**SMALL | dict(spans=0, window=9 + 12)))
-    blind = longwave.cache(llama, longwave.ReAttention(**SMALL, look=7, scan=False))
-    torch.testing.assert_close(feed(llama, ends, ids), feed(llama, blind, ids), rtol=0, atol=1e-5)
-    step = tokens(2, 1, seed=8)
-    torch.testing.assert_close(feed(llama, ends, step), feed(llama, blind, step), rtol=0, atol=1e-5)
-    feed(llama, blind, tokens(2, 6, seed=7))
+@pytest.mark.parametrize("sizes", [(90,), (9, 40, 8, 33)], ids=str)
+@pytest.mark.parametrize("room", [1, 50, 1 << 14])
+@pytest.mark.parametrize("pads", [(0, 0), (0, 33)], ids=str)
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+def test_without_scanning_a_prompt_reads_its_ends(kind, pads, room, sizes, monkeypatch):
+    """As with a window in place of spans, however many stretches are answered at once; and a question still finds the
+    middle."""
+    monkeypatch.setattr(longcache, "READ", room)
+    model = build(kind) if kind == "llama" else checks.build(next(row for row in ROWS if row.kind == kind))
+    ids, mask = tokens(2, 90), torch.ones(2, 90)
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+    ends = longwave.cache(model, longwave.ReAttention(**SMALL | dict(spans=0, window=9 + 12)))
+    blind = longwave.cache(model, longwave.ReAttention(**SMALL, look=7, scan=False))
+    at = 0
+    for size in sizes:
+        part, at = ids[:, at : at + size], at + size
+        seen = mask[:, :at].long()
+        with torch.no_grad():
+            want, found = (
+                model(part, **cache_argument(model, memory), attention_mask=seen).logits for memory in (ends, blind)
+            )
+        real = seen[:, -size:].bool()
+        torch.testing.assert_close(found[real], want[real], rtol=0, atol=1e-5)
+    step, question = tokens(2, 1, seed=8), tokens(2, 6, seed=7)
+    seen = torch.cat([mask, torch.ones(2, 1)], 1).long()
+    with torch.no_grad():
+        want, found = (
+            model(step, **cache_argument(model, memory), attention_mask=seen).logits for memory in (ends, blind)
+        )
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-5)
+        model(question, **cache_argument(model, blind), attention_mask=torch.cat([seen, torch.ones(2, 6).long()], 1))
     assert all(layer.told.asked == [True, True] for layer in blind.memory_layers())
 
 

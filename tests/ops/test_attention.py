@@ -26,3 +26,12 @@ def test_a_query_that_sees_nothing_is_finite():
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
     out = attention.dense_attention(q, k, k, 1.0, torch.tensor([[0, 0, 2]]))
     assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("queries", [1, 7, 30])
+def test_the_last_of_several_rows(queries):
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, 8, generator=g, dtype=torch.float64) for h, n in ((4, queries), (2, 30), (2, 30)))
+    allowed = torch.arange(30) <= torch.arange(30 - queries, 30)[:, None]
+    torch.testing.assert_close(attention.last_attention(q, k, v, 0.3), plain(q, k, v, 0.3, allowed))
+    torch.testing.assert_close(attention.last_attention(q, k, v, 0.3, False), plain(q, k, v, 0.3, allowed | True))

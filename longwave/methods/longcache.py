@@ -50,9 +50,10 @@ class ReAttention(Scoped):
         False: of 128 that stand side by side only their best, which is less work on a GPU. store: a method of pages, by
         name or with options, that what leaves the window goes into; the budget is that of the pages then. look: a pass
         of two tokens to so many, such as a question, is read twice: the first time to see which spans it asks for, in
-        all layers together, the second time, and in the steps behind it, all layers read those. 0: never. scan: whether
-        what is not looked for chooses as well; False: it scores nothing, and reads first and last tokens alone, as many
-        of these as the scope has room for.
+        all layers together, the second time, and in the steps behind it, all layers read those. 0: never. before:
+        tokens right before such a pass that are read with it and behind it; None: what the window has room for. scan:
+        whether what is not looked for chooses as well; False: it scores nothing, and reads first and last tokens alone,
+        as many of these as the scope has room for.
 
     Without store it takes no budget, since all is held; 1 reads all.
     """
@@ -70,6 +71,7 @@ class ReAttention(Scoped):
     exact: bool = True
     store: Segmented | str | None = None
     look: int = 0
+    before: int | None = None
     scan: bool = True
 
     def __post_init__(self) -> None:
@@ -81,6 +83,12 @@ class ReAttention(Scoped):
         whole("window", self.window, self.chunk, "tokens (those that choose together, chunk, lie in it)")
         if not 0 <= whole("look", self.look, 0, "tokens") <= self.window:
             raise ValueError(f"look is of tokens that stay in the window of {self.window:,}; got {self.look:,}")
+        if self.before is not None:
+            if not self.look:
+                raise ValueError("before is of what is looked for: give look, tokens of a question at most")
+            most = self.window - self.look
+            if whole("before", self.before, 0, "tokens") > most:
+                raise ValueError(f"before and look share the window of {self.window:,}: before is at most {most:,}")
         if not isinstance(self.scan, bool):
             raise ValueError(f"scan is True or False, got {self.scan!r}")
         if not (self.scan or self.look):
@@ -112,12 +120,13 @@ class ReAttention(Scoped):
     def words(self) -> str:
         """What is read."""
         looks = f", look={self.look}" * bool(self.look) + ", scan=False" * (not self.scan)
+        looks += f", before={self.before}" * (self.before is not None)
         return f"{self.scope} tokens: {self.spans} spans of {self.span}, window={self.window}{looks}"
 
     @property
     def found_bytes(self) -> int:
-        """Of a layer and row: the spans that were looked for."""
-        return 8 * self.spans if self.needs.look else 0
+        """Of a layer and row: the spans that were looked for, and where the question began."""
+        return 8 * (self.spans + 1) if self.needs.look else 0
 
     @property
     def needs(self) -> Needs:
@@ -285,7 +294,8 @@ class ReAttentionLayer(ScopedLayer):
         told, m = self.told, self.method
         if told is None or longest <= m.scope or self._looking or not any(told.asked):
             return self._untold(p, longest, stop, asks)
-        ours = select.told(told.found, stop, m.sinks, m.window, m.span)
+        since = None if m.before is None else told.since - m.before
+        ours = select.told(told.found, stop, m.sinks, m.window, m.span, since)
         if all(told.asked):
             return ours
         own = told.found[:, 0] != NEVER
@@ -314,8 +324,10 @@ class ReAttentionLayer(ScopedLayer):
                 keep |= select.choose(q, self._keys_of(longest), begin, end, asks, **options)  # type: ignore[arg-type]
             if self.progress.look is not None:
                 keys = self.stored_keys(longest)
-                share = select.shares(q, keys, begin, end, asks, scaling=p.scaling, span=m.span)
-                _add(self.progress.look, share)
+                if m.before is not None:
+                    end = torch.tensor(self.starts, device=stop.device) - m.before
+                claim = select.claims(q, keys, begin, end, asks, scaling=p.scaling, span=m.span)
+                _add(self.progress.look, claim)
         return keep & (number < last)
 
     def _keys_of(self, longest: int) -> torch.Tensor | Made | Coming:
@@ -333,7 +345,7 @@ class ReAttentionLayer(ScopedLayer):
 
     def parts(self) -> dict[str, list[torch.Tensor]]:
         parts = super().parts()
-        return parts if self.told is None else {**parts, "found": [self.told.found]}
+        return parts if self.told is None else {**parts, "found": [self.told.found, self.told.since]}
 
     def drop_last(self, counts: list[int]) -> None:
         super().drop_last(counts)
@@ -360,15 +372,15 @@ class ReAttentionLayer(ScopedLayer):
             self.told = Told.of_state(within("told", state), self.batch_size, self.method.spans)
 
 
-def _add(looking: list[torch.Tensor], share: torch.Tensor) -> None:
+def _add(looking: list[torch.Tensor], claim: torch.Tensor) -> None:
     """To what was seen before of other queries and in other layers: [batch, spans], fewer where rows were shorter."""
     if looking:
-        most = max(looking[0].shape[1], share.shape[1])
+        most = max(looking[0].shape[1], claim.shape[1])
         before, new = (
-            torch.nn.functional.pad(x, (0, most - x.shape[1])) for x in (looking.pop().to(share.device), share)
+            torch.nn.functional.pad(x, (0, most - x.shape[1])) for x in (looking.pop().to(claim.device), claim)
         )
-        share = before + new
-    looking.append(share)
+        claim = before + new
+    looking.append(claim)
 
 
 @dataclass(frozen=True, eq=False)

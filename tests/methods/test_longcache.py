@@ -371,8 +371,8 @@ def tell(cache, other):
 
 def test_all_layers_read_the_spans_that_all_of_them_asked_for(llama, monkeypatch):
     ids, question = tokens(2, 90), tokens(2, 6, seed=7)
-    seen, shares = [], longcache.select.shares
-    monkeypatch.setattr(longcache.select, "shares", lambda *a, **b: seen.append(shares(*a, **b)) or seen[-1])
+    seen, claims = [], longcache.select.claims
+    monkeypatch.setattr(longcache.select, "claims", lambda *a, **b: seen.append(claims(*a, **b)) or seen[-1])
     memory, logits = asked(llama, LOOK, ids, question)
     layers = list(memory.memory_layers())
     assert len(seen) == len(layers)
@@ -441,11 +441,61 @@ def test_who_does_not_look(llama, size):
 
 
 def test_within_the_scope_nobody_looks(llama, monkeypatch):
-    monkeypatch.setattr(longcache.select, "shares", None)
+    monkeypatch.setattr(longcache.select, "claims", None)
     memory, logits = asked(llama, LOOK, tokens(1, 12), tokens(1, 6, seed=7))
     _, plain = asked(llama, "dense", tokens(1, 12), tokens(1, 6, seed=7))
     torch.testing.assert_close(logits, plain, rtol=0, atol=1e-4)
     assert next(memory.memory_layers()).told.asked == [False]
+
+
+@pytest.mark.parametrize("start", [90, 93])
+def test_a_question_is_read_with_as_much_before_it_as_is_said(llama, start, monkeypatch):
+    """And so are the steps behind it, until the window is full; what stands before that may be found, wherever chunks
+    end."""
+    rows, told = [], longcache.select.told
+
+    def spy(found, stop, *args):
+        index, count = told(found, stop, *args)
+        if found.shape[1]:
+            rows.append((found[0].tolist(), int(stop), index[0, : int(count)].tolist()))
+        return index, count
+
+    monkeypatch.setattr(longcache.select, "told", spy)
+    memory = longwave.cache(llama, replace(LOOK, before=1))
+    feed(llama, memory, tokens(1, start))
+    feed(llama, memory, tokens(1, 6, seed=7))
+    for token in tokens(1, 4, seed=8).split(1, 1):
+        feed(llama, memory, token)
+    layers, stops = 3, []
+    for found, stop, read in rows:
+        first = max(start - 1, stop - 9)
+        spans = [j for n in sorted(found) for j in range(4 * n, 4 * n + 4) if 2 <= j < first]
+        assert read == [0, 1, *spans, *range(first, stop)]
+        stops.append(stop)
+    assert stops[-4 * layers :: layers] == [start + 7, start + 8, start + 9, start + 10]
+    assert stops[-4 * layers - 1] == start + 6
+
+
+def test_what_stands_right_before_a_question_is_looked_for_too():
+    """Where the window would have held it, and `before` leaves it out."""
+    method = longwave.ReAttention(**SMALL | dict(top=1, spans=1), look=4, before=2)
+    layer = method.bind(naive.shape(layers=1), None, None).layer(0)
+    layer.join([layer])
+    layer.progress.rotary = Turning()
+    k, v, q = (x * 0.01 for x in draw(1, 92, seed=3))
+    slow = torch.tensor([3, 7])
+    k[0, :, 85, slow], v[0, :, 85] = 30.0, 1.0
+    q[0, :, 90:, slow] = 3.0
+    answers(layer, k[:, :, :90], v[:, :, :90], q[:, :, :90], [90])
+    layer.progress.look = look = []
+    before = layer.counts()
+    list(drive(layer, k, v, q, [2], start=90))
+    layer.progress.look = None
+    layer.take_back(before)
+    layer.seen(look, [2])
+    assert layer.told.found.tolist() == [[85 // 4]]
+    (out,) = drive(layer, k, v, q, [2], start=90)
+    assert out.min() > 0.9
 
 
 @pytest.mark.parametrize("crops", [(5,), (5, 6), (11,), (12,)], ids=str)
@@ -461,6 +511,7 @@ def test_a_question_that_is_taken_back_takes_its_spans_along(llama, crops):
     for layer in memory.memory_layers():
         assert layer.told.asked == [first]
         assert torch.equal(layer.told.found, was) if first else (layer.told.found == NEVER).all()
+        assert not first or layer.told.since.tolist() == [90]
 
 
 def test_whoever_was_parked_forgets_what_was_before_the_last_question(llama):
@@ -484,22 +535,24 @@ def test_a_pass_is_read_twice_however_many_caches_there_are(llama):
     assert len(caches) == 3
 
 
-def test_rows_look_alone(llama):
+@pytest.mark.parametrize("before", [None, 1])
+def test_rows_look_alone(llama, before):
     """One is within the scope and stays without a question until it is longer; one brings nothing to the other's."""
     long, short, question = tokens(1, 90), tokens(1, 12, seed=5), tokens(1, 6, seed=7)
     ids = torch.cat([torch.cat([long, question], 1), torch.cat([torch.zeros(1, 78).long(), short, question], 1)])
     mask = torch.ones_like(ids)
     mask[1, :78] = 0
-    memory = longwave.cache(llama, LOOK)
+    method = replace(LOOK, before=before)
+    memory = longwave.cache(llama, method)
     read_in(llama, memory, ids, (90, 6), mask)
-    alone, _ = asked(llama, LOOK, long, question)
+    alone, _ = asked(llama, method, long, question)
     for layer, other in zip(memory.memory_layers(), alone.memory_layers(), strict=True):
         assert layer.told.asked == [True, False]
         assert layer.told.found[0].tolist() == other.told.found[0].tolist()
     more = tokens(2, 12, seed=9)  # the short row outgrows the scope in steps
     ids, mask = torch.cat([ids, more], 1), torch.cat([mask, torch.ones_like(more)], 1)
     got = read_in(llama, memory, ids, (1,) * 12, mask)
-    for row, (text, cache) in enumerate(((long, alone), (short, longwave.cache(llama, LOOK)))):
+    for row, (text, cache) in enumerate(((long, alone), (short, longwave.cache(llama, method)))):
         if row:
             read_in(llama, cache, torch.cat([text, question], 1), (12, 6))
         want = torch.cat([feed(llama, cache, token) for token in more[row : row + 1].split(1, 1)], 1)
@@ -603,9 +656,9 @@ def test_without_scanning_a_prompt_reads_its_ends(kind, pads, room, sizes, monke
     assert all(layer.told.asked == [True, True] for layer in blind.memory_layers())
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_captured_steps_read_what_a_question_found(llama, scan):
-    method = replace(LOOK, scan=scan)
+@pytest.mark.parametrize("options", [dict(), dict(scan=False), dict(scan=False, before=1)], ids=str)
+def test_captured_steps_read_what_a_question_found(llama, options):
+    method = replace(LOOK, **options)
     ids, question, more = tokens(2, 90), tokens(2, 6, seed=7), tokens(2, 4, seed=8)
     plain, _ = asked(llama, method, ids, question)
     stepped, _ = asked(llama, method, ids, question)
@@ -634,6 +687,9 @@ def test_bytes_are_a_dense_caches(llama):
         (dict(exact=1), "exact is True or False, got 1"),
         (dict(look=-1), "look is a whole number of tokens, at least 0; got -1"),
         (dict(chunk=64, window=64, look=65), "stay in the window of 64; got 65"),
+        (dict(before=1), "before is of what is looked for: give look"),
+        (dict(look=1, before=-1), "before is a whole number of tokens, at least 0; got -1"),
+        (dict(chunk=64, window=64, look=60, before=5), "share the window of 64: before is at most 4"),
         (dict(look=1, scan=1), "scan is True or False, got 1"),
         (dict(scan=False), "leaves the middle to what is looked for"),
     ],

@@ -42,12 +42,12 @@ def test_over_pages_that_lose_nothing_the_same_is_read(coming, pads):
     assert (paged.store is not None) == (total > SMALL["sinks"] + SMALL["window"] + 8)
 
 
-@pytest.mark.parametrize("scan", [True, False])
-def test_looking_over_pages_that_lose_nothing_finds_the_same(llama, scan):
+@pytest.mark.parametrize("options", [dict(), dict(scan=False), dict(scan=False, before=2)], ids=str)
+def test_looking_over_pages_that_lose_nothing_finds_the_same(llama, options):
     ids, question, step = tokens(2, 90), tokens(2, 6, seed=7), tokens(2, 1, seed=8)
     found = []
     for method, budget in ((METHOD, None), (EXACT, 1.0)):
-        memory = longwave.cache(llama, replace(method, look=7, scan=scan), budget=budget)
+        memory = longwave.cache(llama, replace(method, look=7, **options), budget=budget)
         logits = [read(llama, memory, ids) for ids in (ids, torch.cat([ids, question], 1))]
         logits.append(read(llama, memory, torch.cat([ids, question, step], 1)))
         found.append((torch.cat(logits, 1), [layer.told.found for layer in memory.memory_layers()]))

@@ -175,8 +175,8 @@ def test_rows_choose_alone_and_absent_queries_do_not_vote(monkeypatch):
     assert not torch.equal(found, choose(q, k, begin, end, **options))
 
 
-def shared_out(q, k, begin, end, asks, scaling, span):
-    """`shares` with loops, float64."""
+def claimed(q, k, begin, end, asks, scaling, span):
+    """`claims` with loops, float64."""
     out = torch.zeros(q.shape[0], -(-k.shape[2] // span), dtype=torch.float64)
     for b in range(q.shape[0]):
         own = slice(int(begin[b]), int(end[b]))
@@ -184,14 +184,16 @@ def shared_out(q, k, begin, end, asks, scaling, span):
             for i in range(q.shape[2]):
                 if own.start < own.stop and (asks is None or asks[b, i]):
                     scores = k[b, h * k.shape[1] // q.shape[1], own].double() @ q[b, h, i].double() * scaling
+                    got = torch.zeros_like(out[b])
                     for j, share in enumerate(scores.softmax(0).tolist(), own.start):
-                        out[b, j // span] += share
+                        got[j // span] += share
+                    out[b] += got**2
     return out
 
 
 @pytest.mark.parametrize("span", [1, 5, 32])
 @pytest.mark.parametrize("columns", [7, 1 << 14], ids=["in pieces", "at once"])
-def test_shares_are_those_of_softmaxes_over_the_middle(span, columns, monkeypatch):
+def test_claims_are_squared_shares_of_softmaxes_over_the_middle(span, columns, monkeypatch):
     monkeypatch.setattr(reference, "COLUMNS", columns)
     monkeypatch.setattr(reference, "query_block", lambda rows, tokens: 2)
     g = torch.Generator().manual_seed(5)
@@ -199,8 +201,8 @@ def test_shares_are_those_of_softmaxes_over_the_middle(span, columns, monkeypatc
     begin, end = torch.tensor([2, 30, 9]), torch.tensor([70, 41, 9])  # the last row has no middle
     asks = torch.arange(5) < torch.tensor([5, 3, 5])[:, None]
     for who in (None, asks):
-        found = select.shares(q, k, begin, end, who, scaling=0.3, span=span)
-        torch.testing.assert_close(found.double(), shared_out(q, k, begin, end, who, 0.3, span), rtol=0, atol=1e-5)
+        found = select.claims(q, k, begin, end, who, scaling=0.3, span=span)
+        torch.testing.assert_close(found.double(), claimed(q, k, begin, end, who, 0.3, span), rtol=0, atol=1e-5)
 
 
 def test_the_greatest_spans_and_their_tokens():
@@ -219,6 +221,14 @@ def test_what_is_told_lies_between_the_ends():
     assert rows[0] == [0, 1, 3, 4, 5, 15, 16, 17, *range(33, 40)]
     assert rows[1] == [0, 1, 2, 6, 7, 8, *range(26, 33)]  # 27 to 29 are in the window, 0 and 1 at the other end
     assert rows[2] == list(range(14))
+
+
+@pytest.mark.parametrize("first", [0, 34, 37])
+def test_what_is_told_begins_not_before_it_is_said_to(first):
+    found, stop, since = torch.tensor([[5, 11, -1]]), torch.tensor([40]), torch.tensor([first])
+    index, count = select.told(found, stop, 2, 7, 3, since)
+    behind = range(max(33, first), 40)  # of tokens 33 to 35, a span found, those before that are read either way
+    assert index[0, : count[0]].tolist() == [0, 1, 15, 16, 17, *(j for j in range(33, 36) if j < behind[0]), *behind]
 
 
 def test_nothing_is_read_back():

@@ -11,7 +11,7 @@ from longwave.ops.pieces import Coming, Made, pieces
 from longwave.ops.select import reference
 from longwave.ops.select.reference import TILE, greatest, places, told
 
-__all__ = ["TILE", "choose", "greatest", "places", "shares", "told"]
+__all__ = ["TILE", "choose", "claims", "greatest", "places", "told"]
 
 PIECE = 1 << 16  # tokens, whole tiles
 
@@ -53,7 +53,7 @@ def choose(
     return reference.around(index, k.shape[2], begin, end, spans, span)
 
 
-def shares(
+def claims(
     q: torch.Tensor,
     k: torch.Tensor | Made | Coming,
     begin: torch.Tensor,
@@ -63,15 +63,16 @@ def shares(
     scaling: float,
     span: int,
 ) -> torch.Tensor:
-    """Attention that spans of `span` tokens side by side, from token 0 on, get of a row's queries, before rotation and
-    among the tokens begin[b] to end[b] - 1 alone: float32 [B, ceil(L / span)], summed over heads and queries.
+    """How much a row's queries want spans of `span` tokens side by side, from token 0 on: the squares of the shares of
+    attention that these get, before rotation and among the tokens begin[b] to end[b] - 1 alone, summed over heads and
+    queries, float32 [B, ceil(L / span)].
 
     Arguments as those of `choose`; scaling: of the scores. Plain torch: a question's queries are few.
     """
     size = max(1, reference.COLUMNS // span) * span
     step = query_block(q.shape[0] * q.shape[1], -(-k.shape[2] // span))  # what is held grows with spans and queries
     made = [
-        reference.shares(
+        reference.claims(
             q[:, :, at : at + step],
             pieces(k, size, q.device),
             begin,

@@ -106,7 +106,7 @@ def around(
     return edges.cumsum(1)[:, :tokens] > 0
 
 
-def shares(
+def claims(
     q: torch.Tensor,
     parts: Iterable[tuple[int, torch.Tensor]],
     begin: torch.Tensor,
@@ -115,8 +115,9 @@ def shares(
     scaling: float,
     span: int,
 ) -> torch.Tensor:
-    """What spans of `span` tokens side by side get of softmaxes over the middle, summed over heads and queries: float32
-    [B, ceil(L / span)]. parts: where stretches of the keys begin, multiples of `span`, and they themselves."""
+    """What spans of `span` tokens side by side get of softmaxes over the middle, squared, and summed over heads and
+    queries: float32 [B, ceil(L / span)]. Squared, since a query that is sure in one head says more than many that
+    spread what they read. parts: where stretches of the keys begin, multiples of `span`, and they themselves."""
     b, hq, queries, _ = q.shape
     found: list[torch.Tensor] = []  # log of the sum of each span, [B, H, G Q, n]
     for start, part in parts:
@@ -137,29 +138,30 @@ def shares(
     share = torch.exp(each - each.logsumexp(-1, keepdim=True)).nan_to_num_(0)  # of nothing: nothing
     if asks is not None:
         share = share * asks[:, None, :, None]
-    return share.sum((1, 2))
+    return share.square().sum((1, 2))
 
 
-def greatest(share: torch.Tensor, spans: int) -> torch.Tensor:
-    """Numbers of the `spans` spans with the greatest share [B, n], the earlier of equals: int64 [B, spans], -1 where
+def greatest(claim: torch.Tensor, spans: int) -> torch.Tensor:
+    """Numbers of the `spans` spans with the greatest claim [B, n], the earlier of equals: int64 [B, spans], -1 where
     there are no more that have any."""
-    value, index = share.sort(dim=-1, descending=True, stable=True)
+    value, index = claim.sort(dim=-1, descending=True, stable=True)
     index = index.masked_fill(value <= 0, -1)[:, :spans]
     return torch.nn.functional.pad(index, (0, spans - index.shape[1]), value=-1)
 
 
 def told(
-    found: torch.Tensor, stop: torch.Tensor, sinks: int, window: int, span: int
+    found: torch.Tensor, stop: torch.Tensor, sinks: int, window: int, span: int, since: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `places` gives where nothing is chosen any more: of row b's first stop[b] tokens, more than sinks, spans and
-    window together, the ends, and between them the spans found, numbers int64 [B, n] or -1; of fewer all. No more work
-    than there are tokens read."""
+    window together, the ends, and between them the spans found, numbers int64 [B, n] or -1; of fewer all. since, int64
+    [B]: of the window only tokens from there on. No more work than there are tokens read."""
     device, (batch, spans) = stop.device, found.shape
     near = torch.arange(window, device=device) + (stop[:, None] - window)
+    first = near[:, :1] if since is None else torch.maximum(near[:, :1], since[:, None])
     inner = (found[..., None] * span + torch.arange(span, device=device)).flatten(1)
-    there = (inner >= sinks) & (inner < near[:, :1])
+    there = (inner >= sinks) & (inner < first)
     ends = torch.arange(sinks, device=device).expand(batch, -1)
-    far = torch.cat([ends, inner.where(there, stop[:, None]), near], 1)
+    far = torch.cat([ends, inner.where(there, stop[:, None]), near.where(near >= first, stop[:, None])], 1)
     order = torch.arange(sinks + spans * span + window, device=device)
     index = far.where(stop[:, None] > len(order), order).sort(-1).values
     count = (index < stop[:, None]).sum(-1)

@@ -31,7 +31,7 @@ from longwave.decode import StaticDecoder, supports
 from longwave.evals import data
 from longwave.frame import LongCache
 
-LOOKS = "longcache:spans=8,window=512,chunk=256,look=256,scan=False"  # steps that read what a question found
+LOOKS = "longcache:spans=4,window=640,chunk=256,look=256,before=32,scan=False"  # steps that read what a question found
 
 METHODS = [
     "transformers",

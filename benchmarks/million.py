@@ -40,7 +40,7 @@ NEEDLE = " The secret number of {city} is {key}. Remember it. {key} is the secre
 QUESTION = "\n\nWhat is the secret number of {city}? The secret number of {city} is"
 NEW = 8  # tokens of an answer
 OPTIONS = {
-    "longcache": {"window": 512, "spans": 8, "chunk": 256, "look": 64, "scan": False}
+    "longcache": {"window": 640, "spans": 4, "chunk": 256, "look": 64, "before": 32, "scan": False}
 }  # time grows with the text
 
 

@@ -141,7 +141,7 @@ def ask(layer, q, scaling, causal=True, k=None, v=None, valid=None):
     k, v: of those tokens, for layers that look at them. valid: as they were written.
     """
     none = q.new_empty(q.shape[0], layer.dense.k.shape[1], q.shape[2], q.shape[3])
-    phase = "prompt" if layer._fresh else "step" if q.shape[2] == 1 else "chunk"
+    phase = "prompt" if not any(layer._before) else "step" if q.shape[2] == 1 else "chunk"
     k, v = (none if x is None else x for x in (k, v))
     return layer.attend(Pass(q, k, v, scaling, causal=causal, valid=valid, phase=phase))
 

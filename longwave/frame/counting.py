@@ -45,7 +45,6 @@ class Counting(CacheLayerMixin):
     _valid: torch.Tensor | None  # which columns of the last `write` are real; None for all
     _before: list[int]  # dense tokens of each row before the last `write`
     _run: list[int]  # real tokens since the last padding column of each row: how far `crop` can see
-    _fresh: bool  # the last `write` was the first
     _beyond: bool  # what is stored was rotated for more than `Progress.switch` tokens
     _unsettled: bool  # tokens wait for `crop`, or the next pass, before `settle`
 

@@ -343,7 +343,6 @@ class MemoryLayer(Keeping):
             if p.sinks is not None:
                 out = self._share_with_sinks(p, out)
             self.observe(p)
-            self._fresh = False
             if self.needs.again and q.shape[2] > 1 and not self._to_be_cropped(q.shape[2]):
                 self.waiting = [q.shape[2]] * self.batch_size if p.valid is None else p.valid.sum(-1).tolist()
                 self.dense.fit()
@@ -486,7 +485,6 @@ class MemoryLayer(Keeping):
         columns: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self._new = None
-        self._fresh = self.dense.k is None
         self._valid = valid
         self._before = list(self.dense.lengths)
         given = dict(columns or {})
@@ -578,7 +576,7 @@ class MemoryLayer(Keeping):
         if self.needs.queries:
             assert queries is not None
             self.queries = queries.last(self.needs.queries, self.needs.every)
-        self._fresh, self.scaling = False, scaling
+        self.scaling = scaling
         try:
             self.conclude()
         except BaseException:
@@ -598,7 +596,7 @@ class MemoryLayer(Keeping):
         self._sources = []
         self._came = None
         self._before = []
-        self._fresh = self._unsettled = self._beyond = self.record_past = False
+        self._unsettled = self._beyond = self.record_past = False
         self.waiting = []
         self.scaling = 1.0  # of the scores, as the last pass had it
         if hasattr(self, "batch_size"):
@@ -610,7 +608,6 @@ class MemoryLayer(Keeping):
         if self._new is not None:
             self.write(*self._new)
             self._unsettled = True
-            self._fresh = False
 
     def visible(self, queries: int, causal: bool) -> torch.Tensor | None:
         """How many dense tokens each query of the last `write` may see: [batch, queries], None if all."""

@@ -168,9 +168,12 @@ class ReAttentionBound(ScopedBound):
         return ReAttentionLayer(index, self)
 
     def brings(self, tokens: int) -> int:
-        """What is read, and keys: a piece that is scored, the next one, and the next layer's first."""
+        """What is read, and keys: a piece that is scored, the next one, and the next layer's first. Without scanning,
+        or what stretches that are answered together share, and their own of it."""
         keys = min(tokens, 2 * select.PIECE) + min(tokens, select.PIECE)
-        return (2 * capacity(min(tokens, self.method.scope)) + keys) * self.shape.token_bytes // 2
+        found = 2 * capacity(min(tokens, self.method.scope)) + keys
+        ends = 0 if self.method.scan or tokens <= self.method.scope else 2 * (min(tokens, READ) + READ)
+        return max(found, ends) * self.shape.token_bytes // 2
 
 
 class ReAttentionLayer(ScopedLayer):
@@ -243,9 +246,9 @@ class ReAttentionLayer(ScopedLayer):
         return chain(plain, self._together([[ends for ends in row if ends[1] > self.method.scope] for row in rows]))
 
     def _together(self, rows: list[list[tuple[int, int]]]) -> Iterator[list[Stretch]]:
-        """Stretches that do not wait for each other, as many at a time as READ allows."""
+        """Stretches that do not wait for each other, as many at a time as READ allows, or one of each row."""
         far = [s for turn in super().turns(rows) for s in turn if s.stop]
-        size = max(1, READ // self.method.scope)
+        size = max(self.batch_size, READ // self.method.scope)
         return (far[at : at + size] for at in range(0, len(far), size))
 
     def read_turn(

@@ -183,7 +183,7 @@ class ScopedLayer(MemoryLayer):
     def read_turn(
         self, p: Pass, turn: list[Stretch], number: torch.Tensor, stop: torch.Tensor, asks: torch.Tensor
     ) -> torch.Tensor:
-        """`read`, of a turn: p.q and all else has a row for each stretch of it."""
+        """Answers to a turn's stretches: p.q and all else has a row for each of them. `read` wants one of each row."""
         alike = len({(s.start, s.stop) for s in turn}) == 1
         return self.read(p, number, stop, max(s.stop for s in turn), asks, alike and not turn[0].start)
 
@@ -193,7 +193,7 @@ class ScopedLayer(MemoryLayer):
         return self.method.alone
 
     def ahead(self, starts: list[int]) -> None:
-        """What has to be known before a stretch of row b from token starts[b] on is read."""
+        """What has to be known before stretches that begin at token starts[b] of row b are read."""
 
     def taken(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys, un-rotated, and values of row b's tokens index [batch, n]: [batch, kv_heads, n, head_dim] each."""

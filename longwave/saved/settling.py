@@ -159,7 +159,7 @@ def _ask_again(model: PreTrainedModel, needs: Needs, prompt: Prompt) -> list[Que
         valid = None if min(rows) == max(rows) else torch.arange(max(rows)) < torch.tensor(rows)[:, None]
         layer.write(k, v, None if valid is None else valid.to(k.device))
         layer.dense.fit()
-        layer._fresh, layer.scaling = False, state["scaling"]
+        layer.scaling = state["scaling"]
         layer.columns = columns - new
         layer._run = list(rows)
         if layer.queries is not None:

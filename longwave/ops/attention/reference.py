@@ -85,8 +85,8 @@ def last_attention(
 ) -> torch.Tensor:
     """Attention of the last tokens over all: q [B, Hq, Q, D] are the queries of the last Q of k, v [B, H, L, D].
 
-    causal: query i sees the first L - Q + 1 + i; else all. One mask-free kernel where all are asked or CUDA has one,
-    blocks of masks elsewhere.
+    causal: query i sees the first L - Q + 1 + i; else all. One kernel without a mask where Q = L, where not causal, and
+    on CUDA where flash attention takes these; blocks of masks elsewhere.
     """
     groups, queries, length = q.shape[1] // k.shape[1], q.shape[2], k.shape[2]
     if not causal or queries == 1:

@@ -50,6 +50,7 @@ from longwave.cli.prefix import (
     keep_prefix,
     prefix_ids,
     prompt_ids,
+    read_prefix,
 )
 from longwave.cli.reading import reading
 
@@ -133,7 +134,10 @@ def command(
         measured = Profile.load(profile) if profile is not None else None
         source = Source(model, device, dtype, extend_to, extend_rule)
         check_loop(why_python(source.device, graph), graph, compiled)
-        held = 0  # tokens of the prompt that a saved prefix has
+        held, first = (
+            0,
+            None,
+        )  # tokens of the prompt that a saved prefix has; those that are read in passes of their own
         if kept is not None:
             held = kept.tokens
             encoded = as_input(prompt_ids(source.tokenizer, parts[-1], is_chat(kept)))
@@ -146,6 +150,13 @@ def command(
         coming = count + max_new_tokens - 1  # the last new token is not read
         decided = kept is not None and kept.kind == "exact"
         bound = bound_of(kept.path) if decided else source.check(chosen, budget, coming)
+        if bound and bound.needs.look and kept is None and first is None and len(parts) == 2:
+            first, question = prefix_ids(source.tokenizer, parts[0], chat), prompt_ids(source.tokenizer, parts[1], chat)
+            encoded = as_input(first, question)
+            count = encoded["input_ids"].shape[1]
+            coming = count + max_new_tokens - 1
+            if question.shape[1] > bound.needs.look:
+                say(f"a question of {question.shape[1]:,} tokens is not looked for: look={bound.needs.look:,}")
         prefill_chunk = source.check_length(count, max_new_tokens, bound, prefill_chunk)
         if prefill_chunk is not None:
             choice["prefill_chunk_size"] = prefill_chunk
@@ -169,6 +180,8 @@ def command(
             with reading(loaded, count - held, prefill_chunk) as done:
                 if save_prefix is not None:
                     keep_prefix(loaded, memory, first, save_prefix, save_size, coder, prefill_chunk, {"chat": chat})
+                elif first is not None:
+                    read_prefix(loaded, memory, first, prefill_chunk)
                 out = loop(
                     **encoded,
                     **given,

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 
 from longwave.methods import METHODS
+from longwave.methods.longcache import ReAttentionLayer
 from tests.cli.calls import SEGMENTS, TEXT, refused, succeeds
 
 
@@ -261,6 +262,32 @@ def test_methods_that_read_any_length_do(folder, tmp_path):
     (tmp_path / "near").write_text("x" * 500)
     succeeds(*read, "Why?", "--file", tmp_path / "near", "--method", "dense", "--save-prefix", kept)
     assert "context of 512" in refused(*read, "Why are there so many?", "--prefix", kept)
+
+
+LOOKS = [
+    "--method",
+    "longcache",
+    *("-o", "window=48", "-o", "chunk=16", "-o", "spans=2", "-o", "span=8", "-o", "sinks=4"),
+]
+
+
+def test_a_question_about_a_file_is_looked_for(folder, tmp_path, monkeypatch):
+    """It comes in a pass of its own, behind the file, whatever passes the file is read in."""
+    passes, seen = [], ReAttentionLayer.seen
+    monkeypatch.setattr(ReAttentionLayer, "seen", lambda self, look, new: passes.append(new) or seen(self, look, new))
+    (tmp_path / "far").write_text("x" * 700)
+    read = ["generate", "Why?", "--file", tmp_path / "far", "--model", folder, "--max-new-tokens", 3, "--json"]
+    layers = 3
+    for chunk in ((), ("--prefill-chunk", 64)):
+        passes.clear()
+        found = json.loads(succeeds(*read, *LOOKS, "-o", "look=32", *chunk).stdout)
+        assert len(passes) == layers
+        assert all(2 <= new <= 32 for (new,) in passes)
+        assert found["prompt_tokens"] > 700
+    passes.clear()
+    done = succeeds(*read, *LOOKS, "-o", "look=2")
+    assert not passes
+    assert "tokens is not looked for: look=2" in done.stderr
 
 
 def test_layers_that_lie_coded(generate, text, codecs, tmp_path):

@@ -134,10 +134,8 @@ def command(
         measured = Profile.load(profile) if profile is not None else None
         source = Source(model, device, dtype, extend_to, extend_rule)
         check_loop(why_python(source.device, graph), graph, compiled)
-        held, first = (
-            0,
-            None,
-        )  # tokens of the prompt that a saved prefix has; those that are read in passes of their own
+        held = 0  # tokens of the prompt that a saved prefix has
+        first = None  # of the prompt what is read before the rest, in passes of its own
         if kept is not None:
             held = kept.tokens
             encoded = as_input(prompt_ids(source.tokenizer, parts[-1], is_chat(kept)))
